@@ -1,0 +1,222 @@
+"""The irregular convolution as a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.layers import Conv2dSame
+from timm.layers.padding import get_same_padding
+from torch import Tensor, nn
+
+from icnn_zoo.ops.functional import irregular_conv2d, pad_with_mode, pair, resolve_padding
+
+Padding = tuple[int, int, int, int]
+
+
+def static_padding(layer: IrregularConv2d, input: Tensor) -> Padding:
+    """Padding (top, bottom, left, right) of nn.Conv2d: the same for every input size."""
+    return resolve_padding(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
+
+
+def dynamic_same_padding(layer: IrregularConv2d, input: Tensor) -> Padding:
+    """Padding of timm's Conv2dSame (TensorFlow's SAME): by input size, the extra one at the bottom and right."""
+    height, width = (
+        int(get_same_padding(size, kernel, stride, dilation))
+        for size, kernel, stride, dilation in zip(
+            input.shape[-2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
+        )
+    )
+    return height // 2, height - height // 2, width // 2, width - width // 2
+
+
+# How each convertible class pads its input. A subclass that is not listed may do anything in its forward.
+PADDING_RULES: dict[type[nn.Conv2d], Callable[[IrregularConv2d, Tensor], Padding]] = {
+    nn.Conv2d: static_padding,
+    Conv2dSame: dynamic_same_padding,
+}
+
+
+class IrregularConv2d(nn.Module):
+    """A convolution whose taps sit at learned real-valued positions; see :func:`icnn_zoo.irregular_conv2d`.
+
+    Takes what ``nn.Conv2d`` takes and has its attributes, but is no ``nn.Conv2d``: code that looks for one would fuse,
+    prune or re-initialise it wrongly.
+
+    The parameter ``displacement`` holds positions minus the regular grid, in pixels. Learning it is the same as learning
+    the positions; a recipe that decays every parameter then pulls towards the regular shape and not into the centre, and
+    a checkpoint survives a change of dilation. ``displacement`` stays float32 after ``.half()``, ``.bfloat16()`` and under
+    autocast (bfloat16 has a spacing of 0.0625 px at 8 to 16 px), and follows ``.double()``.
+
+    Args:
+        in_channels: Channels C of the input.
+        out_channels: Channels N of the output.
+        kernel_size: Taps (rows, columns) or one int for both. The centre of an even kernel is tap ``(k - 1) // 2``.
+        stride: Step between output pixels.
+        padding: Int, pair, "same" or "valid".
+        dilation: Spacing of the regular grid in pixels; positions are absolute.
+        groups: Number of groups, from 1 to C.
+        bias: Whether there is a bias.
+        padding_mode: "zeros", "reflect", "replicate" or "circular". Positions beyond the padding read zeros.
+        device: Device of the parameters.
+        dtype: Type of weight and bias. The displacement is float32, or float64 for a float64 layer.
+        epsilon: Initial displacement in pixels (Eq. 5). Bilinear interpolation has a kink at integers; epsilon says on
+            which side to start. At 0 the layer equals ``nn.Conv2d`` exactly.
+        per_kernel: False for the paper's shape per input channel, shared by all kernels: displacement [C, kh * kw, 2].
+            True for the full version, one shape per kernel: [N, C / groups, kh * kw, 2].
+
+    Attributes:
+        regular_grid: Positions of the regular kernel [kh * kw, 2], integers times dilation, origin at the centre tap.
+
+    Raises:
+        ValueError: An argument does not fit; the message names it.
+
+    Example:
+        >>> import torch, icnn_zoo
+        >>> layer = icnn_zoo.IrregularConv2d(8, 16, 3, padding=2, dilation=2)
+        >>> layer(torch.randn(1, 8, 21, 33)).shape
+        torch.Size([1, 16, 21, 33])
+        >>> layer.positions.shape
+        torch.Size([8, 9, 2])
+    """
+
+    regular_grid: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        epsilon: float = 1e-3,
+        per_kernel: bool = False,
+    ) -> None:
+        super().__init__()
+        # nn.Conv2d's own constructor checks the arguments it shares and brings them to one form.
+        regular = nn.Conv2d(
+            in_channels,
+            out_channels,
+            pair("kernel_size", kernel_size, 1),
+            pair("stride", stride, 1),
+            padding if isinstance(padding, str) else pair("padding", padding, 0),
+            pair("dilation", dilation, 1),
+            groups,
+            bias,
+            padding_mode,
+            device="meta",
+            dtype=dtype,
+        )
+        self._adopt_attributes(regular, epsilon, per_kernel)
+        self.weight = nn.Parameter(torch.empty_like(regular.weight, device=device or "cpu"))
+        self.bias = None if regular.bias is None else nn.Parameter(torch.empty_like(regular.bias, device=device or "cpu"))
+        self._add_displacement(self.weight)
+        self.reset_parameters()
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, *, epsilon: float = 1e-3, per_kernel: bool = False) -> IrregularConv2d:
+        """Makes an irregular layer of a regular one; weight and bias are the same Parameter objects.
+
+        Args:
+            conv: An nn.Conv2d or timm Conv2dSame of any kernel size.
+            epsilon: Initial displacement in pixels.
+            per_kernel: Whether every kernel gets a shape of its own.
+
+        Returns:
+            A layer in the training mode, dtype and device of ``conv``, whose displacement is trainable if the weight is.
+
+        Raises:
+            TypeError: ``conv`` is of another class; its forward may do more than a convolution.
+        """
+        if type(conv) not in PADDING_RULES:
+            known = ", ".join(kind.__name__ for kind in PADDING_RULES)
+            raise TypeError(f"`conv` must be exactly one of {known}, not a subclass; got {type(conv).__name__}.")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt_attributes(conv, epsilon, per_kernel)
+        layer.weight = conv.weight
+        layer.bias = conv.bias
+        layer._add_displacement(conv.weight)
+        layer.displacement.requires_grad_(conv.weight.requires_grad)
+        return layer.train(conv.training)
+
+    def _adopt_attributes(self, conv: nn.Conv2d, epsilon: float, per_kernel: bool) -> None:
+        if not math.isfinite(epsilon):
+            raise ValueError(f"`epsilon` must be a finite number of pixels; got {epsilon!r}.")
+        self.in_channels: int = conv.in_channels
+        self.out_channels: int = conv.out_channels
+        self.kernel_size: tuple[int, int] = (conv.kernel_size[0], conv.kernel_size[1])
+        self.stride: tuple[int, int] = (conv.stride[0], conv.stride[1])
+        self.padding: tuple[int, ...] | str = conv.padding
+        self.dilation: tuple[int, int] = (conv.dilation[0], conv.dilation[1])
+        self.transposed = False
+        self.output_padding = conv.output_padding
+        self.groups: int = conv.groups
+        self.padding_mode: str = conv.padding_mode
+        self.epsilon = epsilon
+        self.per_kernel = per_kernel
+        self.padding_rule = PADDING_RULES[type(conv)]
+
+    def _add_displacement(self, weight: Tensor) -> None:
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        owners = (self.out_channels, self.in_channels // self.groups) if self.per_kernel else (self.in_channels,)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.displacement = nn.Parameter(torch.full((*owners, taps, 2), self.epsilon, dtype=dtype, device=weight.device))
+        rows, cols = (
+            dilation * (torch.arange(size, dtype=dtype, device=weight.device) - (size - 1) // 2)
+            for size, dilation in zip(self.kernel_size, self.dilation, strict=True)
+        )
+        self.register_buffer("regular_grid", torch.cartesian_prod(rows, cols).reshape(taps, 2), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as nn.Conv2d does and puts every tap epsilon off the regular grid."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.constant_(self.displacement, self.epsilon)
+
+    @property
+    def positions(self) -> Tensor:
+        """Absolute positions (row, col) in pixels, in the shape of ``displacement``."""
+        return self.regular_grid + self.displacement
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolves [B, C, H, W] or [C, H, W] to the size nn.Conv2d gives."""
+        padding: Sequence[int] | str = self.padding
+        if self.padding_rule is not static_padding or self.padding_mode != "zeros":
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input, padding = pad_with_mode(input, self.padding_rule(self, input), mode), 0
+        return irregular_conv2d(
+            input, self.weight, self.positions, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IrregularConv2d:
+        # Module.half() and friends end here. Positions must not be rounded to half precision, not even on the way.
+        displacement, grad = self.displacement.detach(), self.displacement.grad
+        super()._apply(fn, recurse)
+        if self.displacement.dtype not in (torch.float32, torch.float64):
+            device = self.displacement.device
+            self.displacement.data = displacement.to(device)
+            self.displacement.grad = None if grad is None else grad.to(device)
+        if self.regular_grid.dtype != self.displacement.dtype:
+            self.regular_grid = self.regular_grid.to(self.displacement.dtype)
+        return self
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros", "per_kernel": False}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        if self.padding_rule is not static_padding:
+            text += f", padding_rule={self.padding_rule.__name__}"
+        return text if self.bias is not None else text + ", bias=False"

@@ -1,0 +1,538 @@
+"""The irregular convolution in standard PyTorch operators, with an explicit backward.
+
+Positions vary neither over space nor over the batch, so every (channel, tap) reads its plane at one fixed sub-pixel
+shift. The forward gathers whole rows of the shifted plane (contiguous runs, no per-pixel index), blends them twice with
+``torch.lerp`` and multiplies the columns by the weights. The adjoint with respect to the input is again a gather, of the
+columns' gradient at the negated shift, so nothing is scattered and two runs agree bit for bit.
+
+Letters used in shapes: B images, C input channels, N output channels, G groups, T taps, K = channels x taps of a block,
+S = images of a slab, L = length of a flattened slab of one plane. Columns are computed for a slab of images and a block
+of channels at a time and never kept: the backward recomputes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from icnn_zoo.ops import dense
+
+# Elements of one gathered block. 2 Mi float32 values (8 MiB) keep the three passes over a block near the cache and the
+# matrix product large enough to run at full speed; 1 to 4 Mi measure alike.
+_BLOCK_ELEMENTS = 2**21
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one call. ``origin`` is what turns a position into a row and column of the unpadded input."""
+
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
+    stride: tuple[int, int]
+    origin: tuple[int, int]
+    groups: int
+
+
+def irregular_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Computes the irregular convolution of checked arguments; see :func:`icnn_zoo.irregular_conv2d`.
+
+    Args:
+        input: Images [B, C, H, W].
+        weight: Weights [N, C / groups, kh, kw].
+        positions: Absolute positions in pixels [C, kh * kw, 2], or [N, C / groups, kh * kw, 2] for the full version.
+        bias: Bias [N] or None.
+        stride: Stride (rows, columns).
+        padding: Zeros (top, bottom, left, right) around the input.
+        dilation: Dilation (rows, columns); sets the origin and the output size only.
+        groups: Number of groups.
+
+    Returns:
+        Output [B, N, Ho, Wo] in the memory format of ``input``.
+    """
+    geometry = _geometry(input, weight, stride, padding, dilation, groups)
+    per_kernel = positions.dim() == 4
+    depthwise = weight.shape[1] == 1
+    if per_kernel or depthwise:
+        box = dense.measure_box(positions, geometry.input_size, geometry.output_size, stride, geometry.origin)
+        if box is not None and box.cells <= dense.MAX_CELLS_PER_TAP * positions.shape[-2]:
+            output = dense.irregular_conv2d(input, weight, positions, box, geometry)
+            return _finish(output, bias, input)
+    if per_kernel:
+        output = _per_kernel(input, weight, positions, geometry)
+    else:
+        output = _IrregularConv2d.apply(input, weight.flatten(2), positions, geometry)
+    return _finish(output, bias, input)
+
+
+def _finish(output: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
+    if bias is not None:
+        output = output + bias[:, None, None]
+    if not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
+        output = output.contiguous(memory_format=torch.channels_last)
+    return output
+
+
+def _geometry(
+    input: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Geometry:
+    height, width = input.shape[-2:]
+    kernel = weight.shape[-2:]
+    top, bottom, left, right = padding
+    return Geometry(
+        input_size=(height, width),
+        output_size=(
+            (height + top + bottom - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1,
+            (width + left + right - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1,
+        ),
+        stride=stride,
+        origin=(dilation[0] * ((kernel[0] - 1) // 2) - top, dilation[1] * ((kernel[1] - 1) // 2) - left),
+        groups=groups,
+    )
+
+
+def _per_kernel(input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry) -> Tensor:
+    """The full version by columns: an output channel is a group that reads its own copy of its input channels."""
+    num_outputs, group_channels, taps = positions.shape[:3]
+    outputs_per_group = num_outputs // geometry.groups
+    height, width = geometry.output_size
+    chunk = max(1, _BLOCK_ELEMENTS // max(1, group_channels * taps * height * width))
+    outputs = []
+    for first in range(0, num_outputs, chunk):
+        last = min(first + chunk, num_outputs)
+        channels = [
+            output // outputs_per_group * group_channels + channel
+            for output in range(first, last)
+            for channel in range(group_channels)
+        ]
+        grouped = Geometry(
+            geometry.input_size, geometry.output_size, geometry.stride, geometry.origin, groups=last - first
+        )
+        outputs.append(
+            _IrregularConv2d.apply(
+                input[:, channels], weight[first:last].flatten(2), positions[first:last].flatten(0, 1), grouped
+            )
+        )
+    return torch.cat(outputs, dim=1)
+
+
+class _IrregularConv2d(torch.autograd.Function):
+    """Columns by shifted reads, then a matrix product; the shared shape. weight is [N, C / G, T]."""
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return _forward(input, weight, positions, geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, positions, geometry = inputs
+        ctx.save_for_backward(input, weight, positions)
+        ctx.geometry = geometry
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, positions = ctx.saved_tensors
+        with torch.autocast(input.device.type, enabled=False):
+            return (
+                *_backward(grad_output, input, weight, positions, ctx.geometry, ctx.needs_input_grad[:3]),
+                None,
+            )
+
+
+@dataclass(frozen=True)
+class _Shift:
+    """Integer and fractional part of each tap's shift, flattened to [K] rows of one block or of all channels."""
+
+    row: Tensor
+    col: Tensor
+    row_fraction: Tensor
+    col_fraction: Tensor
+
+    def select(self, first: int, last: int) -> _Shift:
+        return _Shift(
+            self.row[first:last],
+            self.col[first:last],
+            self.row_fraction[first:last],
+            self.col_fraction[first:last],
+        )
+
+    def negated(self) -> _Shift:
+        """The adjoint's shift: reading at -p has integer part -floor(p) - 1 and fraction 1 - frac(p)."""
+        return _Shift(-self.row - 1, -self.col - 1, 1 - self.row_fraction, 1 - self.col_fraction)
+
+
+def _shifts(positions: Tensor, geometry: Geometry, dtype: torch.dtype) -> _Shift:
+    floor = positions.floor()
+    fraction = (positions - floor).to(dtype)  # NaN stays NaN here, while the integer part below is made safe
+    limits = [
+        (size - 1) * stride + extent + 2
+        for size, stride, extent in zip(geometry.output_size, geometry.stride, geometry.input_size, strict=True)
+    ]
+    limit = torch.tensor(limits, dtype=positions.dtype, device=positions.device)
+    origin = torch.tensor(geometry.origin, device=positions.device)
+    # Past the limit every read is outside the input wherever the origin is, so clamping does not change the function.
+    bound = limit + origin.abs()
+    integer = torch.clamp(floor.nan_to_num(0.0), -bound, bound).long() + origin
+    return _Shift(
+        integer[..., 0].flatten(),
+        integer[..., 1].flatten(),
+        fraction[..., 0].reshape(-1, 1),
+        fraction[..., 1].reshape(-1, 1),
+    )
+
+
+def _column_limits(in_width: int, out_width: int, step: int) -> tuple[int, int]:
+    """Smallest and largest useful first column of a window: outside, every read is zero."""
+    return -((out_width - 1) * step + 2), in_width
+
+
+def _gap(col: Tensor, in_width: int, out_width: int, step: int) -> int:
+    """Zero columns needed after each row so that no window leaves its row's own gap.
+
+    The true need is read from the positions on a CPU; elsewhere reading would synchronise (or break tracing), so the
+    bound that serves every position is taken: the window's width.
+    """
+    bound = (out_width - 1) * step + 2
+    if col.device.type != "cpu" or torch.compiler.is_compiling() or col.numel() == 0:
+        return bound
+    low, high = (int(value) for value in col.aminmax())
+    return min(max(-low, high + bound - in_width, 0), bound)
+
+
+def _read_windows(
+    source: Tensor,
+    plane: Tensor,
+    row: Tensor,
+    col: Tensor,
+    gap: int,
+    in_size: tuple[int, int],
+    out_size: tuple[int, int],
+    step: tuple[int, int],
+) -> Tensor:
+    """Gathers, for each of K taps, the rows of its plane that start at (row, col); zeros outside the plane.
+
+    Args:
+        source: Padded planes [P, S, Hi + 2, Wi + gap]: a zero row above, one below, ``gap`` zero columns at the right,
+            which also serve as the left gap of the next row.
+        plane: Plane of each tap [K].
+        row: First row of each tap's window [K].
+        col: First column of each tap's window [K].
+        gap: Zero columns after each row.
+        in_size: Size (Hi, Wi) of a plane.
+        out_size: Output size (Ho, Wo).
+        step: Distance between neighbouring outputs in the input (rows, columns).
+
+    Returns:
+        With step 1: [K, S, Ho + 1, Wo + 1], all that bilinear interpolation needs. Otherwise the four corners
+        [2, 2, K, S, Ho, Wo], first index the lower row, second the right column.
+    """
+    height, width = in_size
+    pitch = width + gap
+    images = source.shape[1]
+    flat = source.reshape(-1)
+    col = col.clamp(*_column_limits(width, out_size[1], step[1]))
+    first_plane = plane[:, None] * images + torch.arange(images, device=row.device)
+    first_plane = (first_plane * ((height + 2) * pitch))[:, :, None]
+
+    def gather(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> Tensor:
+        rows = row[:, None] + torch.arange(num_rows, device=row.device) * step[0]
+        rows = torch.where((rows >= 0) & (rows < height), rows, height)  # row Hi is the zero row below
+        start = first_plane + ((rows + 1) * pitch + col[:, None])[:, None, :]
+        reach = (num_cols - 1) * step[1]
+        return flat.as_strided((flat.numel() - reach, num_cols), (1, step[1]))[start]
+
+    if step == (1, 1):
+        return gather(row, col, out_size[0] + 1, out_size[1] + 1)
+    return torch.stack(
+        [torch.stack([gather(row + down, col + right, *out_size) for right in (0, 1)]) for down in (0, 1)]
+    )
+
+
+@dataclass(frozen=True)
+class _Corners:
+    """The four neighbours of every sample as flat rows [K, L]; with step 1 they are views of one gathered tensor."""
+
+    values: Tensor
+    shared: bool
+    pitch: int
+    length: int
+
+    @staticmethod
+    def of(windows: Tensor) -> _Corners:
+        if windows.dim() == 4:  # [K, S, Ho + 1, Wo + 1]
+            pitch = windows.shape[3]
+            values = windows.reshape(windows.shape[0], -1)
+            return _Corners(values, True, pitch, max(values.shape[1] - pitch - 1, 0))
+        values = windows.reshape(2, 2, windows.shape[2], -1)
+        return _Corners(values, False, windows.shape[-1], values.shape[-1])
+
+    def corner(self, down: int, right: int) -> Tensor:
+        if not self.shared:
+            return self.values[down, right]
+        start = down * self.pitch + right
+        return self.values[:, start : start + self.length]
+
+    def columns(self, shift: _Shift) -> Tensor:
+        if not self.shared:
+            rows = torch.lerp(self.values[:, 0], self.values[:, 1], shift.col_fraction)
+            return torch.lerp(rows[0], rows[1], shift.row_fraction)
+        rows = torch.lerp(self.values[:, :-1], self.values[:, 1:], shift.col_fraction)
+        return torch.lerp(
+            rows[:, : self.length], rows[:, self.pitch : self.pitch + self.length], shift.row_fraction
+        )
+
+    def position_gradient(self, grad_columns: Tensor, shift: _Shift) -> Tensor:
+        """Derivative by (row, col) of sum(grad_columns * columns), [K, 2]: four dot products per tap."""
+        grad = grad_columns[:, None, :]
+        top_left, top_right, bottom_left, bottom_right = (
+            torch.bmm(grad, self.corner(down, right)[:, :, None])[:, 0]
+            for down in (0, 1)
+            for right in (0, 1)
+        )
+        by_row = torch.lerp(bottom_left - top_left, bottom_right - top_right, shift.col_fraction)
+        by_col = torch.lerp(top_right - top_left, bottom_right - bottom_left, shift.row_fraction)
+        return torch.cat([by_row, by_col], dim=1)
+
+    def weighted_sum(self, shift: _Shift, taps: int) -> Tensor:
+        """Sum over each channel's taps of the interpolated values, [K / taps, L]."""
+        rows = torch.lerp(self.values[:, :-1], self.values[:, 1:], shift.col_fraction)
+        rows = rows.unflatten(0, (-1, taps))
+        lower = shift.row_fraction.reshape(-1, 1, taps)
+        total = torch.bmm(1 - lower, rows[:, :, : self.length])
+        return total.baddbmm_(lower, rows[:, :, self.pitch : self.pitch + self.length])[:, 0]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Channels computed at once: several whole groups, or a part of a single one."""
+
+    first_group: int
+    last_group: int
+    first_channel: int  # within the group
+    last_channel: int
+
+
+def _blocks(groups: int, group_channels: int, elements_per_channel: int) -> Iterator[_Block]:
+    channels = max(1, _BLOCK_ELEMENTS // max(1, elements_per_channel))
+    if channels >= group_channels:
+        step = max(1, channels // group_channels)
+        for group in range(0, groups, step):
+            yield _Block(group, min(group + step, groups), 0, group_channels)
+        return
+    for group in range(groups):
+        for channel in range(0, group_channels, channels):
+            yield _Block(group, group + 1, channel, min(channel + channels, group_channels))
+
+
+def _slabs(geometry: Geometry, batch: int) -> Iterator[tuple[int, int]]:
+    """Images computed at once: few enough that even a single channel's taps stay small, many for small maps."""
+    height, width = geometry.output_size
+    images = max(1, 4096 // max(1, (height + 1) * (width + 1)))
+    for first in range(0, batch, images):
+        yield first, min(first + images, batch)
+
+
+def _padded(planes: Tensor, gap: int) -> Tensor:
+    return F.pad(planes, (0, gap, 1, 1))
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Shifted reads are blended in at least float32; half precision is for the matrix product."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _Call:
+    """What forward and backward share: the walk over slabs and blocks, and the columns of one block."""
+
+    def __init__(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self.input = input.unflatten(1, (geometry.groups, -1))  # [B, G, C / G, H, W]
+        self.weight = weight.unflatten(0, (geometry.groups, -1))  # [G, N / G, C / G, T]
+        self.group_channels, self.taps = weight.shape[1:]
+        self.dtype = _compute_dtype(input.dtype)
+        self.shift = _shifts(positions, geometry, self.dtype)
+        self.shared = geometry.stride == (1, 1)
+        height, width = geometry.output_size
+        self.rows, self.pitch = (height + 1, width + 1) if self.shared else (height, width)
+        self.gap = _gap(self.shift.col, geometry.input_size[1], width, geometry.stride[1])
+
+    def slabs_and_blocks(self) -> Iterator[tuple[tuple[int, int], Iterator[_Block]]]:
+        for first, last in _slabs(self.geometry, self.input.shape[0]):
+            elements = (last - first) * self.rows * self.pitch * self.taps
+            yield (first, last), _blocks(self.geometry.groups, self.group_channels, elements)
+
+    def block_weight(self, block: _Block) -> Tensor:
+        """Weights of a block [g, N / G, c * T]."""
+        weight = self.weight[block.first_group : block.last_group, :, block.first_channel : block.last_channel]
+        return weight.flatten(2)
+
+    def block_range(self, block: _Block) -> tuple[int, int]:
+        first = (block.first_group * self.group_channels + block.first_channel) * self.taps
+        last = ((block.last_group - 1) * self.group_channels + block.last_channel) * self.taps
+        return first, last
+
+    def block_corners(self, block: _Block, images: tuple[int, int], shift: _Shift) -> _Corners:
+        planes = self.input[
+            images[0] : images[1], block.first_group : block.last_group, block.first_channel : block.last_channel
+        ]
+        planes = planes.flatten(1, 2).transpose(0, 1).to(self.dtype)  # [P, S, H, W]
+        plane = torch.arange(planes.shape[0], device=planes.device).repeat_interleave(self.taps)
+        geometry = self.geometry
+        windows = _read_windows(
+            _padded(planes, self.gap),
+            plane,
+            shift.row,
+            shift.col,
+            self.gap,
+            geometry.input_size,
+            geometry.output_size,
+            geometry.stride,
+        )
+        return _Corners.of(windows)
+
+    def crop(self, flat: Tensor, images: int) -> Tensor:
+        """[..., S * rows * pitch] to [..., S, Ho, Wo]."""
+        height, width = self.geometry.output_size
+        return flat.unflatten(-1, (images, self.rows, self.pitch))[..., :height, :width]
+
+
+def _forward(input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry) -> Tensor:
+    call = _Call(input, weight, positions, geometry)
+    num_outputs = weight.shape[0]
+    output = input.new_empty(input.shape[0], num_outputs, *geometry.output_size)
+    if output.numel() == 0:
+        return output
+    for (first, last), blocks in call.slabs_and_blocks():
+        images = last - first
+        total = input.new_zeros(
+            geometry.groups, num_outputs // geometry.groups, images * call.rows * call.pitch, dtype=call.dtype
+        )
+        for block in blocks:
+            shift = call.shift.select(*call.block_range(block))
+            corners = call.block_corners(block, (first, last), shift)
+            columns = corners.columns(shift)
+            _add_product(
+                total[block.first_group : block.last_group, :, : corners.length],
+                call.block_weight(block),
+                columns.unflatten(0, (block.last_group - block.first_group, -1)),
+            )
+        output[first:last] = call.crop(total.flatten(0, 1), images).transpose(0, 1)
+    return output
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right over a batch of groups; half precision factors are summed into the float32 total."""
+    right = right.to(left.dtype)
+    if total.dtype != left.dtype:
+        total += torch.bmm(left, right)
+    elif total.shape[0] == 1:
+        total[0].addmm_(left[0], right[0])
+    else:
+        total.baddbmm_(left, right)
+
+
+def _backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    geometry: Geometry,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    needs_input, needs_weight, needs_positions = needs
+    call = _Call(input, weight, positions, geometry)
+    groups, taps = geometry.groups, call.taps
+    grad_input = torch.zeros_like(input, memory_format=torch.contiguous_format) if needs_input else None
+    grad_weight = torch.zeros_like(call.weight.flatten(2), dtype=call.dtype) if needs_weight else None
+    grad_shift = positions.new_zeros(positions.shape[0] * taps, 2, dtype=call.dtype) if needs_positions else None
+    if grad_output.numel() == 0:
+        return _grads(grad_input, grad_weight, grad_shift, weight, positions)
+    height, width = geometry.output_size
+    for (first, last), blocks in call.slabs_and_blocks():
+        images = last - first
+        # Zeros in the gaps between rows and images, so that products over flat rows count each output once.
+        padded = F.pad(grad_output[first:last], (0, call.pitch - width, 0, call.rows - height)).transpose(0, 1)
+        grad_rows = padded.reshape(groups, -1, images * call.rows * call.pitch)
+        for block in blocks:
+            span = call.block_range(block)
+            shift = call.shift.select(*span)
+            in_groups = slice(block.first_group, block.last_group)
+            num_groups = block.last_group - block.first_group
+            grad_block = grad_rows[in_groups]
+            grad_columns = torch.bmm(call.block_weight(block).transpose(1, 2), grad_block).flatten(0, 1).to(call.dtype)
+            if grad_input is not None:
+                gathered = _input_gradient(call, grad_columns, shift, images)
+                channels = slice(span[0] // taps, span[1] // taps)
+                grad_input[first:last, channels] = gathered.transpose(0, 1)
+            if grad_weight is None and grad_shift is None:
+                continue
+            corners = call.block_corners(block, (first, last), shift)
+            if grad_shift is not None:
+                grad_shift[span[0] : span[1]] += corners.position_gradient(grad_columns[:, : corners.length], shift)
+            if grad_weight is not None:
+                in_channels = slice(block.first_channel * taps, block.last_channel * taps)
+                columns = corners.columns(shift).unflatten(0, (num_groups, -1))
+                _add_product(
+                    grad_weight[in_groups, :, in_channels],
+                    grad_block[:, :, : corners.length],
+                    columns.transpose(1, 2),
+                )
+    return _grads(grad_input, grad_weight, grad_shift, weight, positions)
+
+
+def _grads(
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_shift: Tensor | None,
+    weight: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (
+        grad_input,
+        None if grad_weight is None else grad_weight.reshape(weight.shape).to(weight.dtype),
+        None if grad_shift is None else grad_shift.reshape(positions.shape).to(positions.dtype),
+    )
+
+
+def _input_gradient(call: _Call, grad_columns: Tensor, shift: _Shift, images: int) -> Tensor:
+    """Gathers the gradient of one block's input planes [c, S, H, W] from its columns' gradient [c * T, L].
+
+    With a stride the columns' gradient is first spread over the input's grid, zeros between, and read as with stride 1.
+    """
+    geometry = call.geometry
+    size = geometry.input_size
+    step_rows, step_cols = geometry.stride
+    rows = (geometry.output_size[0] - 1) * step_rows + 1
+    cols = (geometry.output_size[1] - 1) * step_cols + 1
+    adjoint = shift.negated()
+    gap = _gap(adjoint.col, cols, size[1], 1)
+    num_planes = grad_columns.shape[0]
+    source = grad_columns.new_zeros(num_planes, images, rows + 2, cols + gap)
+    source[:, :, 1 : rows + 1 : step_rows, :cols:step_cols] = call.crop(grad_columns, images)
+    plane = torch.arange(num_planes, device=source.device)
+    windows = _read_windows(source, plane, adjoint.row, adjoint.col, gap, (rows, cols), size, (1, 1))
+    corners = _Corners.of(windows)
+    flat = corners.weighted_sum(adjoint, call.taps)
+    flat = F.pad(flat, (0, corners.values.shape[1] - corners.length))
+    return flat.unflatten(1, (images, size[0] + 1, size[1] + 1))[..., : size[0], : size[1]]
