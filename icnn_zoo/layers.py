@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import Conv2dSame
-from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 
 from icnn_zoo.ops.functional import irregular_conv2d, pad_with_mode, pair, resolve_padding
 
 Padding = tuple[int, int, int, int]
+PaddingRule = Callable[["IrregularConv2d", Tensor], Padding]
 
 
 def static_padding(layer: IrregularConv2d, input: Tensor) -> Padding:
@@ -22,20 +22,22 @@ def static_padding(layer: IrregularConv2d, input: Tensor) -> Padding:
 
 def dynamic_same_padding(layer: IrregularConv2d, input: Tensor) -> Padding:
     """Padding of timm's Conv2dSame (TensorFlow's SAME): by input size, the extra one at the bottom and right."""
-    height, width = (
-        int(get_same_padding(size, kernel, stride, dilation))
+    rows, cols = (
+        max((math.ceil(size / stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
         for size, kernel, stride, dilation in zip(
             input.shape[-2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
         )
     )
-    return height // 2, height - height // 2, width // 2, width - width // 2
+    return rows // 2, rows - rows // 2, cols // 2, cols - cols // 2
 
 
-# How each convertible class pads its input. A subclass that is not listed may do anything in its forward.
-PADDING_RULES: dict[type[nn.Conv2d], Callable[[IrregularConv2d, Tensor], Padding]] = {
-    nn.Conv2d: static_padding,
-    Conv2dSame: dynamic_same_padding,
-}
+def padding_rules() -> dict[type[nn.Module], PaddingRule]:
+    """How each convertible class pads its input. A subclass that is not listed may do anything in its forward."""
+    rules: dict[type[nn.Module], PaddingRule] = {nn.Conv2d: static_padding}
+    timm_same = sys.modules.get("timm.layers.conv2d_same")  # whoever has such a layer has imported timm; we need not
+    if timm_same is not None:
+        rules[timm_same.Conv2dSame] = dynamic_same_padding
+    return rules
 
 
 class IrregularConv2d(nn.Module):
@@ -136,8 +138,8 @@ class IrregularConv2d(nn.Module):
         Raises:
             TypeError: ``conv`` is of another class; its forward may do more than a convolution.
         """
-        if type(conv) not in PADDING_RULES:
-            known = ", ".join(kind.__name__ for kind in PADDING_RULES)
+        if type(conv) not in padding_rules():
+            known = ", ".join(kind.__name__ for kind in padding_rules())
             raise TypeError(f"`conv` must be exactly one of {known}, not a subclass; got {type(conv).__name__}.")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -163,7 +165,7 @@ class IrregularConv2d(nn.Module):
         self.padding_mode: str = conv.padding_mode
         self.epsilon = epsilon
         self.per_kernel = per_kernel
-        self.padding_rule = PADDING_RULES[type(conv)]
+        self.padding_rule = padding_rules()[type(conv)]
 
     def _add_displacement(self, weight: Tensor) -> None:
         taps = self.kernel_size[0] * self.kernel_size[1]

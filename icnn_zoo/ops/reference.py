@@ -18,12 +18,12 @@ Where the exact derivative differs from Eq. 6 as it is printed in the paper:
 - The printed sums run over ``0 < r_or`` and so drop the first row and the first column of the output. Here
   every output pixel counts.
 - At an integer the hat ``g`` has a kink. The printed slope there gives both neighbours the same sign. Here
-  the position belongs to the cell to its right (below), the one that ``floor`` names, and the slope is the one
-  inside that cell: -1 for the pixel itself, +1 for the next one.
+  the position belongs to the cell to its right (below), the one that ``floor`` names, and the slope is that
+  inside this cell: -1 for the pixel itself, +1 for the next one.
 
-Positions that are not finite: a tap at infinity, as any far outside, reads zero and has zero derivatives.
-NaN is nowhere in particular: every output that such a tap takes part in is NaN, and so are the derivatives
-through it, towards every pixel of the plane that it would read.
+A position that is NaN or infinite is nowhere in particular: every output that such a tap takes part in is
+NaN, and so are the derivatives through it, towards every pixel of the plane that it would read. A finite
+position far outside the input reads zero and has zero derivatives.
 
 References:
     Ma, Wang and Wang, "Irregular Convolutional Neural Networks", 2017, https://arxiv.org/abs/1706.07966
@@ -35,7 +35,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["irregular_conv2d", "irregular_conv2d_backward", "irregular_conv2d_forward"]
 
@@ -207,7 +206,7 @@ class _Geometry:
 
     def _corners(self, row: int, row_position: float, col: int, col_position: float) -> list[_Corner]:
         """List the pixels with a share in the sample at (row + row_position, col + col_position)."""
-        if math.isnan(row_position) or math.isnan(col_position):
+        if not (math.isfinite(row_position) and math.isfinite(col_position)):
             every_pixel = ((q_row, q_col) for q_row in range(self.height) for q_col in range(self.width))
             return [_Corner(q_row, q_col, math.nan, math.nan, math.nan) for q_row, q_col in every_pixel]
         return [
@@ -223,8 +222,6 @@ def _neighbours(origin: int, position: float, size: int) -> list[tuple[int, floa
     The origin is an integer, so the cell and the fraction are those of the position alone; adding first would
     only round.
     """
-    if math.isinf(position):
-        return []
     cell = math.floor(position)
     fraction = position - cell
     candidates = [(origin + cell, 1.0 - fraction, -1.0), (origin + cell + 1, fraction, 1.0)]
@@ -295,13 +292,44 @@ class _IrregularConv2d(torch.autograd.Function):
         ctx.geometry = inputs[4:]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        arguments = ctx.saved_tensors
-        grads = irregular_conv2d_backward(grad_output, *arguments, *ctx.geometry)
+        grads: tuple[Tensor | None, ...] = _Gradients.apply(grad_output, *ctx.saved_tensors, *ctx.geometry)
+        return (*grads, None, None, None, None)
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward as a node of its own, so that whoever differentiates it meets an error.
+
+    `once_differentiable` would not do: asked for with `allow_unused`, a second derivative is zero to it.
+    """
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        bias: Tensor | None,
+        stride: Pair,
+        padding: Padding,
+        dilation: Pair,
+        groups: int,
+    ) -> tuple[Tensor | None, ...]:
+        arguments = (input, weight, positions, bias)
+        grads = irregular_conv2d_backward(grad_output, *arguments, stride, padding, dilation, groups)
         pairs = zip(grads, arguments, strict=True)
-        cast = [None if grad is None else grad.to(argument.dtype) for grad, argument in pairs]
-        return (*cast, None, None, None, None)
+        return tuple(None if grad is None or like is None else grad.to(like.dtype) for grad, like in pairs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:  # noqa: ANN401
+        """Keep nothing: there is no second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        raise RuntimeError(
+            '`irregular_conv2d` with backend "reference" can be differentiated only once; '
+            "this asked for a second derivative."
+        )
 
 
 def irregular_conv2d(

@@ -1,0 +1,90 @@
+"""How far the taps of irregular layers moved, and how many no longer read the feature map."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from icnn_zoo.conversion import irregular_layers
+from icnn_zoo.layers import IrregularConv2d
+
+
+class InputSizes:
+    """Remembers the size (H, W) that each irregular layer last saw, by forward hooks.
+
+    Attributes:
+        sizes: Dotted layer name to (H, W); empty before the first forward.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self._handles = [
+            layer.register_forward_pre_hook(self._hook(name)) for name, layer in irregular_layers(model).items()
+        ]
+
+    def _hook(self, name: str) -> Any:
+        def remember(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self.sizes[name] = (arguments[0].shape[-2], arguments[0].shape[-1])
+
+        return remember
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def displacement_statistics(
+    model: nn.Module, input_sizes: Mapping[str, tuple[int, int]] | None = None
+) -> dict[str, dict[str, float]]:
+    """Statistics of every irregular layer's displacement.
+
+    Args:
+        model: A converted network.
+        input_sizes: Size (H, W) of each layer's input, see :class:`InputSizes`; without it dead taps are not counted.
+
+    Returns:
+        For each layer name: "mean", "p95" and "max" of the taps' Euclidean displacement in pixels, and "dead", the share
+        of taps (channel by channel) whose 2x2 cell meets the input at no output position. A dead tap has no gradient.
+    """
+    statistics = {}
+    for name, layer in irregular_layers(model).items():
+        distance = layer.displacement.detach().norm(dim=-1).flatten()
+        values = [distance.mean(), _quantile(distance, 0.95), distance.max()]
+        keys = ["mean", "p95", "max"]
+        if input_sizes and name in input_sizes:
+            values.append(dead_taps(layer, input_sizes[name]).double().mean().to(distance.dtype))
+            keys.append("dead")
+        statistics[name] = dict(zip(keys, torch.stack(values).tolist(), strict=True))
+    return statistics
+
+
+@torch.no_grad()
+def dead_taps(layer: IrregularConv2d, input_size: tuple[int, int]) -> Tensor:
+    """Which taps read nothing but zeros for an input of this size, boolean in the shape of positions without (row, col).
+
+    A tap lives if for some output position its cell (floor and floor + 1, both axes) overlaps the input.
+    """
+    padding = layer.padding_rule(layer, torch.empty(0, *input_size, device="meta"))
+    dead = torch.zeros(layer.displacement.shape[:-1], dtype=torch.bool, device=layer.displacement.device)
+    for axis in range(2):
+        before, after = padding[2 * axis], padding[2 * axis + 1]
+        kernel, stride, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
+        # With another padding mode than zeros what lies in the padding is data too.
+        outside = 0 if layer.padding_mode == "zeros" else before
+        extent = input_size[axis] + (0 if layer.padding_mode == "zeros" else before + after)
+        outputs = (input_size[axis] + before + after - dilation * (kernel - 1) - 1) // stride + 1
+        origin = dilation * ((kernel - 1) // 2) - before + outside
+        floor = layer.positions[..., axis].floor() + origin
+        first = torch.ceil((-1 - floor) / stride).clamp(min=0)  # first output whose cell is not above the input
+        dead |= (first > outputs - 1) | (first * stride + floor > extent - 1)
+    return dead
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """Like torch.quantile, which refuses more than 16 million numbers."""
+    return values.kthvalue(max(1, round(q * values.numel()))).values

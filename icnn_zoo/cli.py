@@ -1,0 +1,70 @@
+"""The command line: one LightningCLI, reached as ``lightning`` and as ``icnn-zoo``, and the zoo's own commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ArgsType = Sequence[str] | None
+
+
+def lightning_main(args: ArgsType = None) -> None:
+    """The program ``lightning``: fit, validate, test and predict."""
+    _run_lightning(args)
+
+
+def zoo_main(args: ArgsType = None) -> None:
+    """The program ``icnn-zoo``: the zoo's own commands, else what ``lightning`` does."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    if arguments and arguments[0] in COMMANDS:
+        try:
+            COMMANDS[arguments[0]](arguments[1:])
+        except (FileNotFoundError, ValueError, RuntimeError, ImportError) as error:
+            raise SystemExit(f"icnn-zoo {arguments[0]}: {error}") from error
+        return
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("The zoo's own commands (icnn-zoo COMMAND --help):")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
+        print()
+    _run_lightning(arguments)
+
+
+def _prepare(arguments: Sequence[str]) -> None:
+    """Fetches a dataset or pretrained weights and stores them ready for training."""
+    from icnn_zoo.prepare import DATASETS
+
+    parser = argparse.ArgumentParser(prog="icnn-zoo prepare", description=_prepare.__doc__)
+    parser.add_argument("name", choices=sorted(DATASETS), help="what to prepare")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder to store it in (default: data)")
+    options = parser.parse_args(arguments)
+    print(f"Ready: {DATASETS[options.name](options.root)}")
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    """Shows what converting a timm network would change."""
+    parser = argparse.ArgumentParser(prog="icnn-zoo plan", description=_plan.__doc__)
+    parser.add_argument("backbone", help="timm name, such as resnet101")
+    parser.add_argument("--start", required=True, help="first module to convert, such as layer3.11")
+    options = parser.parse_args(arguments)
+
+    import timm
+    import torch
+
+    from icnn_zoo.conversion import plan
+
+    with torch.device("meta"):
+        model = timm.create_model(options.backbone)
+    print(plan(model, options.start))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": _prepare, "plan": _plan}
+
+
+def _run_lightning(args: ArgsType) -> Any:
+    from icnn_zoo.lightning_cli import ZooCLI
+
+    return ZooCLI.run(args)

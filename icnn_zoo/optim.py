@@ -1,0 +1,180 @@
+"""Training a network with irregular layers: parameter groups, the poly policy and the bound of Eq. 7.
+
+Everything here works in any training loop. An exponential or stochastic weight average of displacements needs no bound
+of its own: an average of positions lies between them. What Eq. 7 limits is one optimizer step, not the average.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import PolynomialLR
+from torch.utils.hooks import RemovableHandle
+
+from icnn_zoo.conversion import irregular_layers
+
+_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    position_lr: float,
+    weight_decay: float = 5e-4,
+    head: str | None = "classifier",
+    head_lr_factor: float = 10.0,
+    head_bias_lr_factor: float = 20.0,
+) -> list[dict[str, Any]]:
+    """Splits a network's trainable parameters as the paper trains them.
+
+    Args:
+        model: The network, already converted.
+        lr: Rate of the backbone's weights.
+        position_lr: Rate of the positions, in pixels per unit of gradient. The paper uses 50 000 times ``lr``; sweep it.
+        weight_decay: Decay of weights with two or more dimensions. Positions, biases and norm parameters have none.
+        head: Name of the submodule with the raised rates, None for no such submodule. Its displacement belongs to the
+            positions like any other.
+        head_lr_factor: Rate of the head's weights over ``lr`` (DeepLab's 10).
+        head_bias_lr_factor: Rate of the head's biases over ``lr`` (DeepLab's 20).
+
+    Returns:
+        Groups for any torch optimizer, empty ones left out, each with a "name": "backbone", "backbone_no_decay" (biases
+        and norm parameters), "head", "head_bias", "positions".
+
+    Raises:
+        ValueError: ``head`` names no submodule, or a rate or decay is negative.
+    """
+    for name, value in {"lr": lr, "position_lr": position_lr, "weight_decay": weight_decay}.items():
+        if value < 0:
+            raise ValueError(f"`{name}` must not be negative; got {value}.")
+    children = [name for name, _ in model.named_modules()]
+    if head is not None and head not in children:
+        choices = ", ".join(name for name in children if name and "." not in name)
+        raise ValueError(f"`head`={head!r} names no submodule; top-level ones are {choices}, None is for no head.")
+    members: dict[str, list[Tensor]] = {
+        name: [] for name in ("backbone", "backbone_no_decay", "head", "head_bias", "positions")
+    }
+    displacements = {id(layer.displacement) for layer in irregular_layers(model).values()}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        in_head = head is not None and name.startswith(f"{head}.")
+        if id(parameter) in displacements:
+            group = "positions"
+        elif parameter.dim() > 1:
+            group = "head" if in_head else "backbone"
+        else:
+            group = "head_bias" if in_head else "backbone_no_decay"
+        members[group].append(parameter)
+    rates = {
+        "backbone": lr,
+        "backbone_no_decay": lr,
+        "head": lr * head_lr_factor,
+        "head_bias": lr * head_bias_lr_factor,
+        "positions": position_lr,
+    }
+    decayed = ("backbone", "head")
+    return [
+        {"name": name, "params": params, "lr": rates[name], "weight_decay": weight_decay if name in decayed else 0.0}
+        for name, params in members.items()
+        if params
+    ]
+
+
+def freeze_norm(model: nn.Module) -> nn.Module:
+    """Freezes the statistics and the affine parameters of every norm layer, as DeepLab fine-tunes.
+
+    ``model.train()`` puts norm layers back into training mode: call this after it
+    (:class:`icnn_zoo.models.SegmentationModel` does).
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if isinstance(module, _NORMS):
+            module.eval()
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+    return model
+
+
+def poly_policy(optimizer: torch.optim.Optimizer, max_steps: int, power: float = 0.9) -> PolynomialLR:
+    """The poly policy: every group's rate times ``(1 - step / max_steps) ** power``, to be stepped once per update.
+
+    Raises:
+        ValueError: ``max_steps`` is not positive; the policy needs the length of the run.
+    """
+    if max_steps < 1:
+        raise ValueError(f"`max_steps` must be the number of optimizer steps of the run, at least 1; got {max_steps}.")
+    return PolynomialLR(optimizer, total_iters=max_steps, power=power)
+
+
+class BoundHandle:
+    """Removes the hooks of :func:`bound_positions`; a context manager as torch's own handles are."""
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> BoundHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def bound_positions(optimizer: torch.optim.Optimizer, model: nn.Module, *, bound_epsilon: float = 1e-3) -> BoundHandle:
+    """Keeps every position within the cell its gradient was taken in, as hooks on the optimizer's step (Eq. 7).
+
+    After a step, element by element, ``floor(P_last) - bound_epsilon <= P <= ceil(P_last) + bound_epsilon``, with P_last
+    the position before that step: the gradient of bilinear interpolation is only valid there. Each step may cross one
+    cell's border by ``bound_epsilon``, hence move at most one cell further. Correct under gradient accumulation (only
+    steps count), under a GradScaler that skips a step (then nothing moved) and in several processes (a pure function of
+    equal numbers).
+
+    Args:
+        optimizer: Any torch optimizer that holds the displacements.
+        model: The converted network.
+        bound_epsilon: How far a step may cross the border, in pixels. Positive: at 0 a position on an integer, where
+            floor equals ceil, could never move.
+
+    Returns:
+        A handle whose ``remove()`` takes the bound off.
+
+    Raises:
+        ValueError: ``bound_epsilon`` is not positive, or ``optimizer`` holds none of the network's displacements (it was
+            made before converting).
+    """
+    if not bound_epsilon > 0:
+        raise ValueError(f"`bound_epsilon` must be positive, or positions on integers never move; got {bound_epsilon}.")
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    layers = [layer for layer in irregular_layers(model).values() if id(layer.displacement) in held]
+    if not layers:
+        raise ValueError(
+            "`optimizer` holds no displacement of `model`: convert the network first, then make the optimizer from its "
+            "parameters (icnn_zoo.parameter_groups)."
+        )
+    last: list[Tensor] = []
+
+    def remember(*_: object) -> None:
+        # The very float32 positions that the forward used: floor(grid + displacement) differs from
+        # grid + floor(displacement) by rounding.
+        last[:] = [layer.positions.detach() for layer in layers]
+
+    @torch.no_grad()
+    def bound(*_: object) -> None:
+        for layer, positions in zip(layers, last, strict=True):
+            bounded = layer.positions.clamp(positions.floor() - bound_epsilon, positions.ceil() + bound_epsilon)
+            layer.displacement.copy_(
+                torch.where(bounded == layer.positions, layer.displacement, bounded - layer.regular_grid)
+            )
+        last.clear()
+
+    return BoundHandle(optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(bound))

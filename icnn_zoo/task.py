@@ -1,0 +1,224 @@
+"""Training and evaluating a segmentation network with Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from icnn_zoo.callbacks import DisplacementMonitor, GeneratorStates
+from icnn_zoo.conversion import convert
+from icnn_zoo.models import SegmentationModel, shrink_labels
+from icnn_zoo.optim import bound_positions, parameter_groups, poly_policy
+
+Batch = dict[str, Any]
+
+
+class SegmentationTask(pl.LightningModule):
+    """Segmentation with learnable kernel shapes, by the paper's recipe.
+
+    The loss is the cross-entropy summed over the valid pixels of the global batch and divided by their number, however
+    many processes share it; gradient accumulation averages those, as Caffe does. Evaluation fills one confusion matrix
+    over the whole set: mIoU is the mean over the classes that occur in it or are predicted.
+
+    Args:
+        backbone: Any timm name that can be dilated.
+        num_classes: Classes, background included. The command line takes it from the data.
+        ignore_index: Label that is no class. The command line takes it from the data.
+        class_names: Names for logs and tables, None for numbers. The command line takes them from the data.
+        start: First module to make irregular: a backbone module ("layer3.11"), "classifier" for the head alone, None for
+            the regular baseline.
+        epsilon: Initial displacement in pixels.
+        per_kernel: One shape per kernel instead of per input channel.
+        output_stride: 8 or 16.
+        head: "largefov".
+        pretrained: True for timm's default backbone weights, a path for a local file, False for none. Loaded when
+            training begins, so that a checkpoint can be loaded without them.
+        freeze_norm: Freezes norm layers' statistics and affine parameters.
+        mean: RGB mean in 0 to 1, None for timm's.
+        std: RGB standard deviation in 0 to 1, None for timm's.
+        optimizer: "sgd" or "adamw".
+        lr: Rate of the backbone's weights; the head's are 10 times that, its biases 20 times.
+        position_lr: Rate of the positions.
+        momentum: Momentum of SGD.
+        weight_decay: Decay of weights; never of positions, biases and norm parameters.
+        poly_power: Power of the poly policy, over the run's whole number of steps.
+        bound_epsilon: How far one step may carry a position across its cell's border, in pixels (Eq. 7).
+        loss_resolution: "logits" shrinks labels to the logit grid (the paper; image sizes of 8k + 1), "image" upsamples
+            the logits.
+        channels_last: Runs the network in the channels_last memory format.
+        compile: Compiles the network with torch.compile.
+
+    Raises:
+        ValueError: A backbone, ``start`` or other choice that does not exist; the message names the nearest.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet101",
+        num_classes: int = 21,
+        ignore_index: int = 255,
+        class_names: Sequence[str] | None = None,
+        start: str | None = None,
+        epsilon: float = 1e-3,
+        per_kernel: bool = False,
+        output_stride: int = 8,
+        head: str = "largefov",
+        pretrained: bool | str = False,
+        freeze_norm: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        lr: float = 1e-3,
+        position_lr: float = 50.0,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        poly_power: float = 0.9,
+        bound_epsilon: float = 1e-3,
+        loss_resolution: Literal["logits", "image"] = "logits",
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if optimizer not in ("sgd", "adamw"):
+            raise ValueError(f"`optimizer` must be sgd or adamw; got {optimizer!r}.")
+        if loss_resolution not in ("logits", "image"):
+            raise ValueError(f"`loss_resolution` must be logits or image; got {loss_resolution!r}.")
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f"`class_names` must have num_classes = {num_classes} names; got {len(class_names)}.")
+        self.ignore_index = ignore_index
+        self.class_names = tuple(class_names or (str(index) for index in range(num_classes)))
+        self.start = start
+        self.pretrained = pretrained
+        self.optimizer_name = optimizer
+        self.lr = lr
+        self.position_lr = position_lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.poly_power = poly_power
+        self.bound_epsilon = bound_epsilon
+        self.loss_resolution = loss_resolution
+        self.channels_last = channels_last
+        self.compile_network = compile
+        self.model = SegmentationModel(
+            backbone,
+            num_classes,
+            output_stride=output_stride,
+            head=head,
+            freeze_norm=freeze_norm,
+            mean=mean,
+            std=std,
+        )
+        if start is not None:
+            convert(self.model, start, epsilon=epsilon, per_kernel=per_kernel)
+        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The callbacks without which a run is not what it says: its generators resume, its positions are watched."""
+        return [GeneratorStates(), *([DisplacementMonitor()] if self.start is not None else [])]
+
+    def setup(self, stage: str) -> None:
+        """Loads pretrained weights before training, unless a checkpoint follows that holds all weights."""
+        if stage == "fit" and self.pretrained and self.trainer.ckpt_path is None:
+            self.model.load_pretrained(None if self.pretrained is True else self.pretrained)
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if self.compile_network:
+            self.model.compile()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        groups = parameter_groups(
+            self.model, lr=self.lr, position_lr=self.position_lr, weight_decay=self.weight_decay, head="classifier"
+        )
+        optimizer: torch.optim.Optimizer
+        if self.optimizer_name == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        if self.start is not None:
+            bound_positions(optimizer, self.model, bound_epsilon=self.bound_epsilon)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("The poly policy needs the run's length: set trainer.max_steps or trainer.max_epochs.")
+        scheduler = poly_policy(optimizer, int(steps), self.poly_power)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """RGB images [B, 3, H, W] in 0..255 to logits at the output stride."""
+        images = self.model.preprocess(images)
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.model(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits, labels = self(batch["image"]).float(), batch["mask"]
+        if self.loss_resolution == "logits":
+            labels = shrink_labels(labels, self.model.output_stride)
+        else:
+            logits = self.model.upsample(logits, labels.shape[-2:])
+        total = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
+        valid = (labels != self.ignore_index).sum()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(valid)
+        # Distributed training averages gradients over processes; times their number makes that the global sum.
+        loss = total * self.trainer.world_size / valid.clamp(min=1)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Label maps [B, H, W] at image size, uint8."""
+        return self._predict(batch["image"]).to(torch.uint8)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def _predict(self, images: Tensor) -> Tensor:
+        return self.model.upsample(self(images).float(), images.shape[-2:]).argmax(dim=1)
+
+    def _evaluate(self, batch: Batch) -> None:
+        self.confusion.update(self._predict(batch["image"]), batch["mask"])
+
+    def _log_scores(self, split: str) -> None:
+        confusion = self.confusion.compute()  # summed over processes
+        self.confusion.reset()
+        iou, accuracy = scores(confusion)
+        self.log(f"{split}/mIoU", iou.nanmean(), prog_bar=True)
+        self.log(f"{split}/mIoU_background", background_miou(confusion))
+        self.log(f"{split}/pixel_accuracy", accuracy)
+        self.log_dict({f"{split}/IoU/{name}": value for name, value in zip(self.class_names, iou, strict=True)})
+
+
+def scores(confusion: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU of every class and pixel accuracy from a confusion matrix [true, predicted].
+
+    Returns:
+        IoU [num_classes], NaN for a class that neither occurs nor is predicted, and the share of right pixels.
+    """
+    confusion = confusion.double()
+    right = confusion.diagonal()
+    iou = right / (confusion.sum(0) + confusion.sum(1) - right)
+    return iou.float(), (right.sum() / confusion.sum()).float()
+
+
+def background_miou(confusion: Tensor) -> float:
+    """The mIoU that predicting class 0 everywhere would have on the same labels."""
+    background = torch.zeros_like(confusion)
+    background[:, 0] = confusion.sum(dim=1)
+    return float(scores(background)[0].nanmean())
+

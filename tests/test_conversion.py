@@ -1,0 +1,215 @@
+"""The contract of icnn_zoo.convert."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.layers import Conv2dSame
+from torch import nn
+
+import icnn_zoo
+from icnn_zoo import IrregularConv2d, convert, irregular_layers, plan
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8)),
+        nn.Conv2d(8, 4, (1, 5), padding="same"),
+    )
+
+
+def test_start_itself_and_everything_after_is_converted_in_registration_order():
+    model = small_net()
+    assert convert(model, "2") is model
+    assert list(irregular_layers(model)) == ["2.1", "3"]
+    assert type(model[0]) is nn.Conv2d
+    assert type(model[2][0]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "convnext_atto", "test_byobnet"])
+def test_output_is_unchanged_at_epsilon_zero_and_changes_when_taps_move(name, waken):
+    model = waken(timm.create_model(name, num_classes=5)).double().eval()
+    image = torch.randn(2, 3, 97, 131, dtype=torch.double)
+    before = model(image)
+    convert(model, start="", epsilon=0.0)
+    torch.testing.assert_close(model(image), before, rtol=1e-9, atol=1e-9)
+    for layer in irregular_layers(model).values():
+        control = layer.displacement.detach().clone()
+        with torch.no_grad():
+            layer.displacement += 0.4
+        assert (model(image) - before).abs().max() > 1e-6 * before.abs().max()
+        with torch.no_grad():
+            layer.displacement.copy_(control)
+
+
+def test_epsilon_is_the_initial_displacement():
+    model = convert(small_net(), "0", epsilon=0.25)
+    assert all((layer.displacement == 0.25).all() for layer in irregular_layers(model).values())
+
+
+def test_parameters_are_the_same_objects():
+    model = small_net()
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    convert(model, "0")
+    after = {name: id(p) for name, p in model.named_parameters() if "displacement" not in name}
+    assert after == before
+
+
+def test_a_second_call_changes_nothing():
+    model = convert(small_net(), "0")
+    before = {name: id(module) for name, module in model.named_modules()}
+    assert convert(model, "0") is model
+    assert {name: id(module) for name, module in model.named_modules()} == before
+
+
+def test_training_dtype_and_requires_grad_are_kept():
+    model = small_net().double()
+    model[3].eval()
+    model[0].weight.requires_grad_(False)
+    convert(model, "0")
+    assert not model[3].training
+    assert model[0].training
+    assert model[0].displacement.dtype == torch.float64
+    assert not model[0].displacement.requires_grad
+    assert not model[0].weight.requires_grad
+    assert model[3].displacement.requires_grad
+
+
+def test_position_of_children_is_kept():
+    model = small_net()
+    names = [name for name, _ in model.named_modules()]
+    convert(model, "0")
+    assert [name for name, _ in model.named_modules()] == names
+
+
+def test_a_module_registered_twice_is_converted_once_under_both_names():
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.ModuleDict({"a": shared, "inner": nn.ModuleDict({"b": shared}), "c": nn.Conv2d(4, 4, 3)})
+    result = plan(model, "a")
+    assert result.converted[0].aliases == ("a", "inner.b")
+    convert(model, "a")
+    assert isinstance(model["a"], IrregularConv2d)
+    assert model["a"] is model["inner"]["b"]
+    assert len(irregular_layers(model)) == 2
+
+
+def test_a_root_convolution_is_returned_converted():
+    conv = nn.Conv2d(3, 4, 3)
+    layer = convert(conv, "")
+    assert isinstance(layer, IrregularConv2d)
+    assert layer.weight is conv.weight
+
+
+def test_unique_suffix_names_the_start():
+    model = nn.ModuleDict({"backbone": timm.create_model("resnet18")})
+    assert plan(model, "layer4.1").start == "backbone.layer4.1"
+
+
+def test_ambiguous_suffix_is_refused_with_the_candidates():
+    with pytest.raises(ValueError, match=r"several modules.*layer1\.0\.conv1"):
+        plan(timm.create_model("resnet18"), "0.conv1")
+
+
+def test_unknown_start_lists_the_nearest_names():
+    with pytest.raises(ValueError, match=r"names no module.*layer4"):
+        convert(timm.create_model("resnet18"), "layer44")
+
+
+def test_zero_conversions_is_an_error_that_names_the_last_candidate():
+    model = timm.create_model("resnet18")
+    with pytest.raises(ValueError, match=r"no convolution to convert.*layer4\.1\.conv2"):
+        convert(model, "fc")
+
+
+def test_filter_narrows_the_choice():
+    model = small_net()
+    convert(model, "0", filter=lambda module, name: module.groups == 1)
+    assert list(irregular_layers(model)) == ["0", "3"]
+
+
+def test_unknown_subclasses_are_left_alone_and_reported():
+    class Odd(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = nn.Sequential(Odd(3, 3, 3), nn.Conv2d(3, 3, 3), nn.ConvTranspose2d(3, 3, 2))
+    convert(model, "")
+    assert type(model[0]) is Odd
+    skipped = {layer.name: layer.reason for layer in plan(model, "").skipped}
+    assert "forward of its own" in skipped["0"]
+    assert "2" in skipped
+
+
+@pytest.mark.parametrize("size", [(32, 48), (33, 47)])
+def test_dynamic_same_padding_is_kept(size):
+    conv = Conv2dSame(4, 6, 5, stride=2).double()
+    image = torch.randn(2, 4, *size, dtype=torch.double)
+    layer = IrregularConv2d.from_conv2d(conv, epsilon=0.0)
+    torch.testing.assert_close(layer(image), conv(image))
+
+
+def test_hooks_and_parametrisations_are_refused_and_the_model_is_unchanged():
+    model = small_net()
+    model[3].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"'3' carries forward_hooks"):
+        convert(model, "0")
+    assert not irregular_layers(model)
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3)))
+    with pytest.raises(ValueError, match="parametri"):
+        convert(normed, "")
+
+
+def test_plan_changes_nothing_and_counts_what_convert_adds():
+    model = small_net()
+    untouched = copy.deepcopy(model)
+    result = plan(model, "0")
+    assert str(model) == str(untouched)
+    before = sum(p.numel() for p in model.parameters())
+    convert(model, "0")
+    assert sum(p.numel() for p in model.parameters()) - before == result.added_parameters
+    assert "3 converted" in str(result)
+
+
+def test_plan_counts_the_full_version():
+    model = small_net()
+    result = plan(model, "0", per_kernel=True)
+    before = sum(p.numel() for p in model.parameters())
+    convert(model, "0", per_kernel=True)
+    assert sum(p.numel() for p in model.parameters()) - before == result.added_parameters
+
+
+def test_regular_state_dict_loads_after_converting_with_strict_false():
+    regular = timm.create_model("resnet18")
+    model = convert(timm.create_model("resnet18"), "layer3")
+    with pytest.raises(RuntimeError, match="displacement"):
+        model.load_state_dict(regular.state_dict())
+    missing, unexpected = model.load_state_dict(regular.state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.endswith("displacement") for name in missing)
+
+
+def test_copies_and_pickles_compute_the_same(tmp_path):
+    model = convert(small_net(), "0", epsilon=0.3).eval()
+    image = torch.randn(1, 3, 9, 11)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (copy.deepcopy(model), loaded):
+        assert torch.equal(other(image), model(image))
+
+
+def test_importing_starts_no_cuda_and_imports_no_training_code():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, icnn_zoo, torch; assert not torch.cuda.is_initialized(); "
+        "bad = {'triton', 'lightning', 'albumentations', 'wandb'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_exist():
+    assert all(hasattr(icnn_zoo, name) for name in icnn_zoo.__all__)
