@@ -10,8 +10,6 @@ from icnn_zoo.layers import IrregularConv2d
 from icnn_zoo.ops import irregular_conv2d
 from icnn_zoo.optim import bound_positions, freeze_norm, parameter_groups, poly_policy
 
-
-
 __all__ = [
     "ConversionPlan",
     "IrregularConv2d",

@@ -177,7 +177,9 @@ def resolve_start(model: nn.Module, start: str) -> str:
         return endings[0]
     if endings:
         raise ValueError(f"`start`={start!r} is the ending of several modules, name one: {', '.join(endings[:8])}.")
-    near = difflib.get_close_matches(start, names, n=5, cutoff=0.4) or [name for name in names if name.count(".") == 0][1:]
+    near = (
+        difflib.get_close_matches(start, names, n=5, cutoff=0.4) or [name for name in names if name.count(".") == 0][1:]
+    )
     raise ValueError(f"`start`={start!r} names no module of {type(model).__name__}; the nearest are {', '.join(near)}.")
 
 
@@ -219,7 +221,9 @@ def _refuse_attachments(conv: nn.Conv2d, name: str) -> None:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     attached = [kind.strip("_") for kind in hooks if getattr(conv, kind)]
     if attached:
-        raise ValueError(f"{name!r} carries {', '.join(attached)}, which the new layer would lose; convert first, then add hooks.")
+        raise ValueError(
+            f"{name!r} carries {', '.join(attached)}, which the new layer would lose; convert first, then add hooks."
+        )
 
 
 def _last_convertible(model: nn.Module) -> str:

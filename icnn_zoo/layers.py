@@ -103,6 +103,7 @@ class IrregularConv2d(nn.Module):
         per_kernel: bool = False,
     ) -> None:
         super().__init__()
+        device = torch.get_default_device() if device is None else device
         # nn.Conv2d's own constructor checks the arguments it shares and brings them to one form.
         regular = nn.Conv2d(
             in_channels,
@@ -118,8 +119,8 @@ class IrregularConv2d(nn.Module):
             dtype=dtype,
         )
         self._adopt_attributes(regular, epsilon, per_kernel)
-        self.weight = nn.Parameter(torch.empty_like(regular.weight, device=device or "cpu"))
-        self.bias = None if regular.bias is None else nn.Parameter(torch.empty_like(regular.bias, device=device or "cpu"))
+        self.weight = nn.Parameter(torch.empty_like(regular.weight, device=device))
+        self.bias = None if regular.bias is None else nn.Parameter(torch.empty_like(regular.bias, device=device))
         self._add_displacement(self.weight)
         self.reset_parameters()
 
@@ -171,12 +172,18 @@ class IrregularConv2d(nn.Module):
         taps = self.kernel_size[0] * self.kernel_size[1]
         owners = (self.out_channels, self.in_channels // self.groups) if self.per_kernel else (self.in_channels,)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.displacement = nn.Parameter(torch.full((*owners, taps, 2), self.epsilon, dtype=dtype, device=weight.device))
+        self.displacement = nn.Parameter(
+            torch.full((*owners, taps, 2), self.epsilon, dtype=dtype, device=weight.device)
+        )
+        self.register_buffer("regular_grid", self._make_grid(), persistent=False)
+
+    def _make_grid(self) -> Tensor:
+        like = self.displacement
         rows, cols = (
-            dilation * (torch.arange(size, dtype=dtype, device=weight.device) - (size - 1) // 2)
+            dilation * (torch.arange(size, dtype=like.dtype, device=like.device) - (size - 1) // 2)
             for size, dilation in zip(self.kernel_size, self.dilation, strict=True)
         )
-        self.register_buffer("regular_grid", torch.cartesian_prod(rows, cols).reshape(taps, 2), persistent=False)
+        return torch.cartesian_prod(rows, cols).reshape(-1, 2)
 
     def reset_parameters(self) -> None:
         """Draws weight and bias as nn.Conv2d does and puts every tap epsilon off the regular grid."""
@@ -204,13 +211,13 @@ class IrregularConv2d(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IrregularConv2d:
         # Module.half() and friends end here. Positions must not be rounded to half precision, not even on the way.
         displacement, grad = self.displacement.detach(), self.displacement.grad
+        grad = None if grad is None else grad.detach()
         super()._apply(fn, recurse)
         if self.displacement.dtype not in (torch.float32, torch.float64):
             device = self.displacement.device
             self.displacement.data = displacement.to(device)
             self.displacement.grad = None if grad is None else grad.to(device)
-        if self.regular_grid.dtype != self.displacement.dtype:
-            self.regular_grid = self.regular_grid.to(self.displacement.dtype)
+        self.regular_grid = self._make_grid()
         return self
 
     def extra_repr(self) -> str:

@@ -103,11 +103,15 @@ class SegmentationModel(nn.Module):
             hint = " Make it with: icnn-zoo prepare efficientnet-lite0 --root data" if "lite0" in str(file) else ""
             raise FileNotFoundError(f"`pretrained`: there is no file {str(file)!r}.{hint}")
         overlay = None if file is None else {"file": str(file)}
-        source = _create_backbone(self.backbone_name, self.output_stride, pretrained=True, pretrained_cfg_overlay=overlay)
+        source = _create_backbone(
+            self.backbone_name, self.output_stride, pretrained=True, pretrained_cfg_overlay=overlay
+        )
         missing, unexpected = self.backbone.load_state_dict(source.state_dict(), strict=False)
         missing = [name for name in missing if not name.endswith(".displacement")]
         if missing or unexpected:
-            raise ValueError(f"`pretrained` weights do not fit {self.backbone_name}: missing {missing[:5]}, extra {unexpected[:5]}.")
+            raise ValueError(
+                f"`pretrained` weights do not fit {self.backbone_name}: missing {missing[:5]}, extra {unexpected[:5]}."
+            )
         return self
 
     def preprocess(self, images: Tensor) -> Tensor:

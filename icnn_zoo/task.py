@@ -221,4 +221,3 @@ def background_miou(confusion: Tensor) -> float:
     background = torch.zeros_like(confusion)
     background[:, 0] = confusion.sum(dim=1)
     return float(scores(background)[0].nanmean())
-

@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
 
-def make(kind: type[Any] = IrregularConv2d, **settings: Any) -> Any:  # noqa: ANN401
+def make(kind: type[Any] = IrregularConv2d, **settings: Any) -> Any:
     torch.manual_seed(0)
     return kind(**{"in_channels": 4, "out_channels": 6, "kernel_size": 3, **settings})
 
@@ -68,9 +68,7 @@ def test_initial_weights_are_drawn_as_in_conv2d(settings: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("per_kernel", [False, True])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_equals_conv2d_at_epsilon_0_and_not_when_taps_move(
-    settings: dict[str, Any], per_kernel: bool
-) -> None:
+def test_equals_conv2d_at_epsilon_0_and_not_when_taps_move(settings: dict[str, Any], per_kernel: bool) -> None:
     conv = make(nn.Conv2d, **settings)
     layer = IrregularConv2d.from_conv2d(conv, epsilon=0.0, per_kernel=per_kernel)
     torch.testing.assert_close(layer(image()), conv(image()), rtol=1e-4, atol=1e-5)
@@ -162,7 +160,8 @@ def test_every_parameter_gets_a_gradient(per_kernel: bool) -> None:
     layer(image()).square().sum().backward()
     assert {name for name, _ in layer.named_parameters()} == {"weight", "bias", "displacement"}
     for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None and parameter.grad.ne(0).all(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.ne(0).all(), name
 
 
 @pytest.mark.parametrize("change", ["half", "bfloat16"])
@@ -176,7 +175,8 @@ def test_displacement_stays_float32_in_a_layer_of_half_precision(change: str) ->
         assert layer.displacement is parameter
         assert layer.displacement.dtype == layer.regular_grid.dtype == layer.positions.dtype == torch.float32
         assert torch.equal(layer.displacement, displacement)  # not rounded on the way either
-        assert layer.displacement.grad is not None and torch.equal(layer.displacement.grad, displacement)
+        assert layer.displacement.grad is not None
+        assert torch.equal(layer.displacement.grad, displacement)
     assert layer(image(layer.weight.dtype)).dtype == layer.weight.dtype
 
 
@@ -200,7 +200,9 @@ def test_dtype_of_a_new_layer(dtype: torch.dtype) -> None:
 
 def test_a_layer_on_the_meta_device_can_be_made_and_filled() -> None:
     layer = make(device="meta")
-    assert layer.weight.is_meta and layer.displacement.is_meta and layer.regular_grid.is_meta
+    assert layer.weight.is_meta
+    assert layer.displacement.is_meta
+    assert layer.regular_grid.is_meta
     with torch.device("meta"):
         assert make().weight.is_meta
 
@@ -228,8 +230,8 @@ def test_a_half_layer_inside_a_network_keeps_float32_positions_through_autocast(
     assert network[0].displacement.dtype == network[2].positions.dtype == torch.float32
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])  # noqa: S301
-def test_copies_are_equal_and_independent(clone: Any) -> None:  # noqa: ANN401
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_are_equal_and_independent(clone: Any) -> None:
     layer = spread(make(padding="same", padding_mode="circular", per_kernel=True))
     copied = clone(layer)
     assert torch.equal(copied(image()), layer(image()))
@@ -254,14 +256,16 @@ def test_state_dict_of_a_conv2d_loads_when_not_strict() -> None:
     with pytest.raises(RuntimeError, match="displacement"):
         layer.load_state_dict(conv.state_dict())
     outcome = layer.load_state_dict(conv.state_dict(), strict=False)
-    assert outcome.missing_keys == ["displacement"] and not outcome.unexpected_keys
+    assert outcome.missing_keys == ["displacement"]
+    assert not outcome.unexpected_keys
     torch.testing.assert_close(layer(image()), conv(image()), rtol=1e-4, atol=1e-5)
 
 
 def test_from_conv2d_keeps_the_very_same_parameters() -> None:
     conv = make(nn.Conv2d)
     layer = IrregularConv2d.from_conv2d(conv)
-    assert layer.weight is conv.weight and layer.bias is conv.bias
+    assert layer.weight is conv.weight
+    assert layer.bias is conv.bias
     assert IrregularConv2d.from_conv2d(make(nn.Conv2d, bias=False)).bias is None
 
 
@@ -319,9 +323,7 @@ def test_a_wrong_setting_is_a_value_error_that_names_it(settings: dict[str, Any]
 
 def test_repr_says_what_differs_from_the_default() -> None:
     assert repr(make()) == "IrregularConv2d(4, 6, kernel_size=(3, 3), stride=(1, 1))"
-    text = repr(
-        make(padding="same", dilation=2, groups=2, bias=False, padding_mode="reflect", per_kernel=True)
-    )
+    text = repr(make(padding="same", dilation=2, groups=2, bias=False, padding_mode="reflect", per_kernel=True))
     for part in (
         "padding=same",
         "dilation=(2, 2)",

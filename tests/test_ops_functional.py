@@ -91,8 +91,6 @@ def test_the_message_says_what_is_allowed_and_what_came(change: dict[str, Any], 
 
 
 @pytest.mark.parametrize("padding", [1, (1, 1), [1, 1], "same"])
-def test_equal_ways_to_say_the_same_padding(padding: Any) -> None:  # noqa: ANN401
+def test_equal_ways_to_say_the_same_padding(padding: Any) -> None:
     call = {**GOOD, "input": torch.randn(2, 4, 8, 9), "weight": torch.randn(6, 4, 3, 3)}
-    assert torch.equal(
-        icnn_zoo.irregular_conv2d(**call, padding=padding), icnn_zoo.irregular_conv2d(**call, padding=1)
-    )
+    assert torch.equal(icnn_zoo.irregular_conv2d(**call, padding=padding), icnn_zoo.irregular_conv2d(**call, padding=1))

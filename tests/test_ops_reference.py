@@ -22,9 +22,7 @@ def regular_positions(num_channels: int, kernel: tuple[int, int], dilation: tupl
     return torch.cartesian_prod(rows, cols).reshape(-1, 2).double().repeat(num_channels, 1, 1)
 
 
-def one_tap(
-    image: list[list[float]], row: float, col: float, weight: float = 2.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def one_tap(image: list[list[float]], row: float, col: float, weight: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
     """A picture, a 1x1 kernel with one weight, and its tap's position."""
     values = torch.tensor(image, dtype=torch.float64)[None, None]
     position = torch.tensor([[[row, col]]], dtype=torch.float64)
@@ -41,9 +39,7 @@ def forward(
     dilation: tuple[int, int] = ONE,
     groups: int = 1,
 ) -> Tensor:
-    return reference.irregular_conv2d_forward(
-        input, weight, positions, bias, stride, padding, dilation, groups
-    )
+    return reference.irregular_conv2d_forward(input, weight, positions, bias, stride, padding, dilation, groups)
 
 
 def test_one_tap_between_four_pixels_by_hand() -> None:
@@ -64,15 +60,14 @@ def test_gradients_of_one_tap_by_hand() -> None:
         grad_output, input, weight, positions, torch.zeros(1), ONE, NO_PADDING, ONE, 1
     )
     grad_input, grad_weight, grad_positions, grad_bias = grads
-    share = (
-        10 * 2 * torch.tensor([[0.75 * 0.25, 0.75 * 0.75], [0.25 * 0.25, 0.25 * 0.75]], dtype=torch.float64)
-    )
+    share = 10 * 2 * torch.tensor([[0.75 * 0.25, 0.75 * 0.75], [0.25 * 0.25, 0.25 * 0.75]], dtype=torch.float64)
     assert torch.equal(grad_input[0, 0], share)
     assert grad_weight.item() == 10 * (0.75 * (0.25 * 1 + 0.75 * 2) + 0.25 * (0.25 * 4 + 0.75 * 8))
     down = (0.25 * 4 + 0.75 * 8) - (0.25 * 1 + 0.75 * 2)
     right = 0.75 * (2 - 1) + 0.25 * (8 - 4)
     assert grad_positions.tolist() == [[[10 * 2 * down, 10 * 2 * right]]]
-    assert grad_bias is not None and grad_bias.item() == 10.0
+    assert grad_bias is not None
+    assert grad_bias.item() == 10.0
 
 
 @pytest.mark.parametrize(
@@ -84,16 +79,12 @@ def test_gradients_of_one_tap_by_hand() -> None:
         (-1.0, 0.0, [1.0, 0.0]),  # just above the picture: reads zero, but would see a pixel if it moved down
     ],
 )
-def test_slope_at_an_integer_is_that_of_the_cell_that_floor_names(
-    row: float, col: float, slopes: list[float]
-) -> None:
+def test_slope_at_an_integer_is_that_of_the_cell_that_floor_names(row: float, col: float, slopes: list[float]) -> None:
     image = [[1.0, 2.0, 0.0], [4.0, 5.0, 11.0], [8.0, 7.0, 9.0]]
     input, weight, positions = one_tap(image, row, col, weight=1.0)
     grad_output = torch.zeros_like(input)
     grad_output[..., 0, 0] = 1.0
-    grads = reference.irregular_conv2d_backward(
-        grad_output, input, weight, positions, None, ONE, NO_PADDING, ONE, 1
-    )
+    grads = reference.irregular_conv2d_backward(grad_output, input, weight, positions, None, ONE, NO_PADDING, ONE, 1)
     assert grads[2].flatten().tolist() == slopes
 
 
@@ -101,9 +92,7 @@ def test_first_row_and_column_of_the_output_count_in_the_position_gradient() -> 
     """Eq. 6 as printed drops them."""
     input, weight, positions = one_tap([[1.0, 2.0], [4.0, 8.0]], 0.25, 0.75, weight=1.0)
     for pixel in range(4):
-        grad_output = (
-            torch.zeros(1, 1, 2, 2).flatten().scatter(0, torch.tensor([pixel]), 1.0).view(1, 1, 2, 2)
-        )
+        grad_output = torch.zeros(1, 1, 2, 2).flatten().scatter(0, torch.tensor([pixel]), 1.0).view(1, 1, 2, 2)
         grads = reference.irregular_conv2d_backward(
             grad_output, input, weight, positions, None, ONE, NO_PADDING, ONE, 1
         )
@@ -154,9 +143,7 @@ def test_gradients_equal_numeric_differences(per_kernel: bool) -> None:
     positions = rand(*shape, seed=3).round() + 0.2 + 0.6 * rand(*shape, seed=4).sigmoid()
     geometry = ((2, 1), (1, 1, 0, 1), (1, 2), 2)
     arguments = [tensor.requires_grad_() for tensor in (input, weight, positions, bias)]
-    assert torch.autograd.gradcheck(
-        lambda *tensors: reference.irregular_conv2d(*tensors, *geometry), arguments
-    )
+    assert torch.autograd.gradcheck(lambda *tensors: reference.irregular_conv2d(*tensors, *geometry), arguments)
 
 
 @pytest.mark.parametrize("change", [lambda p: p.flip(-2), lambda p: p.flip(-1)], ids=["taps", "row and col"])
@@ -193,7 +180,8 @@ def test_a_position_that_is_not_finite_gives_nan_where_its_tap_takes_part(value:
         torch.ones_like(output), input, weight, positions, None, ONE, NO_PADDING, ONE, 2
     )
     grad_input, grad_weight, grad_positions, _ = grads
-    assert grad_input[:, 0].isnan().all() and grad_input[:, 1].isfinite().all()
+    assert grad_input[:, 0].isnan().all()
+    assert grad_input[:, 1].isfinite().all()
     assert grad_weight.isnan().flatten().tolist() == [False, True, False, False]
     assert grad_positions.isnan().any(-1).flatten().tolist() == [False, True, False, False]
 
@@ -204,9 +192,7 @@ def test_equal_shapes_per_kernel_are_the_shared_shape() -> None:
     assert torch.equal(forward(input, weight, shared, groups=2), forward(input, weight, full, groups=2))
     grad_output = rand(1, 6, 3, 3, seed=3)
     of_shared, of_full = (
-        reference.irregular_conv2d_backward(
-            grad_output, input, weight, positions, None, ONE, NO_PADDING, ONE, 2
-        )
+        reference.irregular_conv2d_backward(grad_output, input, weight, positions, None, ONE, NO_PADDING, ONE, 2)
         for positions in (shared, full)
     )
     torch.testing.assert_close(of_shared[2], of_full[2].view(2, 3, 2, 4, 2).sum(1).view(4, 4, 2))
@@ -220,7 +206,8 @@ def test_small_batches(batch: int) -> None:
     )
     assert output.shape == (batch, 2, 1, 1)
     output.sum().backward()
-    assert input.grad is not None and input.grad.shape == input.shape
+    assert input.grad is not None
+    assert input.grad.shape == input.shape
 
 
 def test_computes_in_float64_and_answers_in_the_dtype_of_each_argument() -> None:
@@ -243,9 +230,7 @@ def test_second_derivative_is_a_clear_error_and_never_zero(
     loss: Callable[[Tensor], Tensor], first: int, second: int
 ) -> None:
     tensors = [rand(1, 1, 3, 3), rand(1, 1, 2, 2), rand(1, 4, 2), rand(1)]
-    output = reference.irregular_conv2d(
-        *[tensor.requires_grad_() for tensor in tensors], ONE, NO_PADDING, ONE, 1
-    )
+    output = reference.irregular_conv2d(*[tensor.requires_grad_() for tensor in tensors], ONE, NO_PADDING, ONE, 1)
     (grad,) = torch.autograd.grad(loss(output), tensors[first], create_graph=True)
     with pytest.raises(RuntimeError, match="can be differentiated only once"):
         torch.autograd.grad(grad.sum(), tensors[second], allow_unused=True)

@@ -38,9 +38,7 @@ class Case:
     def regular_positions(self) -> Tensor:
         """The regular grid in the shape of the positions."""
         dilation = self.dilation if isinstance(self.dilation, tuple) else (self.dilation, self.dilation)
-        rows, cols = (
-            d * (torch.arange(k) - (k - 1) // 2) for d, k in zip(dilation, self.kernel, strict=True)
-        )
+        rows, cols = (d * (torch.arange(k) - (k - 1) // 2) for d, k in zip(dilation, self.kernel, strict=True))
         grid = torch.cartesian_prod(rows, cols).reshape(-1, 2).double()
         owners = (self.channels[1], self.channels[0] // self.groups) if self.per_kernel else self.channels[:1]
         return grid.expand(*owners, *grid.shape).contiguous()
@@ -177,9 +175,7 @@ def test_many_images_and_large_maps_equal_the_reference() -> None:
 
 @each_case
 @pytest.mark.usefixtures("path")
-@pytest.mark.filterwarnings(
-    "ignore:Using padding='same' with even kernel lengths"
-)  # F.conv2d copies its input
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # F.conv2d copies its input
 def test_regular_positions_equal_conv2d(case: Case) -> None:
     input, weight, _, *bias = case.tensors()
     arguments = (weight, *(bias or [None]), case.stride, case.padding, case.dilation, case.groups)
@@ -243,12 +239,14 @@ def test_second_derivative_is_right_or_a_clear_error_and_never_zero(per_kernel: 
     case = Case(size=(2, 3), channels=(2, 2), kernel=(1, 2), padding=0, per_kernel=per_kernel)
     tensors = case.tensors()
     away_from_integers(tensors[2])
+    outcome = ""
     try:
-        assert torch.autograd.gradgradcheck(lambda *arguments: case.run(list(arguments)), tensors)
+        torch.autograd.gradgradcheck(lambda *arguments: case.run(list(arguments)), tensors)
     except GradcheckError:
-        raise  # wrong numbers: this is a RuntimeError too
+        raise  # wrong numbers; a RuntimeError too
     except RuntimeError as error:
-        assert re.search("once|second derivative", str(error))
+        outcome = str(error)
+    assert not outcome or re.search("once|second derivative", outcome)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
@@ -268,9 +266,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "case", [PLAIN, Case(groups=2, per_kernel=True, stride=2)], ids=["shared", "per kernel"]
-)
+@pytest.mark.parametrize("case", [PLAIN, Case(groups=2, per_kernel=True, stride=2)], ids=["shared", "per kernel"])
 @pytest.mark.usefixtures("path")
 def test_any_strides_give_the_result_of_contiguous_tensors(case: Case, layout: str) -> None:
     input, weight, positions, bias = case.tensors()
@@ -303,7 +299,8 @@ def test_a_position_that_is_not_finite_gives_nan_and_never_a_made_up_number(case
         tensors[2].view(-1)[5] = value
     output, expected = case.run(tensors), case.run(tensors, "reference")
     assert torch.equal(output.isnan(), expected.isnan())
-    assert output.isnan().any() and output.isfinite().any()
+    assert output.isnan().any()
+    assert output.isfinite().any()
     _, _, grad_positions, grad_bias = gradients(output, tensors)
     assert grad_positions.view(-1, 2)[2].isnan().all()
     assert grad_bias.isfinite().all()

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-if TYPE_CHECKING:
-    from icnn_zoo.ops.torch_backend import Geometry
+from icnn_zoo.ops.windows import Geometry
 
 # A gathered column element costs as much as about this many multiply-adds of a convolution (two CPU cores, float32).
 MAX_CELLS_PER_TAP = 64

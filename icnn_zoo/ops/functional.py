@@ -91,6 +91,8 @@ def irregular_conv2d(
     _check_output_size(input, weight, stride, top_bottom_left_right, dilation)
     input, weight, bias = _autocast(input, weight, bias)
     _check_dtypes(input, weight, bias)
+    # A tap with one coordinate that is no number is nowhere: make both NaN, so that every gradient through it is NaN too.
+    positions = positions + (positions.detach() * 0).sum(-1, keepdim=True)
     implementation = reference.irregular_conv2d if backend == "reference" else torch_backend.irregular_conv2d
     return implementation(input, weight, positions, bias, stride, top_bottom_left_right, dilation, groups)
 
@@ -101,6 +103,8 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
     Raises:
         ValueError: Not one or two ints, or less than ``minimum``.
     """
+    if not isinstance(value, int | Sequence) or isinstance(value, str):
+        raise TypeError(f"`{name}` must be an int or a pair (rows, columns) of ints; got {value!r}.")
     values = (value, value) if isinstance(value, int) else tuple(value)
     if len(values) != 2 or not all(isinstance(item, int) and item >= minimum for item in values):
         raise ValueError(f"`{name}` must be an int or a pair (rows, columns) of at least {minimum}; got {value!r}.")
@@ -159,10 +163,14 @@ def _check_tensors(input: Tensor, weight: Tensor, positions: Tensor, bias: Tenso
             f"the full version; got {list(positions.shape)}."
         )
     if bias is not None and list(bias.shape) != [num_outputs]:
-        raise ValueError(f"`bias` must have shape [{num_outputs}], one for each output channel; got {list(bias.shape)}.")
+        raise ValueError(
+            f"`bias` must have shape [{num_outputs}], one for each output channel; got {list(bias.shape)}."
+        )
     devices = {tensor.device for tensor in (input, weight, positions, bias) if tensor is not None}
     if len(devices) > 1:
-        raise ValueError(f"`input`, `weight`, `positions` and `bias` must be on one device; got {sorted(map(str, devices))}.")
+        raise ValueError(
+            f"`input`, `weight`, `positions` and `bias` must be on one device; got {sorted(map(str, devices))}."
+        )
 
 
 def _check_output_size(

@@ -287,12 +287,12 @@ class _IrregularConv2d(torch.autograd.Function):
         return output.to(input.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:4])
         ctx.geometry = inputs[4:]
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads: tuple[Tensor | None, ...] = _Gradients.apply(grad_output, *ctx.saved_tensors, *ctx.geometry)
         return (*grads, None, None, None, None)
 
@@ -321,11 +321,11 @@ class _Gradients(torch.autograd.Function):
         return tuple(None if grad is None or like is None else grad.to(like.dtype) for grad, like in pairs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:  # noqa: ANN401
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Keep nothing: there is no second derivative."""
 
     @staticmethod
-    def backward(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, *grad_grads: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             '`irregular_conv2d` with backend "reference" can be differentiated only once; '
             "this asked for a second derivative."

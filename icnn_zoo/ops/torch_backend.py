@@ -19,24 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from icnn_zoo.ops import dense
+from icnn_zoo.ops.windows import Corners, Geometry, Shift, gap_columns, read_windows, shifts
 
 # Elements of one gathered block. 2 Mi float32 values (8 MiB) keep the three passes over a block near the cache and the
 # matrix product large enough to run at full speed; 1 to 4 Mi measure alike.
 _BLOCK_ELEMENTS = 2**21
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of one call. ``origin`` is what turns a position into a row and column of the unpadded input."""
-
-    input_size: tuple[int, int]
-    output_size: tuple[int, int]
-    stride: tuple[int, int]
-    origin: tuple[int, int]
-    groups: int
 
 
 def irregular_conv2d(
@@ -127,12 +117,24 @@ def _per_kernel(input: Tensor, weight: Tensor, positions: Tensor, geometry: Geom
         grouped = Geometry(
             geometry.input_size, geometry.output_size, geometry.stride, geometry.origin, groups=last - first
         )
+        # Recomputed in the backward: the chunk's copy of its input channels must not be kept.
         outputs.append(
-            _IrregularConv2d.apply(
-                input[:, channels], weight[first:last].flatten(2), positions[first:last].flatten(0, 1), grouped
+            checkpoint(
+                _chunk,
+                input,
+                weight[first:last],
+                positions[first:last],
+                channels,
+                grouped,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
         )
     return torch.cat(outputs, dim=1)
+
+
+def _chunk(input: Tensor, weight: Tensor, positions: Tensor, channels: list[int], geometry: Geometry) -> Tensor:
+    return _IrregularConv2d.apply(input[:, channels], weight.flatten(2), positions.flatten(0, 1), geometry)
 
 
 class _IrregularConv2d(torch.autograd.Function):
@@ -150,177 +152,37 @@ class _IrregularConv2d(torch.autograd.Function):
         ctx.geometry = geometry
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, positions = ctx.saved_tensors
         with torch.autocast(input.device.type, enabled=False):
-            return (
-                *_backward(grad_output, input, weight, positions, ctx.geometry, ctx.needs_input_grad[:3]),
-                None,
-            )
+            grads = _Gradients.apply(grad_output, input, weight, positions, ctx.geometry, ctx.needs_input_grad[:3])
+            return (*grads, None)
 
 
-@dataclass(frozen=True)
-class _Shift:
-    """Integer and fractional part of each tap's shift, flattened to [K] rows of one block or of all channels."""
+class _Gradients(torch.autograd.Function):
+    """The backward as a function of its own, so that a second derivative raises instead of being silently zero.
 
-    row: Tensor
-    col: Tensor
-    row_fraction: Tensor
-    col_fraction: Tensor
-
-    def select(self, first: int, last: int) -> _Shift:
-        return _Shift(
-            self.row[first:last],
-            self.col[first:last],
-            self.row_fraction[first:last],
-            self.col_fraction[first:last],
-        )
-
-    def negated(self) -> _Shift:
-        """The adjoint's shift: reading at -p has integer part -floor(p) - 1 and fraction 1 - frac(p)."""
-        return _Shift(-self.row - 1, -self.col - 1, 1 - self.row_fraction, 1 - self.col_fraction)
-
-
-def _shifts(positions: Tensor, geometry: Geometry, dtype: torch.dtype) -> _Shift:
-    floor = positions.floor()
-    fraction = (positions - floor).to(dtype)  # NaN stays NaN here, while the integer part below is made safe
-    limits = [
-        (size - 1) * stride + extent + 2
-        for size, stride, extent in zip(geometry.output_size, geometry.stride, geometry.input_size, strict=True)
-    ]
-    limit = torch.tensor(limits, dtype=positions.dtype, device=positions.device)
-    origin = torch.tensor(geometry.origin, device=positions.device)
-    # Past the limit every read is outside the input wherever the origin is, so clamping does not change the function.
-    bound = limit + origin.abs()
-    integer = torch.clamp(floor.nan_to_num(0.0), -bound, bound).long() + origin
-    return _Shift(
-        integer[..., 0].flatten(),
-        integer[..., 1].flatten(),
-        fraction[..., 0].reshape(-1, 1),
-        fraction[..., 1].reshape(-1, 1),
-    )
-
-
-def _column_limits(in_width: int, out_width: int, step: int) -> tuple[int, int]:
-    """Smallest and largest useful first column of a window: outside, every read is zero."""
-    return -((out_width - 1) * step + 2), in_width
-
-
-def _gap(col: Tensor, in_width: int, out_width: int, step: int) -> int:
-    """Zero columns needed after each row so that no window leaves its row's own gap.
-
-    The true need is read from the positions on a CPU; elsewhere reading would synchronise (or break tracing), so the
-    bound that serves every position is taken: the window's width.
+    ``once_differentiable`` raises only for some of the inputs: with ``allow_unused=True`` it gives None.
     """
-    bound = (out_width - 1) * step + 2
-    if col.device.type != "cpu" or torch.compiler.is_compiling() or col.numel() == 0:
-        return bound
-    low, high = (int(value) for value in col.aminmax())
-    return min(max(-low, high + bound - in_width, 0), bound)
-
-
-def _read_windows(
-    source: Tensor,
-    plane: Tensor,
-    row: Tensor,
-    col: Tensor,
-    gap: int,
-    in_size: tuple[int, int],
-    out_size: tuple[int, int],
-    step: tuple[int, int],
-) -> Tensor:
-    """Gathers, for each of K taps, the rows of its plane that start at (row, col); zeros outside the plane.
-
-    Args:
-        source: Padded planes [P, S, Hi + 2, Wi + gap]: a zero row above, one below, ``gap`` zero columns at the right,
-            which also serve as the left gap of the next row.
-        plane: Plane of each tap [K].
-        row: First row of each tap's window [K].
-        col: First column of each tap's window [K].
-        gap: Zero columns after each row.
-        in_size: Size (Hi, Wi) of a plane.
-        out_size: Output size (Ho, Wo).
-        step: Distance between neighbouring outputs in the input (rows, columns).
-
-    Returns:
-        With step 1: [K, S, Ho + 1, Wo + 1], all that bilinear interpolation needs. Otherwise the four corners
-        [2, 2, K, S, Ho, Wo], first index the lower row, second the right column.
-    """
-    height, width = in_size
-    pitch = width + gap
-    images = source.shape[1]
-    flat = source.reshape(-1)
-    col = col.clamp(*_column_limits(width, out_size[1], step[1]))
-    first_plane = plane[:, None] * images + torch.arange(images, device=row.device)
-    first_plane = (first_plane * ((height + 2) * pitch))[:, :, None]
-
-    def gather(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> Tensor:
-        rows = row[:, None] + torch.arange(num_rows, device=row.device) * step[0]
-        rows = torch.where((rows >= 0) & (rows < height), rows, height)  # row Hi is the zero row below
-        start = first_plane + ((rows + 1) * pitch + col[:, None])[:, None, :]
-        reach = (num_cols - 1) * step[1]
-        return flat.as_strided((flat.numel() - reach, num_cols), (1, step[1]))[start]
-
-    if step == (1, 1):
-        return gather(row, col, out_size[0] + 1, out_size[1] + 1)
-    return torch.stack(
-        [torch.stack([gather(row + down, col + right, *out_size) for right in (0, 1)]) for down in (0, 1)]
-    )
-
-
-@dataclass(frozen=True)
-class _Corners:
-    """The four neighbours of every sample as flat rows [K, L]; with step 1 they are views of one gathered tensor."""
-
-    values: Tensor
-    shared: bool
-    pitch: int
-    length: int
 
     @staticmethod
-    def of(windows: Tensor) -> _Corners:
-        if windows.dim() == 4:  # [K, S, Ho + 1, Wo + 1]
-            pitch = windows.shape[3]
-            values = windows.reshape(windows.shape[0], -1)
-            return _Corners(values, True, pitch, max(values.shape[1] - pitch - 1, 0))
-        values = windows.reshape(2, 2, windows.shape[2], -1)
-        return _Corners(values, False, windows.shape[-1], values.shape[-1])
+    def forward(
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        geometry: Geometry,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return _backward(grad_output, input, weight, positions, geometry, needs)
 
-    def corner(self, down: int, right: int) -> Tensor:
-        if not self.shared:
-            return self.values[down, right]
-        start = down * self.pitch + right
-        return self.values[:, start : start + self.length]
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
 
-    def columns(self, shift: _Shift) -> Tensor:
-        if not self.shared:
-            rows = torch.lerp(self.values[:, 0], self.values[:, 1], shift.col_fraction)
-            return torch.lerp(rows[0], rows[1], shift.row_fraction)
-        rows = torch.lerp(self.values[:, :-1], self.values[:, 1:], shift.col_fraction)
-        return torch.lerp(
-            rows[:, : self.length], rows[:, self.pitch : self.pitch + self.length], shift.row_fraction
-        )
-
-    def position_gradient(self, grad_columns: Tensor, shift: _Shift) -> Tensor:
-        """Derivative by (row, col) of sum(grad_columns * columns), [K, 2]: four dot products per tap."""
-        grad = grad_columns[:, None, :]
-        top_left, top_right, bottom_left, bottom_right = (
-            torch.bmm(grad, self.corner(down, right)[:, :, None])[:, 0]
-            for down in (0, 1)
-            for right in (0, 1)
-        )
-        by_row = torch.lerp(bottom_left - top_left, bottom_right - top_right, shift.col_fraction)
-        by_col = torch.lerp(top_right - top_left, bottom_right - bottom_left, shift.row_fraction)
-        return torch.cat([by_row, by_col], dim=1)
-
-    def weighted_sum(self, shift: _Shift, taps: int) -> Tensor:
-        """Sum over each channel's taps of the interpolated values, [K / taps, L]."""
-        rows = torch.lerp(self.values[:, :-1], self.values[:, 1:], shift.col_fraction)
-        rows = rows.unflatten(0, (-1, taps))
-        lower = shift.row_fraction.reshape(-1, 1, taps)
-        total = torch.bmm(1 - lower, rows[:, :, : self.length])
-        return total.baddbmm_(lower, rows[:, :, self.pitch : self.pitch + self.length])[:, 0]
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError("`irregular_conv2d` can be differentiated only once; this asked for a second derivative.")
 
 
 @dataclass(frozen=True)
@@ -371,11 +233,11 @@ class _Call:
         self.weight = weight.unflatten(0, (geometry.groups, -1))  # [G, N / G, C / G, T]
         self.group_channels, self.taps = weight.shape[1:]
         self.dtype = _compute_dtype(input.dtype)
-        self.shift = _shifts(positions, geometry, self.dtype)
+        self.shift = shifts(positions, geometry, self.dtype)
         self.shared = geometry.stride == (1, 1)
         height, width = geometry.output_size
         self.rows, self.pitch = (height + 1, width + 1) if self.shared else (height, width)
-        self.gap = _gap(self.shift.col, geometry.input_size[1], width, geometry.stride[1])
+        self.gap = gap_columns(self.shift.col, geometry.input_size[1], width, geometry.stride[1])
 
     def slabs_and_blocks(self) -> Iterator[tuple[tuple[int, int], Iterator[_Block]]]:
         for first, last in _slabs(self.geometry, self.input.shape[0]):
@@ -392,14 +254,14 @@ class _Call:
         last = ((block.last_group - 1) * self.group_channels + block.last_channel) * self.taps
         return first, last
 
-    def block_corners(self, block: _Block, images: tuple[int, int], shift: _Shift) -> _Corners:
+    def block_corners(self, block: _Block, images: tuple[int, int], shift: Shift) -> Corners:
         planes = self.input[
             images[0] : images[1], block.first_group : block.last_group, block.first_channel : block.last_channel
         ]
         planes = planes.flatten(1, 2).transpose(0, 1).to(self.dtype)  # [P, S, H, W]
         plane = torch.arange(planes.shape[0], device=planes.device).repeat_interleave(self.taps)
         geometry = self.geometry
-        windows = _read_windows(
+        windows = read_windows(
             _padded(planes, self.gap),
             plane,
             shift.row,
@@ -409,7 +271,7 @@ class _Call:
             geometry.output_size,
             geometry.stride,
         )
-        return _Corners.of(windows)
+        return Corners.of(windows)
 
     def crop(self, flat: Tensor, images: int) -> Tensor:
         """[..., S * rows * pitch] to [..., S, Ho, Wo]."""
@@ -442,7 +304,7 @@ def _forward(input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometr
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right over a batch of groups; half precision factors are summed into the float32 total."""
+    """Total += left @ right over a batch of groups; half precision factors are summed into the float32 total."""
     right = right.to(left.dtype)
     if total.dtype != left.dtype:
         total += torch.bmm(left, right)
@@ -515,7 +377,7 @@ def _grads(
     )
 
 
-def _input_gradient(call: _Call, grad_columns: Tensor, shift: _Shift, images: int) -> Tensor:
+def _input_gradient(call: _Call, grad_columns: Tensor, shift: Shift, images: int) -> Tensor:
     """Gathers the gradient of one block's input planes [c, S, H, W] from its columns' gradient [c * T, L].
 
     With a stride the columns' gradient is first spread over the input's grid, zeros between, and read as with stride 1.
@@ -526,13 +388,13 @@ def _input_gradient(call: _Call, grad_columns: Tensor, shift: _Shift, images: in
     rows = (geometry.output_size[0] - 1) * step_rows + 1
     cols = (geometry.output_size[1] - 1) * step_cols + 1
     adjoint = shift.negated()
-    gap = _gap(adjoint.col, cols, size[1], 1)
+    gap = gap_columns(adjoint.col, cols, size[1], 1)
     num_planes = grad_columns.shape[0]
     source = grad_columns.new_zeros(num_planes, images, rows + 2, cols + gap)
     source[:, :, 1 : rows + 1 : step_rows, :cols:step_cols] = call.crop(grad_columns, images)
     plane = torch.arange(num_planes, device=source.device)
-    windows = _read_windows(source, plane, adjoint.row, adjoint.col, gap, (rows, cols), size, (1, 1))
-    corners = _Corners.of(windows)
+    windows = read_windows(source, plane, adjoint.row, adjoint.col, gap, (rows, cols), size, (1, 1))
+    corners = Corners.of(windows)
     flat = corners.weighted_sum(adjoint, call.taps)
     flat = F.pad(flat, (0, corners.values.shape[1] - corners.length))
     return flat.unflatten(1, (images, size[0] + 1, size[1] + 1))[..., : size[0], : size[1]]

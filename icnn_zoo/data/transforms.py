@@ -1,0 +1,117 @@
+"""The paper's training augmentation: scale, pad right and bottom, crop at random, mirror; built on albumentations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask the network for newer versions
+
+import albumentations as A
+import cv2
+
+Size = int | Sequence[int]
+
+
+def size_pair(name: str, size: Size) -> tuple[int, int]:
+    """(height, width) of a size given as one number or as a pair.
+
+    Args:
+        name: The argument's name, for the error.
+        size: Pixels: one number for a square, or (height, width).
+
+    Raises:
+        ValueError: Not one or two positive integers.
+    """
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or any(not isinstance(side, int) or side < 1 for side in pair):
+        raise ValueError(f"`{name}` must be a positive number of pixels or a pair (height, width); got {size!r}.")
+    return pair[0], pair[1]
+
+
+class TrainTransform:
+    """Scales, pads, crops and mirrors an image and its mask: a pure function of the sample and a seed.
+
+    The image is scaled bilinearly and the mask by nearest neighbour, to ``int(side * scale)``. Where the result is
+    smaller than the crop, it is padded at the right and the bottom, the image with ``fill`` and the mask with
+    ``ignore_index``.
+
+    Args:
+        crop_size: Pixels of the crop: one number or (height, width).
+        scales: Factors to choose from; for ``scale_mode="uniform"`` the two ends of the range.
+        scale_mode: "choice" draws one of ``scales``, "uniform" any factor between two.
+        mirror: Mirrors left to right with probability 0.5.
+        fill: RGB, 0 to 255, of padded pixels. The default is the ImageNet mean.
+        ignore_index: Label of padded pixels.
+
+    Raises:
+        ValueError: A size that is not positive, no scale, a scale that is not positive, or an unknown mode.
+
+    Example:
+        >>> transform = TrainTransform(crop_size=321)
+        >>> image, mask = np.zeros((100, 200, 3), np.uint8), np.zeros((100, 200), np.uint8)
+        >>> image, mask = transform(image, mask, seed=7)
+        >>> image.shape, mask.shape
+        ((321, 321, 3), (321, 321))
+    """
+
+    def __init__(
+        self,
+        crop_size: Size,
+        scales: Sequence[float] = (0.5, 0.75, 1.0, 1.25, 1.5),
+        scale_mode: Literal["choice", "uniform"] = "choice",
+        mirror: bool = True,
+        fill: Sequence[int] = (124, 116, 104),
+        ignore_index: int = 255,
+    ) -> None:
+        height, width = size_pair("crop_size", crop_size)
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"`scales` must be one or more positive factors; got {tuple(scales)}.")
+        if scale_mode not in ("choice", "uniform"):
+            raise ValueError(f"`scale_mode` must be choice or uniform; got {scale_mode!r}.")
+        if scale_mode == "uniform" and len(scales) != 2:
+            raise ValueError(f"`scales` must be the range's two ends for scale_mode uniform; got {tuple(scales)}.")
+        if len(fill) != 3:
+            raise ValueError(f"`fill` must be one number for each of R, G and B; got {tuple(fill)}.")
+        self._compose = A.Compose(
+            [
+                _scale(scales) if scale_mode == "uniform" else A.OneOf([_scale((s, s)) for s in scales], p=1.0),
+                A.PadIfNeeded(
+                    min_height=height,
+                    min_width=width,
+                    position="top_left",
+                    border_mode=cv2.BORDER_CONSTANT,
+                    fill=tuple(fill),
+                    fill_mask=ignore_index,
+                ),
+                A.RandomCrop(height, width),
+                A.HorizontalFlip(p=0.5 if mirror else 0.0),
+            ]
+        )
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Augments one sample.
+
+        Args:
+            image: uint8 [H, W, 3], RGB.
+            mask: uint8 [H, W], class indices.
+            seed: Decides everything that is random; at least 0 and below 2**32.
+
+        Returns:
+            Image [crop height, crop width, 3] and mask [crop height, crop width].
+        """
+        self._compose.set_random_seed(seed)
+        result = self._compose(image=image, mask=mask)
+        return result["image"], result["mask"]
+
+
+def _scale(ends: Sequence[float]) -> A.RandomScale:
+    return A.RandomScale(
+        scale_limit=(min(ends) - 1, max(ends) - 1),
+        interpolation=cv2.INTER_LINEAR,
+        mask_interpolation=cv2.INTER_NEAREST,
+        p=1.0,
+    )

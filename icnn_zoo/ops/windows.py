@@ -1,0 +1,182 @@
+"""Reading planes at fixed sub-pixel shifts: whole rows by one gather, then two blends.
+
+Letters used in shapes: T taps, K = channels x taps, P planes, S images, (Hi, Wi) size of a plane, (Ho, Wo) of the output,
+L = length of a plane's slab of images, flattened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one call. ``origin`` is what turns a position into a row and column of the unpadded input."""
+
+    input_size: tuple[int, int]
+    output_size: tuple[int, int]
+    stride: tuple[int, int]
+    origin: tuple[int, int]
+    groups: int
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Integer and fractional part of each tap's shift, flattened to [K] rows of one block or of all channels."""
+
+    row: Tensor
+    col: Tensor
+    row_fraction: Tensor
+    col_fraction: Tensor
+
+    def select(self, first: int, last: int) -> Shift:
+        return Shift(
+            self.row[first:last],
+            self.col[first:last],
+            self.row_fraction[first:last],
+            self.col_fraction[first:last],
+        )
+
+    def negated(self) -> Shift:
+        """The adjoint's shift: reading at -p has integer part -floor(p) - 1 and fraction 1 - frac(p)."""
+        return Shift(-self.row - 1, -self.col - 1, 1 - self.row_fraction, 1 - self.col_fraction)
+
+
+def shifts(positions: Tensor, geometry: Geometry, dtype: torch.dtype) -> Shift:
+    floor = positions.floor()
+    fraction = (positions - floor).to(dtype)  # NaN stays NaN here, while the integer part below is made safe
+    limits = [
+        (size - 1) * stride + extent + 2
+        for size, stride, extent in zip(geometry.output_size, geometry.stride, geometry.input_size, strict=True)
+    ]
+    limit = torch.tensor(limits, dtype=positions.dtype, device=positions.device)
+    origin = torch.tensor(geometry.origin, device=positions.device)
+    # Past the limit every read is outside the input wherever the origin is, so clamping does not change the function.
+    bound = limit + origin.abs()
+    integer = torch.clamp(floor.nan_to_num(0.0), -bound, bound).long() + origin
+    return Shift(
+        integer[..., 0].flatten(),
+        integer[..., 1].flatten(),
+        fraction[..., 0].reshape(-1, 1),
+        fraction[..., 1].reshape(-1, 1),
+    )
+
+
+def _column_limits(in_width: int, out_width: int, step: int) -> tuple[int, int]:
+    """Smallest and largest useful first column of a window: outside, every read is zero."""
+    return -((out_width - 1) * step + 2), in_width
+
+
+def gap_columns(col: Tensor, in_width: int, out_width: int, step: int) -> int:
+    """Zero columns needed after each row so that no window leaves its row's own gap.
+
+    The true need is read from the positions on a CPU; elsewhere reading would synchronise (or break tracing), so the
+    bound that serves every position is taken: the window's width.
+    """
+    bound = (out_width - 1) * step + 2
+    if col.device.type != "cpu" or torch.compiler.is_compiling() or col.numel() == 0:
+        return bound
+    low, high = (int(value) for value in col.aminmax())
+    return min(max(-low, high + bound - in_width, 0), bound)
+
+
+def read_windows(
+    source: Tensor,
+    plane: Tensor,
+    row: Tensor,
+    col: Tensor,
+    gap: int,
+    in_size: tuple[int, int],
+    out_size: tuple[int, int],
+    step: tuple[int, int],
+) -> Tensor:
+    """Gathers, for each of K taps, the rows of its plane that start at (row, col); zeros outside the plane.
+
+    Args:
+        source: Padded planes [P, S, Hi + 2, Wi + gap]: a zero row above, one below, ``gap`` zero columns at the right,
+            which also serve as the left gap of the next row.
+        plane: Plane of each tap [K].
+        row: First row of each tap's window [K].
+        col: First column of each tap's window [K].
+        gap: Zero columns after each row.
+        in_size: Size (Hi, Wi) of a plane.
+        out_size: Output size (Ho, Wo).
+        step: Distance between neighbouring outputs in the input (rows, columns).
+
+    Returns:
+        With step 1: [K, S, Ho + 1, Wo + 1], all that bilinear interpolation needs. Otherwise the four corners
+        [2, 2, K, S, Ho, Wo], first index the lower row, second the right column.
+    """
+    height, width = in_size
+    pitch = width + gap
+    images = source.shape[1]
+    flat = source.reshape(-1)
+    col = col.clamp(*_column_limits(width, out_size[1], step[1]))
+    first_plane = plane[:, None] * images + torch.arange(images, device=row.device)
+    first_plane = (first_plane * ((height + 2) * pitch))[:, :, None]
+
+    def gather(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> Tensor:
+        rows = row[:, None] + torch.arange(num_rows, device=row.device) * step[0]
+        rows = torch.where((rows >= 0) & (rows < height), rows, height)  # row Hi is the zero row below
+        start = first_plane + ((rows + 1) * pitch + col[:, None])[:, None, :]
+        reach = (num_cols - 1) * step[1]
+        return flat.as_strided((flat.numel() - reach, num_cols), (1, step[1]))[start]
+
+    if step == (1, 1):
+        return gather(row, col, out_size[0] + 1, out_size[1] + 1)
+    return torch.stack(
+        [torch.stack([gather(row + down, col + right, *out_size) for right in (0, 1)]) for down in (0, 1)]
+    )
+
+
+@dataclass(frozen=True)
+class Corners:
+    """The four neighbours of every sample as flat rows [K, L]; with step 1 they are views of one gathered tensor."""
+
+    values: Tensor
+    shared: bool
+    pitch: int
+    length: int
+
+    @staticmethod
+    def of(windows: Tensor) -> Corners:
+        if windows.dim() == 4:  # [K, S, Ho + 1, Wo + 1]
+            pitch = windows.shape[3]
+            values = windows.reshape(windows.shape[0], -1)
+            return Corners(values, True, pitch, max(values.shape[1] - pitch - 1, 0))
+        values = windows.reshape(2, 2, windows.shape[2], -1)
+        return Corners(values, False, windows.shape[-1], values.shape[-1])
+
+    def corner(self, down: int, right: int) -> Tensor:
+        if not self.shared:
+            return self.values[down, right]
+        start = down * self.pitch + right
+        return self.values[:, start : start + self.length]
+
+    def columns(self, shift: Shift) -> Tensor:
+        if not self.shared:
+            rows = torch.lerp(self.values[:, 0], self.values[:, 1], shift.col_fraction)
+            return torch.lerp(rows[0], rows[1], shift.row_fraction)
+        rows = torch.lerp(self.values[:, :-1], self.values[:, 1:], shift.col_fraction)
+        return torch.lerp(rows[:, : self.length], rows[:, self.pitch : self.pitch + self.length], shift.row_fraction)
+
+    def position_gradient(self, grad_columns: Tensor, shift: Shift) -> Tensor:
+        """Derivative by (row, col) of sum(grad_columns * columns), [K, 2]: four dot products per tap."""
+        grad = grad_columns[:, None, :]
+        top_left, top_right, bottom_left, bottom_right = (
+            torch.bmm(grad, self.corner(down, right)[:, :, None])[:, 0] for down in (0, 1) for right in (0, 1)
+        )
+        by_row = torch.lerp(bottom_left - top_left, bottom_right - top_right, shift.col_fraction)
+        by_col = torch.lerp(top_right - top_left, bottom_right - bottom_left, shift.row_fraction)
+        return torch.cat([by_row, by_col], dim=1)
+
+    def weighted_sum(self, shift: Shift, taps: int) -> Tensor:
+        """Sum over each channel's taps of the interpolated values, [K / taps, L]."""
+        rows = torch.lerp(self.values[:, :-1], self.values[:, 1:], shift.col_fraction)
+        rows = rows.unflatten(0, (-1, taps))
+        lower = shift.row_fraction.reshape(-1, 1, taps)
+        total = torch.bmm(1 - lower, rows[:, :, : self.length])
+        return total.baddbmm_(lower, rows[:, :, self.pitch : self.pitch + self.length])[:, 0]

@@ -1,0 +1,89 @@
+"""The segmentation network."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from icnn_zoo import convert, irregular_layers
+from icnn_zoo.models import SegmentationModel, shrink_labels
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "tf_efficientnet_lite0", "convnext_atto"])
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_logits_have_the_output_stride(backbone, output_stride):
+    model = SegmentationModel(backbone, 7, output_stride=output_stride).eval()
+    logits = model(torch.randn(1, 3, 96, 160))
+    assert logits.shape == (1, 7, 96 // output_stride, 160 // output_stride)
+
+
+def test_sizes_of_8k_plus_1_give_k_plus_1_logits():
+    assert SegmentationModel("resnet18", 3).eval()(torch.randn(1, 3, 81, 97)).shape[-2:] == (11, 13)
+
+
+def test_the_head_is_one_dilated_convolution_drawn_as_in_deeplab():
+    head = SegmentationModel("resnet18", 21).classifier
+    assert (head.kernel_size, head.dilation, head.padding) == ((3, 3), (12, 12), (12, 12))
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert (head.bias == 0).all()
+
+
+def test_start_classifier_converts_the_head_alone():
+    assert list(irregular_layers(convert(SegmentationModel("resnet18", 3), "classifier"))) == ["classifier"]
+
+
+def test_start_in_the_backbone_reaches_the_head():
+    layers = list(irregular_layers(convert(SegmentationModel("resnet101", 3), "layer4.2")))
+    assert layers == ["backbone.layer4.2.conv2", "classifier"]
+
+
+def test_preprocessing_takes_mean_and_std_from_timm_unless_given():
+    image = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
+    cfg = timm.get_pretrained_cfg("resnet18")
+    expected = (1 - torch.tensor(cfg.mean)) / torch.tensor(cfg.std)
+    torch.testing.assert_close(SegmentationModel("resnet18", 3).preprocess(image)[0, :, 0, 0], expected)
+    half = SegmentationModel("resnet18", 3, mean=(0.5,) * 3, std=(0.25,) * 3)
+    torch.testing.assert_close(half.preprocess(image)[0, :, 0, 0], torch.full((3,), 2.0))
+
+
+def test_aligned_upsampling_keeps_the_logits_on_every_8th_pixel():
+    model = SegmentationModel("resnet18", 3)
+    logits = torch.randn(1, 3, 6, 9)
+    torch.testing.assert_close(model.upsample(logits, (41, 65))[..., ::8, ::8], logits)
+
+
+def test_labels_shrink_to_every_8th_pixel_and_other_sizes_name_the_nearest():
+    labels = torch.arange(17 * 25).reshape(1, 17, 25)
+    assert torch.equal(shrink_labels(labels, 8), labels[:, ::8, ::8])
+    with pytest.raises(ValueError, match=r"153 or 161 for 160"):
+        shrink_labels(torch.zeros(1, 160, 161), 8)
+
+
+def test_local_weights_load_before_or_after_converting(tmp_path):
+    source = timm.create_model("resnet18")
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    for model in (SegmentationModel("resnet18", 3), convert(SegmentationModel("resnet18", 3), "layer3")):
+        model.load_pretrained(tmp_path / "weights.safetensors")
+        assert torch.equal(model.backbone.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+
+
+def test_missing_weights_are_a_clear_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pretrained"):
+        SegmentationModel("resnet18", 3).load_pretrained(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": "resnet100"}, r"no timm model; the nearest are .*resnet10"),
+        ({"backbone": "vgg11"}, "cannot be dilated"),
+        ({"backbone": "vit_tiny_patch16_224"}, "cannot be dilated"),
+        ({"output_stride": 4}, "`output_stride`"),
+        ({"head": "aspp"}, "`head`"),
+        ({"num_classes": 1}, "`num_classes`"),
+        ({"mean": (0.5,)}, "`mean`"),
+    ],
+)
+def test_wrong_choices_name_the_right_ones(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SegmentationModel(**{"backbone": "resnet18", "num_classes": 3, **arguments})
