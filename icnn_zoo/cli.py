@@ -30,7 +30,7 @@ def zoo_main(args: ArgsType = None) -> None:
         for name, command in COMMANDS.items():
             print(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
         print()
-    _run_lightning(arguments)
+    _run_lightning(args)
 
 
 def _prepare(arguments: Sequence[str]) -> None:

@@ -44,7 +44,8 @@ class SegmentationTask(pl.LightningModule):
         mean: RGB mean in 0 to 1, None for timm's.
         std: RGB standard deviation in 0 to 1, None for timm's.
         optimizer: "sgd" or "adamw".
-        lr: Rate of the backbone's weights; the head's are 10 times that, its biases 20 times.
+        lr: Rate of the backbone's weights.
+        head_lr_factor: Rate of the head's weights over ``lr``; its biases have twice that. DeepLab's 10 is for SGD.
         position_lr: Rate of the positions.
         momentum: Momentum of SGD.
         weight_decay: Decay of weights; never of positions, biases and norm parameters.
@@ -76,6 +77,7 @@ class SegmentationTask(pl.LightningModule):
         std: Sequence[float] | None = None,
         optimizer: Literal["sgd", "adamw"] = "sgd",
         lr: float = 1e-3,
+        head_lr_factor: float = 10.0,
         position_lr: float = 50.0,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
@@ -99,6 +101,7 @@ class SegmentationTask(pl.LightningModule):
         self.pretrained = pretrained
         self.optimizer_name = optimizer
         self.lr = lr
+        self.head_lr_factor = head_lr_factor
         self.position_lr = position_lr
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -135,7 +138,13 @@ class SegmentationTask(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = parameter_groups(
-            self.model, lr=self.lr, position_lr=self.position_lr, weight_decay=self.weight_decay, head="classifier"
+            self.model,
+            lr=self.lr,
+            position_lr=self.position_lr,
+            weight_decay=self.weight_decay,
+            head="classifier",
+            head_lr_factor=self.head_lr_factor,
+            head_bias_lr_factor=2 * self.head_lr_factor,
         )
         optimizer: torch.optim.Optimizer
         if self.optimizer_name == "sgd":

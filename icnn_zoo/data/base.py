@@ -1,4 +1,4 @@
-"""What all datasets share: batches, shares of processes, determinism and resumption. A dataset adds only its samples."""
+"""What all datasets share: batches, processes, determinism, resumption. A dataset adds only its samples."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _STAGES: dict[str, tuple[Split, ...]] = {
 class SegmentationDataModule(pl.LightningDataModule, ABC):
     """Images and masks for training and evaluating a segmentation network.
 
-    A subclass gives ``classes`` and implements :meth:`make_dataset`. Order and augmentation of training samples are pure
-    functions of (seed, epoch, index), for any number of devices and workers; a run resumes mid-epoch with exactly the
-    next batch. In evaluation every image comes exactly once at its native size; where processes need an equal number,
-    repeated images fill up, their mask all ``ignore_index`` and flagged in "padding".
+    A subclass gives ``classes`` and implements :meth:`make_dataset`. Order and augmentation of training samples are
+    pure functions of (seed, epoch, index), for any number of devices and workers; a run resumes mid-epoch with exactly
+    the next batch. In evaluation every image comes exactly once at its native size; where processes need an equal
+    number, repeated images fill up, their mask all ``ignore_index`` and flagged in "padding".
 
     Batches hold "image", uint8 [B, 3, H, W] RGB in 0..255 (the network normalises, on its device), "mask", int64
     [B, H, W], "name", list of str, and "padding", bool [B].
@@ -135,7 +135,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
         trainer, shares = self.trainer, 1
         if trainer is not None:
             shares = trainer.accumulate_grad_batches
-            if trainer.overfit_batches:
+            if trainer.overfit_batches:  # type: ignore[attr-defined]
                 raise ValueError("trainer.overfit_batches would change the order of images: use limit_train_batches.")
             if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
                 raise ValueError("`batch_size` is a total: set trainer.accumulate_grad_batches, not a schedule of it.")

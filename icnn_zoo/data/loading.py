@@ -96,8 +96,8 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
     """(epoch, index) keys in an order that (seed, epoch) decides, the same total batches on any number of processes.
 
     Total batch k of an epoch is the k-th run of ``batch_size`` images of the permutation; processes and accumulation
-    only divide it among themselves. The incomplete last one is dropped. (A DistributedSampler by type, so that Lightning
-    does not shard it once more.)
+    only divide it among themselves. The incomplete last one is dropped. (A DistributedSampler by type, so that
+    Lightning does not shard it once more.)
 
     Args:
         length: Images of the dataset.
@@ -128,17 +128,21 @@ class TrainSampler(DistributedSampler[tuple[int, int]]):
         self.batch_size = batch_size
         self.shares = shares
         self.local_batch_size = batch_size // (world_size * shares)
-        self.start = 0  # loader batches to skip in the next iteration
+        self._start: tuple[int, int] | None = None
+
+    def start_at(self, epoch: int, skip: int) -> None:
+        """Makes the next iteration, once, that of an epoch without the first ``skip`` of this process's batches."""
+        self._start = (epoch, skip)
 
     def __len__(self) -> int:
         return self.length // self.batch_size * self.shares * self.local_batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        (epoch, skip), self._start = self._start or (self.epoch, 0), None
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
         steps = self.length // self.batch_size
         parts = order[: steps * self.batch_size].reshape(steps, self.shares, self.num_replicas, self.local_batch_size)
-        epoch, start, self.start = self.epoch, self.start, 0
-        for index in parts[:, :, self.rank].reshape(-1)[start * self.local_batch_size :].tolist():
+        for index in parts[:, :, self.rank].reshape(-1)[skip * self.local_batch_size :].tolist():
             yield epoch, index
 
 
@@ -161,50 +165,60 @@ class EvalSampler(DistributedSampler[tuple[int, bool]]):
 
 
 class TrainLoader(DataLoader[Sample]):
-    """A DataLoader over a :class:`TrainSampler` that continues an epoch where a checkpoint left it.
+    """A DataLoader over a :class:`TrainSampler` that continues where a checkpoint left it.
 
-    Its state is how far the epoch is, as Lightning saves it with every checkpoint: as order and augmentation are pure
-    functions of seed, epoch and index, nothing else needs saving, and the number of workers may change in between.
+    Its state is how far which epoch is, and Lightning saves it with every checkpoint: as order and augmentation are
+    pure functions of seed, epoch and index, nothing else needs saving, and the number of workers may change.
+
+    The loader counts epochs by itself. Lightning's number, which comes by ``set_epoch``, is where a new loader begins;
+    after resuming at the end of an epoch it is one too high, but it still tells whether the saved epoch goes on.
     """
 
     sampler: TrainSampler
-    _consumed = 0
-    _resume: tuple[int, int] | None = None  # epoch and loader batches to skip in it
+    _epoch: int | None = None  # None: no batch yet
+    _consumed = 0  # batches of that epoch that this process has seen
+    _resumed_at: int | None = None  # the sampler's epoch when the loaded state was saved
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # A generator: Lightning makes the iterator before it sets the epoch, and workers must not start on another one.
-        epoch, skip = self._resume or (self.sampler.epoch, 0)
-        self._resume = None
-        self._consumed = self.sampler.start = skip if epoch == self.sampler.epoch else 0
+        if self._epoch is None:
+            epoch, skip = self.sampler.epoch, 0
+        elif self._resumed_at == self.sampler.epoch and self._consumed < len(self):
+            epoch, skip = self._epoch, self._consumed
+        else:
+            epoch, skip = self._epoch + 1, 0
+        self._resumed_at = None
+        self._epoch, self._consumed = epoch, skip
+        self.sampler.start_at(epoch, skip)
         for batch in super().__iter__():
             self._consumed += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """The epoch, images of it that were consumed by all processes, and what decides the order."""
-        sampler = self.sampler
-        epoch, consumed = self._resume or (sampler.epoch, self._consumed)
-        images = consumed * sampler.local_batch_size * sampler.num_replicas
-        return {"epoch": epoch, "images": images, **self._order()}
+    def state_dict(self) -> dict[str, int | None]:
+        """The epoch, images of it that all processes have seen, and what decides the order of images."""
+        images = self._consumed * self._images_per_batch()
+        return {"epoch": self._epoch, "images": images, "sampler_epoch": self.sampler.epoch, **self._order()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int | None]) -> None:
         """Makes the next iteration continue from a state.
 
         Raises:
             ValueError: The order of images is not the one of the state, so that "the next image" has no meaning.
         """
-        sampler = self.sampler
         for name, value in self._order().items():
             if state[name] != value:
                 raise ValueError(
                     f"to resume, the data's {name} must be {state[name]} as in the checkpoint; got {value}."
                 )
-        skip, rest = divmod(state["images"], sampler.local_batch_size * sampler.num_replicas)
+        self._epoch, self._resumed_at = state["epoch"], state["sampler_epoch"]
+        self._consumed, rest = divmod(state["images"] or 0, self._images_per_batch())
         if rest:
             raise ValueError(
                 "the checkpoint is from within an accumulated batch: resume with as many devices as before."
             )
-        self._resume = (state["epoch"], skip)
+
+    def _images_per_batch(self) -> int:
+        return self.sampler.local_batch_size * self.sampler.num_replicas
 
     def _order(self) -> dict[str, int]:
         return {"seed": self.sampler.seed, "length": self.sampler.length, "batch_size": self.sampler.batch_size}

@@ -11,6 +11,10 @@ import numpy as np
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
+# Part of a scene's seed. Prediction shows validation scenes, so that the test artists stay unseen.
+SPLIT_SEEDS = {"train": 0, "val": 1, "test": 2, "predict": 1}
+
+
 class Scene:
     """A picture that grows by pasting objects, later ones over earlier ones, and its mask.
 
@@ -24,7 +28,7 @@ class Scene:
 
     def __init__(self, background: np.ndarray) -> None:
         self.image = background
-        self.mask = np.zeros(background.shape[:2], dtype=np.uint8)
+        self.mask: np.ndarray = np.zeros(background.shape[:2], dtype=np.uint8)
 
     def paste(self, layer: np.ndarray, placement: Placement, colors: np.ndarray, label: int) -> None:
         """Draws a layer and writes its label where its alpha is above one half.
@@ -35,15 +39,17 @@ class Scene:
             colors: float [4, C]: premultiplied R, G, B and alpha as linear functions of the channels.
             label: Class index, above 0.
         """
-        matrix = placement.matrix(layer.shape[0], layer.shape[1])
         height, width = self.mask.shape
-        corners = matrix @ np.array([[0, layer.shape[1]] * 2, [0, 0, *[layer.shape[0]] * 2], [1, 1, 1, 1]], np.float64)
-        left, top = np.maximum(np.floor(corners.min(axis=1)).astype(int) - 1, 0)
-        right, bottom = np.minimum(np.ceil(corners.max(axis=1)).astype(int) + 1, (width, height))
+        rows, cols = layer.shape[:2]
+        matrix = placement.matrix(rows, cols)
+        corners = matrix @ np.array([[0, cols, 0, cols], [0, 0, rows, rows], [1, 1, 1, 1]])
+        left, top = (corners.min(axis=1).astype(int) - 1).tolist()
+        right, bottom = (corners.max(axis=1).astype(int) + 2).tolist()
+        left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
         if right <= left or bottom <= top:
             return
         matrix[:, 2] -= (left, top)
-        warped = cv2.warpAffine(layer, matrix, (int(right - left), int(bottom - top)), flags=cv2.INTER_LINEAR)
+        warped = cv2.warpAffine(layer, matrix, (right - left, bottom - top), flags=cv2.INTER_LINEAR)
         warped = cv2.transform(warped.astype(np.float32), np.asarray(colors, dtype=np.float32))
         alpha = np.clip(warped[..., 3:], 0, 255)
         image = self.image[top:bottom, left:right]
@@ -100,6 +106,19 @@ def draw_placement(
         degrees=rng.uniform(-degrees, degrees),
         mirror=bool(rng.random() < 0.5),
     )
+
+
+def check_scene_arguments(objects: Sequence[int], object_size: Sequence[float], noise: float, **lengths: int) -> None:
+    """Raises ValueError for what no scene can be composed of."""
+    for split, length in lengths.items():
+        if length < 1:
+            raise ValueError(f"`num_{split}` must be at least 1; got {length}.")
+    if len(objects) != 2 or not 0 <= objects[0] <= objects[1]:
+        raise ValueError(f"`objects` must be the least and the greatest number of objects; got {tuple(objects)}.")
+    if len(object_size) != 2 or not 0 < object_size[0] <= object_size[1]:
+        raise ValueError(f"`object_size` must be two positive shares, the smaller first; got {tuple(object_size)}.")
+    if noise < 0:
+        raise ValueError(f"`noise` must not be negative; got {noise}.")
 
 
 def pyramid(layer: np.ndarray, least: int = 16) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -11,19 +11,30 @@ import numpy as np
 
 from icnn_zoo.data.base import SegmentationDataModule, Split
 from icnn_zoo.data.loading import Sample
-from icnn_zoo.data.scenes import Scene, draw_placement, level, pyramid, texture
+from icnn_zoo.data.scenes import SPLIT_SEEDS, Scene, check_scene_arguments, draw_placement, level, pyramid, texture
 from icnn_zoo.data.transforms import Size, size_pair
 
-Form = Callable[[np.ndarray, np.ndarray], np.ndarray]
-_SPLIT_SEEDS: dict[Split, int] = {"train": 0, "val": 1, "test": 2, "predict": 1}
+Form = Callable[[np.ndarray, np.ndarray], Any]  # x and y to where the form is
 _TEMPLATE_SIDE = 256
 
 
 def _polygon(sides: int) -> Form:
-    def form(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def form(x: np.ndarray, y: np.ndarray) -> Any:
         sector = 2 * np.pi / sides
         angle = np.mod(np.arctan2(y, x), sector) - sector / 2
         return np.hypot(x, y) * np.cos(angle) < np.cos(sector / 2)
+
+    return form
+
+
+def _star(points: int, inner: float) -> Form:
+    half = np.pi / points
+    corner = inner * np.cos(half), inner * np.sin(half)
+
+    def form(x: np.ndarray, y: np.ndarray) -> Any:
+        angle = np.abs(np.mod(np.arctan2(y, x) + half, 2 * half) - half)  # from the nearest point
+        along, across = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
+        return (1 - along) * corner[1] > across * (1 - corner[0])
 
     return form
 
@@ -32,7 +43,7 @@ def _lobes(number: int, depth: float) -> Form:
     return lambda x, y: np.hypot(x, y) < 1 - depth + depth * np.cos(number * np.arctan2(y, x))
 
 
-def _box(x: np.ndarray, y: np.ndarray, left: float, right: float, top: float, bottom: float) -> np.ndarray:
+def _box(x: np.ndarray, y: np.ndarray, left: float, right: float, top: float, bottom: float) -> Any:
     return (x > left) & (x < right) & (y > top) & (y < bottom)
 
 
@@ -42,7 +53,7 @@ FORMS: dict[str, Form] = {
     "triangle": _polygon(3),
     "cross": lambda x, y: (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 1),
     "ring": lambda x, y: abs(np.hypot(x, y) - 0.78) < 0.22,
-    "star": _lobes(5, 0.38),
+    "star": _star(5, 0.42),
     "square": _polygon(4),
     "crescent": lambda x, y: (np.hypot(x, y) < 1) & (np.hypot(x - 0.5, y) > 0.8),
     "bowtie": lambda x, y: (abs(y) < 0.08 + 0.75 * abs(x)) & (abs(x) < 0.9),
@@ -52,7 +63,7 @@ FORMS: dict[str, Form] = {
     "heart": lambda x, y: (
         (1.3 * x) ** 2 + (1.25 * y - 0.1) ** 2 - 1 < np.cbrt((1.3 * x) ** 2 * np.clip(-1.25 * y + 0.1, -2, 2) ** 3)
     ),
-    "drop": lambda x, y: np.hypot(x * (1.55 + 0.9 * y), y) < np.where(y < 0, 1, 0.8),
+    "drop": lambda x, y: (np.hypot(x, y - 0.35) < 0.62) | ((abs(x) < 0.517 * (y + 1)) & (y < 0.065)),
     "flower": _lobes(8, 0.2),
     "zed": lambda x, y: _box(x, y, -0.9, 0.25, -0.7, -0.1) | _box(x, y, -0.25, 0.9, -0.12, 0.5),
     "hexagon": _polygon(6),
@@ -115,7 +126,9 @@ class ShapesDataModule(SegmentationDataModule):
         **kwargs: Any,
     ) -> None:
         if not 2 <= num_classes <= 255:
-            raise ValueError(f"`num_classes` must be 2 to 255, background included (255 is no label); got {num_classes}.")
+            raise ValueError(
+                f"`num_classes` must be 2 to 255, background included (255 is no label); got {num_classes}."
+            )
         check_scene_arguments(objects, object_size, noise, train=num_train, val=num_val, test=num_test)
         if not 0 <= background_contrast <= 1:
             raise ValueError(f"`background_contrast` must be 0 to 1; got {background_contrast}.")
@@ -154,32 +167,25 @@ class ShapesDataset:
         return self.length
 
     def __getitem__(self, index: int, /) -> Sample:
-        rng = np.random.default_rng((self.seed, _SPLIT_SEEDS[self.split], index))
+        rng = np.random.default_rng((self.seed, SPLIT_SEEDS[self.split], index))
         height, width = self.image_size
         scene = Scene(texture(rng, height, width, self.background_contrast))
         for _ in range(rng.integers(self.objects[0], self.objects[1] + 1)):
             label = int(rng.integers(1, self.num_classes))
             placement = draw_placement(rng, height, width, self.object_size, degrees=180)
-            colors = np.full((4, 2), 255.0)
-            colors[:3] = rng.uniform(0, 255, (3, 2))
-            scene.paste(level(_template(label - 1), placement.side), placement, colors / 255, label)
+            colors = np.ones((4, 2))
+            colors[:3, 0] = _contrasting(rng, scene.image.mean(axis=(0, 1)))
+            colors[:3, 1] = _contrasting(rng, 255 * colors[:3, 0])
+            scene.paste(level(_template(label - 1), placement.side), placement, colors, label)
         image, mask = scene.finish(rng, self.noise)
         return {"image": image, "mask": mask, "name": f"shapes-{self.split}-{index:06d}"}
 
 
-def check_scene_arguments(
-    objects: Sequence[int], object_size: Sequence[float], noise: float, **lengths: int
-) -> None:
-    """Raises ValueError for what no scene can be composed of."""
-    for split, length in lengths.items():
-        if length < 1:
-            raise ValueError(f"`num_{split}` must be at least 1; got {length}.")
-    if len(objects) != 2 or not 0 <= objects[0] <= objects[1]:
-        raise ValueError(f"`objects` must be the least and the greatest number of objects; got {tuple(objects)}.")
-    if len(object_size) != 2 or not 0 < object_size[0] <= object_size[1]:
-        raise ValueError(f"`object_size` must be two positive shares, the smaller first; got {tuple(object_size)}.")
-    if noise < 0:
-        raise ValueError(f"`noise` must not be negative; got {noise}.")
+def _contrasting(rng: np.random.Generator, color: np.ndarray) -> np.ndarray:
+    """Of four random RGB colours in 0..1 the one farthest from a given one in 0..255."""
+    colors: np.ndarray = rng.random((4, 3))
+    farthest: np.ndarray = colors[np.linalg.norm(colors - color / 255, axis=1).argmax()]
+    return farthest
 
 
 @cache

@@ -1,0 +1,95 @@
+"""The benchmark runs, reports, and shows no speed when its correctness gate is red."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import icnn_zoo
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "irregular_conv2d.py"
+TINY = ["--quick", "--threads", "1"]
+
+
+@pytest.fixture
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_irregular_conv2d", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    threads = torch.get_num_threads()
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        torch.set_num_threads(threads)
+        del sys.modules[spec.name]
+
+
+def test_prints_ratios_and_writes_json(benchmark, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    shapes = ["stride2", "full"]
+    assert benchmark.main([*TINY, "--json", str(path), "--shapes", *shapes]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert [result["name"] for result in report["shapes"]] == shapes
+    assert {"machine", "versions", "date", "seed", "settings", "gate"} <= report.keys()
+    # seven comparisons a shape: four with deform_conv2d, and conv2d has no gradient of positions
+    assert len(report["gate"]) == 7 * len(shapes)
+    for result in report["shapes"]:
+        assert f"{result['name']}: " in printed
+        records = {(record["peer"], record["mode"]): record for record in result["records"]}
+        assert len(records) == 2 * len(benchmark.PEERS)
+        for (peer, mode), record in records.items():
+            assert peer in printed
+            if peer == "DCLS" and record["reason"]:
+                assert record["reason"] in printed
+                continue
+            assert record["reason"] is None, (peer, mode)
+            assert len(record["times_ms"]) == len(record["ratios"]) == 2
+            assert min(record["times_ms"]) > 0
+        assert records["conv2d", "forward"]["ratios"] == [1.0, 1.0]
+
+
+def test_markdown_and_reason_of_an_absent_peer(benchmark, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "DCLS.construct.modules", None)  # the import raises
+    assert benchmark.main([*TINY, "--markdown", "--no-backward", "--shapes", "convnext7", "classifier"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(rows) == 4
+    assert len({row.count("|") for row in rows}) == 1
+    assert all("DCLS forward: ModuleNotFoundError" in row for row in rows[2:])
+
+
+@pytest.mark.parametrize("wrong", ["output", "positions"])
+def test_red_gate_exits_1_without_speed(benchmark, monkeypatch, capsys, tmp_path, wrong):
+    right = icnn_zoo.irregular_conv2d
+
+    def operator(input, weight, positions, *args, **kwargs):
+        if wrong == "output":
+            return right(input, weight, positions, *args, **kwargs) * 1.01
+        return right(input, weight, positions + 0.01 * (positions - positions.detach()), *args, **kwargs)
+
+    monkeypatch.setattr(icnn_zoo, "irregular_conv2d", operator)
+    path = tmp_path / "result.json"
+    assert benchmark.main([*TINY, "--json", str(path), "--shapes", "layer3"]) == 1
+    printed = capsys.readouterr().out
+    assert "WRONG layer3: " in printed
+    assert " ms" not in printed
+    assert "ratio" not in printed
+    assert not path.exists()
+    if wrong == "positions":
+        assert "position gradient" in printed
+        assert "output" not in printed
+
+
+def test_command_needs_no_training_stack():
+    code = (
+        "import runpy, sys; sys.modules.update(dict.fromkeys(['albumentations', 'wandb', 'lightning']));"
+        f"sys.argv = ['benchmark', '--help']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "--repeats" in done.stdout

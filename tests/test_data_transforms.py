@@ -1,0 +1,86 @@
+"""The training augmentation does what the protocol says, and the same for the same seed."""
+
+import numpy as np
+import pytest
+
+from icnn_zoo.data import TrainTransform
+
+FILL = (124, 116, 104)
+
+
+def picture(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image whose every pixel tells its place, and a mask that can be checked against it."""
+    rows, cols = np.mgrid[0:height, 0:width]
+    mask = ((rows // 8 + cols // 8) % 4).astype(np.uint8)
+    return np.stack([mask * 60, mask * 60, mask * 60], axis=-1).astype(np.uint8), mask
+
+
+def test_smaller_images_are_padded_at_the_right_and_the_bottom():
+    transform = TrainTransform((40, 50), scales=(0.5,), mirror=False)
+    image, mask = transform(*picture(60, 70), seed=3)
+    assert image.shape == (40, 50, 3)
+    assert mask.shape == (40, 50)
+    assert (mask[:30, :35] != 255).all()
+    assert (mask[30:] == 255).all()
+    assert (mask[:, 35:] == 255).all()
+    assert (image[mask == 255] == FILL).all()
+
+
+def test_scaled_size_is_the_integer_part():
+    _, mask = TrainTransform(100, scales=(0.75,), mirror=False)(*picture(33, 47), seed=0)
+    assert (mask != 255).any(axis=1).sum() == int(33 * 0.75)
+    assert (mask != 255).any(axis=0).sum() == int(47 * 0.75)
+
+
+def test_masks_stay_aligned_and_get_no_new_values():
+    transform = TrainTransform(32)
+    for seed in range(20):
+        image, mask = transform(*picture(64, 64), seed=seed)
+        assert set(np.unique(mask)) <= {0, 1, 2, 3, 255}
+        seen = mask != 255
+        # Only pixels at the borders of squares are interpolated differently.
+        assert np.isclose(image[..., 0][seen], mask[seen] * 60.0, atol=8).mean() > 0.6
+
+
+def test_a_seed_decides_everything():
+    transform, other = TrainTransform(48), TrainTransform(48)
+    sample = picture(80, 96)
+    first = [transform(*sample, seed=seed)[0] for seed in range(8)]
+    again = [other(*sample, seed=seed)[0] for seed in reversed(range(8))][::-1]
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(np.array_equal(first[0], image) for image in first[1:])
+
+
+def test_mirror_can_be_switched_off():
+    image, mask = picture(40, 40)
+    image[:, :20] = 0
+    plain = TrainTransform(40, scales=(1.0,), mirror=False)
+    mirrored = TrainTransform(40, scales=(1.0,))
+    assert all(np.array_equal(plain(image, mask, seed)[0], image) for seed in range(8))
+    share = np.mean([np.array_equal(mirrored(image, mask, seed)[0], image) for seed in range(200)])
+    assert 0.35 < share < 0.65
+
+
+def test_uniform_scales_lie_between_the_ends():
+    transform = TrainTransform(200, scales=(0.5, 1.5), scale_mode="uniform", mirror=False)
+    heights = {int((transform(*picture(100, 100), seed)[1] != 255).any(axis=1).sum()) for seed in range(60)}
+    assert 50 <= min(heights) < 60
+    assert 140 < max(heights) <= 150
+    assert len(heights) > 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"crop_size": 0}, "`crop_size` must be a positive number"),
+        ({"crop_size": (3, 4, 5)}, "`crop_size` must be a positive number"),
+        ({"crop_size": 8, "scales": ()}, "`scales` must be one or more positive"),
+        ({"crop_size": 8, "scales": (1.0, -1.0)}, "`scales` must be one or more positive"),
+        ({"crop_size": 8, "scale_mode": "uniform"}, "the range's two ends"),
+        ({"crop_size": 8, "scale_mode": "log"}, "`scale_mode` must be choice or uniform; got 'log'"),
+        ({"crop_size": 8, "fill": (1, 2)}, "`fill` must be one number for each"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TrainTransform(**arguments)
