@@ -31,7 +31,7 @@ class GeneratorStates(Callback):
     """Saves every process's random generator states in checkpoints, so that a resumed run draws what the other had."""
 
     def __init__(self) -> None:
-        self._restored: list[dict[str, Any]] | None = None
+        self._restored: list[Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         states: list[Any] = [_generator_states()]
@@ -129,7 +129,7 @@ class ScoreTable(Callback):
         table = Table(title=f"{split}: intersection over union", title_justify="left")
         table.add_column("class")
         table.add_column("IoU", justify="right")
-        for name in pl_module.class_names:
+        for name in pl_module.class_names:  # type: ignore[union-attr]
             value = float(metrics[f"{split}/IoU/{name}"])
             table.add_row(name, "absent" if np.isnan(value) else f"{value:.3f}")
         table.add_section()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,10 @@ class IrregularConv2d(nn.Module):
     Takes what ``nn.Conv2d`` takes and has its attributes, but is no ``nn.Conv2d``: code that looks for one would fuse,
     prune or re-initialise it wrongly.
 
-    The parameter ``displacement`` holds positions minus the regular grid, in pixels. Learning it is the same as learning
-    the positions; a recipe that decays every parameter then pulls towards the regular shape and not into the centre, and
-    a checkpoint survives a change of dilation. ``displacement`` stays float32 after ``.half()``, ``.bfloat16()`` and under
-    autocast (bfloat16 has a spacing of 0.0625 px at 8 to 16 px), and follows ``.double()``.
+    The parameter ``displacement`` holds positions minus the regular grid, in pixels. Learning it is the same as
+    learning the positions; a recipe that decays every parameter then pulls towards the regular shape and not into the
+    centre, and a checkpoint survives a change of dilation. ``displacement`` stays float32 after ``.half()``,
+    ``.bfloat16()`` and under autocast (bfloat16 has a spacing of 0.0625 px at 8 to 16 px), and follows ``.double()``.
 
     Args:
         in_channels: Channels C of the input.
@@ -114,7 +115,7 @@ class IrregularConv2d(nn.Module):
             pair("dilation", dilation, 1),
             groups,
             bias,
-            padding_mode,
+            padding_mode,  # type: ignore[arg-type]  # checked by the callee
             device="meta",
             dtype=dtype,
         )
@@ -134,7 +135,8 @@ class IrregularConv2d(nn.Module):
             per_kernel: Whether every kernel gets a shape of its own.
 
         Returns:
-            A layer in the training mode, dtype and device of ``conv``, whose displacement is trainable if the weight is.
+            A layer in the training mode, dtype and device of ``conv``, whose displacement is trainable if the weight
+            is.
 
         Raises:
             TypeError: ``conv`` is of another class; its forward may do more than a convolution.
@@ -145,8 +147,7 @@ class IrregularConv2d(nn.Module):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt_attributes(conv, epsilon, per_kernel)
-        layer.weight = conv.weight
-        layer.bias = conv.bias
+        layer.weight, layer.bias = cast(nn.Parameter, conv.weight), cast(nn.Parameter | None, conv.bias)
         layer._add_displacement(conv.weight)
         layer.displacement.requires_grad_(conv.weight.requires_grad)
         return layer.train(conv.training)
@@ -200,10 +201,11 @@ class IrregularConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves [B, C, H, W] or [C, H, W] to the size nn.Conv2d gives."""
-        padding: Sequence[int] | str = self.padding
+        padding: int | Sequence[int] | str = self.padding
         if self.padding_rule is not static_padding or self.padding_mode != "zeros":
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            input, padding = pad_with_mode(input, self.padding_rule(self, input), mode), 0
+            input = pad_with_mode(input, self.padding_rule(self, input), mode)
+            padding = 0
         return irregular_conv2d(
             input, self.weight, self.positions, self.bias, self.stride, padding, self.dilation, self.groups
         )

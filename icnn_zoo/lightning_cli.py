@@ -26,7 +26,7 @@ class ZooCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [ScoreTable(), PredictionWriter()], "use_distributed_sampler": False},
             parser_kwargs={"prog": "lightning", "description": "Trains and evaluates networks with learnable shapes."},
-            args=args,
+            args=None if args is None else list(args),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -21,14 +21,16 @@ HEADS = ("largefov",)
 class SegmentationModel(nn.Module):
     """A timm backbone and DeepLab's LargeFOV head, which is one 3x3 convolution with dilation 12 on the last stage.
 
-    Its parts are named ``backbone`` and ``classifier``, so that ``icnn_zoo.convert(model, start="classifier")`` converts
-    the head and ``start="layer3.11"`` the backbone from there on and the head.
+    Its parts are named ``backbone`` and ``classifier``, so that ``icnn_zoo.convert(model, start="classifier")``
+    converts the head and ``start="layer3.11"`` the backbone from there on and the head.
 
     Args:
         backbone: Any timm name that can be dilated ("resnet101", "tf_efficientnet_lite0").
         num_classes: Classes, background included.
         output_stride: Input pixels per logit: 8 (the paper's) or 16.
-        head: "largefov". At output stride 16 its dilation is 6, the same field of view.
+        head: "largefov".
+        head_dilation: Dilation of the head; None for the paper's 12 at output stride 8, and 6 at 16, the same field of
+            view. Feature maps smaller than the dilation leave only the head's centre tap alive.
         freeze_norm: Freezes statistics and affine parameters of all norm layers, in training mode too.
         mean: Mean of the RGB channels in 0 to 1, None for what timm says of the backbone.
         std: Standard deviation likewise.
@@ -58,6 +60,7 @@ class SegmentationModel(nn.Module):
         *,
         output_stride: int = 8,
         head: str = "largefov",
+        head_dilation: int | None = None,
         freeze_norm: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -65,6 +68,8 @@ class SegmentationModel(nn.Module):
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"`num_classes` must be at least 2, background included; got {num_classes}.")
+        if head_dilation is not None and head_dilation < 1:
+            raise ValueError(f"`head_dilation` must be at least 1; got {head_dilation}.")
         if head not in HEADS:
             raise ValueError(f"`head` must be one of {', '.join(HEADS)}; got {head!r}.")
         self.backbone_name = backbone
@@ -72,11 +77,11 @@ class SegmentationModel(nn.Module):
         self.output_stride = output_stride
         self.freeze_norm = freeze_norm
         self.backbone = _create_backbone(backbone, output_stride)
-        dilation = 12 * 8 // output_stride
-        channels = self.backbone.feature_info.channels()[-1]
+        channels = _feature_info(self.backbone).channels()[-1]
+        dilation = 12 * 8 // output_stride if head_dilation is None else head_dilation
         self.classifier = nn.Conv2d(channels, num_classes, 3, padding=dilation, dilation=dilation)
         nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        nn.init.constant_(cast(Tensor, self.classifier.bias), 0)
         cfg = timm.get_pretrained_cfg(backbone, allow_unregistered=True)
         for name, values, default in (("mean", mean, cfg and cfg.mean), ("std", std, cfg and cfg.std)):
             values = tuple(values or default or (0.5, 0.5, 0.5))
@@ -119,7 +124,14 @@ class SegmentationModel(nn.Module):
         return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images [B, 3, H, W] to logits [B, num_classes, ceil(H / output_stride), ceil(W / output_stride)]."""
+        """Computes logits.
+
+        Args:
+            images: Normalised images [B, 3, H, W].
+
+        Returns:
+            Logits [B, num_classes, H / output_stride, W / output_stride], sizes rounded up.
+        """
         return self.classifier(self.backbone(images)[-1])
 
     def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -158,7 +170,7 @@ def _create_backbone(name: str, output_stride: int, **kwargs: Any) -> nn.Module:
         raise ValueError(f"`backbone`={name!r} is no timm model; the nearest are {', '.join(near) or 'none'}.")
     try:
         backbone = timm.create_model(name, features_only=True, output_stride=output_stride, out_indices=(-1,), **kwargs)
-        reduction = backbone.feature_info.reduction()[-1]
+        reduction = _feature_info(backbone).reduction()[-1]
     except (TypeError, AssertionError, RuntimeError) as error:
         if kwargs:  # the network itself was built before without an error, so the weights are at fault
             raise
@@ -166,6 +178,10 @@ def _create_backbone(name: str, output_stride: int, **kwargs: Any) -> nn.Module:
     if reduction != output_stride:
         raise ValueError(_cannot_dilate(name, output_stride))
     return backbone
+
+
+def _feature_info(backbone: nn.Module) -> Any:
+    return backbone.feature_info
 
 
 def _cannot_dilate(name: str, output_stride: int) -> str:

@@ -34,7 +34,8 @@ def parameter_groups(
     Args:
         model: The network, already converted.
         lr: Rate of the backbone's weights.
-        position_lr: Rate of the positions, in pixels per unit of gradient. The paper uses 50 000 times ``lr``; sweep it.
+        position_lr: Rate of the positions, in pixels per unit of gradient. The paper uses 50 000 times ``lr``; sweep
+            it.
         weight_decay: Decay of weights with two or more dimensions. Positions, biases and norm parameters have none.
         head: Name of the submodule with the raised rates, None for no such submodule. Its displacement belongs to the
             positions like any other.
@@ -133,11 +134,11 @@ class BoundHandle:
 def bound_positions(optimizer: torch.optim.Optimizer, model: nn.Module, *, bound_epsilon: float = 1e-3) -> BoundHandle:
     """Keeps every position within the cell its gradient was taken in, as hooks on the optimizer's step (Eq. 7).
 
-    After a step, element by element, ``floor(P_last) - bound_epsilon <= P <= ceil(P_last) + bound_epsilon``, with P_last
-    the position before that step: the gradient of bilinear interpolation is only valid there. Each step may cross one
-    cell's border by ``bound_epsilon``, hence move at most one cell further. Correct under gradient accumulation (only
-    steps count), under a GradScaler that skips a step (then nothing moved) and in several processes (a pure function of
-    equal numbers).
+    After a step, element by element, ``floor(P_last) - bound_epsilon <= P <= ceil(P_last) + bound_epsilon``, with
+    P_last the position before that step: the gradient of bilinear interpolation is only valid there. Each step may
+    cross one cell's border by ``bound_epsilon``, hence move at most one cell further. Correct under gradient
+    accumulation (only steps count), under a GradScaler that skips a step (then nothing moved) and in several processes
+    (a pure function of equal numbers).
 
     Args:
         optimizer: Any torch optimizer that holds the displacements.
@@ -149,8 +150,8 @@ def bound_positions(optimizer: torch.optim.Optimizer, model: nn.Module, *, bound
         A handle whose ``remove()`` takes the bound off.
 
     Raises:
-        ValueError: ``bound_epsilon`` is not positive, or ``optimizer`` holds none of the network's displacements (it was
-            made before converting).
+        ValueError: ``bound_epsilon`` is not positive, or ``optimizer`` holds none of the network's displacements (it
+            was made before converting).
     """
     if not bound_epsilon > 0:
         raise ValueError(f"`bound_epsilon` must be positive, or positions on integers never move; got {bound_epsilon}.")

@@ -32,12 +32,14 @@ class SegmentationTask(pl.LightningModule):
         num_classes: Classes, background included. The command line takes it from the data.
         ignore_index: Label that is no class. The command line takes it from the data.
         class_names: Names for logs and tables, None for numbers. The command line takes them from the data.
-        start: First module to make irregular: a backbone module ("layer3.11"), "classifier" for the head alone, None for
-            the regular baseline.
+        start: First module to make irregular: a backbone module ("layer3.11"), "classifier" for the head alone, None
+            for the regular baseline.
         epsilon: Initial displacement in pixels.
         per_kernel: One shape per kernel instead of per input channel.
         output_stride: 8 or 16.
         head: "largefov".
+        head_dilation: Dilation of the head; None for 12 at output stride 8 and 6 at 16. Smaller for feature maps that
+            its taps would not meet.
         pretrained: True for timm's default backbone weights, a path for a local file, False for none. Loaded when
             training begins, so that a checkpoint can be loaded without them.
         freeze_norm: Freezes norm layers' statistics and affine parameters.
@@ -71,6 +73,7 @@ class SegmentationTask(pl.LightningModule):
         per_kernel: bool = False,
         output_stride: int = 8,
         head: str = "largefov",
+        head_dilation: int | None = None,
         pretrained: bool | str = False,
         freeze_norm: bool = False,
         mean: Sequence[float] | None = None,
@@ -115,6 +118,7 @@ class SegmentationTask(pl.LightningModule):
             num_classes,
             output_stride=output_stride,
             head=head,
+            head_dilation=head_dilation,
             freeze_norm=freeze_norm,
             mean=mean,
             std=std,
@@ -136,7 +140,7 @@ class SegmentationTask(pl.LightningModule):
         if self.compile_network:
             self.model.compile()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         groups = parameter_groups(
             self.model,
             lr=self.lr,
@@ -207,10 +211,11 @@ class SegmentationTask(pl.LightningModule):
         confusion = self.confusion.compute()  # summed over processes
         self.confusion.reset()
         iou, accuracy = scores(confusion)
-        self.log(f"{split}/mIoU", iou.nanmean(), prog_bar=True)
-        self.log(f"{split}/mIoU_background", background_miou(confusion))
-        self.log(f"{split}/pixel_accuracy", accuracy)
-        self.log_dict({f"{split}/IoU/{name}": value for name, value in zip(self.class_names, iou, strict=True)})
+        values = {f"{split}/IoU/{name}": value for name, value in zip(self.class_names, iou, strict=True)}
+        values |= {f"{split}/mIoU_background": background_miou(confusion), f"{split}/pixel_accuracy": accuracy}
+        # All processes hold the same numbers; sync_dist only keeps Lightning from warning that they might not.
+        self.log_dict(values, sync_dist=True)
+        self.log(f"{split}/mIoU", iou.nanmean(), prog_bar=True, sync_dist=True)
 
 
 def scores(confusion: Tensor) -> tuple[Tensor, Tensor]:

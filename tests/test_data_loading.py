@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from icnn_zoo.data import SegmentationDataModule, color_map
-from icnn_zoo.data.loading import EvalSampler, TrainSampler, check_sample, collate
+from icnn_zoo.data.loading import EvalSampler, TrainSampler, check_dataset, check_sample, collate
 
 
 class Numbered(SegmentationDataModule):
@@ -192,11 +192,12 @@ def test_masks_outside_the_classes_are_refused():
         check_sample(sample([0, 3, 7, 255]), 3, 255)
 
 
-def test_masks_of_0_and_255_are_refused_with_a_hint():
-    with pytest.raises(ValueError, match="divide it by 255"):
-        check_sample(sample([0, 255]), 2, 254)
-    with pytest.raises(ValueError, match="divide it by 255"):
-        check_sample(sample([0, 255]), 2, 255)
+def test_masks_of_0_and_255_are_refused_before_training():
+    masks = [sample([0]), sample([0, 255])]
+    with pytest.raises(ValueError, match="must be stored with 1 instead"):
+        check_dataset(masks, 2, 255)
+    check_dataset([*masks, sample([1])], 2, 255)
+    check_dataset(masks[:1], 2, 255)
 
 
 def test_samples_of_another_type_or_shape_are_refused():

@@ -48,8 +48,9 @@ def displacement_statistics(
         input_sizes: Size (H, W) of each layer's input, see :class:`InputSizes`; without it dead taps are not counted.
 
     Returns:
-        For each layer name: "mean", "p95" and "max" of the taps' Euclidean displacement in pixels, and "dead", the share
-        of taps (channel by channel) whose 2x2 cell meets the input at no output position. A dead tap has no gradient.
+        For each layer name: "mean", "p95" and "max" of the taps' Euclidean displacement in pixels, and "dead", the
+        share of taps (channel by channel) whose 2x2 cell meets the input at no output position. A dead tap has no
+        gradient.
     """
     statistics = {}
     for name, layer in irregular_layers(model).items():
@@ -65,9 +66,16 @@ def displacement_statistics(
 
 @torch.no_grad()
 def dead_taps(layer: IrregularConv2d, input_size: tuple[int, int]) -> Tensor:
-    """Which taps read nothing but zeros for an input of this size, boolean in the shape of positions without (row, col).
+    """Which taps read nothing but zeros.
 
     A tap lives if for some output position its cell (floor and floor + 1, both axes) overlaps the input.
+
+    Args:
+        layer: The layer.
+        input_size: Size (H, W) of its input.
+
+    Returns:
+        Booleans in the shape of ``layer.positions`` without the last dimension.
     """
     padding = layer.padding_rule(layer, torch.empty(0, *input_size, device="meta"))
     dead = torch.zeros(layer.displacement.shape[:-1], dtype=torch.bool, device=layer.displacement.device)

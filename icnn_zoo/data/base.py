@@ -20,6 +20,7 @@ from icnn_zoo.data.loading import (
     TrainLoader,
     TrainSampler,
     TrainSamples,
+    check_dataset,
     collate,
     start_worker,
 )
@@ -122,23 +123,24 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
         """
 
     def setup(self, stage: str) -> None:
-        """Makes the datasets of a stage, so that missing data are reported before training begins."""
+        """Makes the datasets of a stage and looks at a few masks, so that errors come before training begins."""
+        if self.trainer is not None:
+            if self.trainer.overfit_batches:  # type: ignore[attr-defined]
+                raise ValueError("trainer.overfit_batches would replace the order of images: use limit_train_batches.")
+            if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+                raise ValueError("`batch_size` is a total: set trainer.accumulate_grad_batches, not a schedule of it.")
         for split in _STAGES[stage]:
             self._dataset(split)
+        if stage == "fit":
+            check_dataset(self._dataset("train"), self.num_classes, self.ignore_index)
 
     def train_dataloader(self) -> TrainLoader:
         """Batches of augmented samples; ``batch_size`` is shared among devices and accumulation.
 
         Raises:
-            ValueError: ``batch_size`` cannot be shared equally, or the trainer varies what shares it.
+            ValueError: ``batch_size`` cannot be shared equally.
         """
-        trainer, shares = self.trainer, 1
-        if trainer is not None:
-            shares = trainer.accumulate_grad_batches
-            if trainer.overfit_batches:  # type: ignore[attr-defined]
-                raise ValueError("trainer.overfit_batches would change the order of images: use limit_train_batches.")
-            if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-                raise ValueError("`batch_size` is a total: set trainer.accumulate_grad_batches, not a schedule of it.")
+        shares = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         rank, world_size = self._process()
         samples = TrainSamples(
             self._dataset("train"),

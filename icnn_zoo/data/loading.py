@@ -41,14 +41,29 @@ def check_sample(sample: Sample, num_classes: int, ignore_index: int) -> Sample:
     allowed[ignore_index] = True
     if not allowed[mask].all():
         values = np.unique(mask)
-        hint = ""
-        if values.max() == 255 and len(values) == 2:
-            hint = " A mask of 0 and 255 is an image of one class: divide it by 255."
         raise ValueError(
             f"{name}: mask values must be below num_classes = {num_classes} or ignore_index = {ignore_index}; "
-            f"got {values[~allowed[values]].tolist()[:10]}.{hint}"
+            f"got {values[~allowed[values]].tolist()[:10]}."
         )
     return sample
+
+
+def check_dataset(dataset: SampleDataset, num_classes: int, ignore_index: int, number: int = 8) -> None:
+    """Looks at a few samples before training begins: each is checked, and together they must hold a class to learn.
+
+    Raises:
+        TypeError: As :func:`check_sample`.
+        ValueError: As :func:`check_sample`, or all masks together hold nothing but 0 and ``ignore_index``.
+    """
+    values: set[int] = set()
+    for index in np.linspace(0, len(dataset) - 1, min(number, len(dataset))).astype(int).tolist():
+        sample = check_sample(dataset[index], num_classes, ignore_index)
+        values.update(np.unique(sample["mask"]).tolist())
+    if values == {0, ignore_index}:
+        raise ValueError(
+            f"masks such as {sample['name']} hold only 0 and {ignore_index}, which is the ignore_index and no class. "
+            f"Masks that show one class as {ignore_index} must be stored with 1 instead."
+        )
 
 
 class TrainSamples(Dataset[Sample]):

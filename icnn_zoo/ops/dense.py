@@ -72,8 +72,8 @@ def _clamped_floor(value: Tensor) -> int:
 def draw_kernels(weight: Tensor, positions: Tensor, box: Box, origin: Sequence[int]) -> Tensor:
     """Draws taps into dense kernels; differentiable, without scattering.
 
-    The interpolation weights of a tap are the outer product of a row and a column vector with two cells each, so the sum
-    over taps is a matrix product. At integer positions the derivative is that of the cell to the right/below.
+    The interpolation weights of a tap are the outer product of a row and a column vector with two cells each, so the
+    sum over taps is a matrix product. At integer positions the derivative is that of the cell to the right/below.
 
     Args:
         weight: Weights [..., T].

@@ -27,7 +27,8 @@ def irregular_conv2d(
 ) -> Tensor:
     r"""Convolves with kernels whose taps sit at real-valued positions (Eq. 2 to 4 of the paper).
 
-    .. math:: out[b, o, r, c] = bias[o] + \sum_{ci, i} W[o, ci, i]\; I'[b, ci,\; r s + P[ci, i]_{row},\; c s + P[ci, i]_{col}]
+    .. math:: out[b, o, r, c] = bias[o] + \sum_{ci, i} W[o, ci, i]\; I'[b, ci,\; r s + P[ci, i]_{row},\; c s + P[ci,
+    i]_{col}]
 
     with :math:`I'` the bilinearly interpolated input, zero outside the padded input. On the regular grid
     (``IrregularConv2d.regular_grid``) this is ``torch.nn.functional.conv2d`` with the same arguments.
@@ -91,7 +92,8 @@ def irregular_conv2d(
     _check_output_size(input, weight, stride, top_bottom_left_right, dilation)
     input, weight, bias = _autocast(input, weight, bias)
     _check_dtypes(input, weight, bias)
-    # A tap with one coordinate that is no number is nowhere: make both NaN, so that every gradient through it is NaN too.
+    # A tap with one coordinate that is no number is nowhere: make both NaN, so that every gradient through it is NaN
+    # too.
     positions = positions + (positions.detach() * 0).sum(-1, keepdim=True)
     implementation = reference.irregular_conv2d if backend == "reference" else torch_backend.irregular_conv2d
     return implementation(input, weight, positions, bias, stride, top_bottom_left_right, dilation, groups)
@@ -101,11 +103,13 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
     """Reads an int or a pair of ints, rows first.
 
     Raises:
+        TypeError: Neither an int nor a sequence.
         ValueError: Not one or two ints, or less than ``minimum``.
     """
-    if not isinstance(value, int | Sequence) or isinstance(value, str):
-        raise TypeError(f"`{name}` must be an int or a pair (rows, columns) of ints; got {value!r}.")
-    values = (value, value) if isinstance(value, int) else tuple(value)
+    try:
+        values = (value, value) if isinstance(value, int) else tuple(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an int or a pair (rows, columns) of ints; got {value!r}.") from None
     if len(values) != 2 or not all(isinstance(item, int) and item >= minimum for item in values):
         raise ValueError(f"`{name}` must be an int or a pair (rows, columns) of at least {minimum}; got {value!r}.")
     return values

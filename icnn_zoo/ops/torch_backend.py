@@ -2,8 +2,8 @@
 
 Positions vary neither over space nor over the batch, so every (channel, tap) reads its plane at one fixed sub-pixel
 shift. The forward gathers whole rows of the shifted plane (contiguous runs, no per-pixel index), blends them twice with
-``torch.lerp`` and multiplies the columns by the weights. The adjoint with respect to the input is again a gather, of the
-columns' gradient at the negated shift, so nothing is scattered and two runs agree bit for bit.
+``torch.lerp`` and multiplies the columns by the weights. The adjoint with respect to the input is again a gather, of
+the columns' gradient at the negated shift, so nothing is scattered and two runs agree bit for bit.
 
 Letters used in shapes: B images, C input channels, N output channels, G groups, T taps, K = channels x taps of a block,
 S = images of a slab, L = length of a flattened slab of one plane. Columns are computed for a slab of images and a block

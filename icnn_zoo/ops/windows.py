@@ -1,7 +1,7 @@
 """Reading planes at fixed sub-pixel shifts: whole rows by one gather, then two blends.
 
-Letters used in shapes: T taps, K = channels x taps, P planes, S images, (Hi, Wi) size of a plane, (Ho, Wo) of the output,
-L = length of a plane's slab of images, flattened.
+Letters used in shapes: T taps, K = channels x taps, P planes, S images, (Hi, Wi) size of a plane, (Ho, Wo) of the
+output, L = length of a plane's slab of images, flattened.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Shift:
 
 
 def shifts(positions: Tensor, geometry: Geometry, dtype: torch.dtype) -> Shift:
+    """Splits positions [..., T, 2] into integer and fractional shifts of the input, flattened to [K]."""
     floor = positions.floor()
     fraction = (positions - floor).to(dtype)  # NaN stays NaN here, while the integer part below is made safe
     limits = [

@@ -1,0 +1,117 @@
+"""The command line, the configs and what the README says of them."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from icnn_zoo.cli import COMMANDS, lightning_main, zoo_main
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def fit(config: Path, folder: Path, monkeypatch, *arguments: str) -> None:
+    monkeypatch.chdir(folder)
+    fast = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
+    fast += ["--trainer.limit_val_batches", "1", "--trainer.precision", "32-true", "--data.init_args.num_workers", "0"]
+    lightning_main(["fit", "-c", str(config), *fast, *arguments])
+
+
+def test_every_config_is_known_here():
+    assert {path.name for path in CONFIGS} == {"quickstart.yaml", "drawn_voc.yaml"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_key_of_a_config_is_explained_once(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    seen = set()
+    for line in lines:
+        match = re.match(r"\s*(\w+): [^#]+$", line)
+        if match and match.group(1) not in ("class_path", "monitor", "mode", "filename", "save_last", "save_dir", "name"):
+            seen.add(match.group(1))
+    plain = {"momentum", "num_train", "num_val", "num_test", "max_steps", "log_every_n_steps", "accelerator", "devices"}
+    plain |= {"auto_insert_metric_name", "enable_version_counter", "compile"}
+    assert seen <= plain, f"explain {sorted(seen - plain)} in a comment"
+
+
+def test_quickstart_trains_validates_and_leaves_everything_in_one_run_folder(tmp_path, monkeypatch, capsys):
+    fit(ROOT / "configs" / "quickstart.yaml", tmp_path, monkeypatch)
+    output = capsys.readouterr().out
+    folder = Path(output.strip().splitlines()[-1].removeprefix("Run folder: "))
+    assert folder.is_dir()
+    assert "mIoU of background everywhere" in output
+    assert {"checkpoints", "config.yaml", "metrics.csv", "pictures"} <= {path.name for path in folder.iterdir()}
+    assert {"best.ckpt", "last.ckpt"} <= {path.name for path in (folder / "checkpoints").iterdir()}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["model"]["start"] == "layer3"
+    lightning_main(["test", "-c", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "best.ckpt")])
+    assert "test: intersection over union" in capsys.readouterr().out
+
+
+def test_an_unknown_key_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        fit(ROOT / "configs" / "quickstart.yaml", tmp_path, monkeypatch, "--model.learning_rate", "1")
+    assert "learning_rate" in capsys.readouterr().err
+    wrong = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+    wrong["model"]["positions_lr"] = 1.0
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(wrong))
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "wrong.yaml", tmp_path, monkeypatch)
+    assert "positions_lr" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_data_name_the_command_that_fetches_them(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="icnn-zoo prepare drawn-voc"):
+        fit(ROOT / "configs" / "drawn_voc.yaml", tmp_path, monkeypatch, "--model.pretrained", "false")
+    assert not (tmp_path / "data").exists()
+
+
+def test_missing_weights_name_the_command_that_fetches_them(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="icnn-zoo prepare efficientnet-lite0"):
+        fit(
+            ROOT / "configs" / "quickstart.yaml",
+            tmp_path,
+            monkeypatch,
+            *("--model.pretrained", "data/efficientnet-lite0/tf_efficientnet_lite0.safetensors"),
+        )
+
+
+def test_plan_prints_the_table_and_the_nearest_names(capsys):
+    zoo_main(["plan", "resnet18", "--start", "layer4"])
+    assert "4 converted from 'layer4'" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="nearest are"):
+        zoo_main(["plan", "resnet18", "--start", "layer9"])
+
+
+def test_unknown_things_to_prepare_are_refused_with_the_choices(capsys):
+    with pytest.raises(SystemExit):
+        zoo_main(["prepare", "voc2013"])
+    assert "drawn-voc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["lightning", "icnn-zoo"])
+def test_both_programs_offer_fit(program):
+    path = Path(sys.executable).parent / program
+    if not path.exists():
+        found = shutil.which(program)
+        assert found, f"the package installs the program {program}"
+        path = Path(found)
+    help_text = subprocess.run([path, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "fit" in help_text
+    assert all(name in help_text for name in COMMANDS) == (program == "icnn-zoo")
+
+
+def test_the_readme_names_both_programs_and_the_commands_that_ci_runs():
+    assert "icnn-zoo fit" in README
+    assert "lightning fit -c configs/quickstart.yaml" in README
+    command = next(line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.endswith("&& pytest"))
+    assert command in README

@@ -1,0 +1,216 @@
+"""Training and evaluation with Lightning: exactness of resuming, of several processes and of the scores."""
+
+import math
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
+
+from icnn_zoo import irregular_layers
+from icnn_zoo.callbacks import PredictionWriter, SamplePictures, run_folder
+from icnn_zoo.data import ShapesDataModule
+from icnn_zoo.task import SegmentationTask, background_miou, scores
+
+# Lightning's own warnings on CPU runs, workers and short epochs say nothing about the package.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def make_task(**arguments) -> SegmentationTask:
+    torch.manual_seed(0)
+    defaults = {"backbone": "test_resnet", "num_classes": 4, "start": "layer3", "lr": 0.01, "position_lr": 20.0}
+    return SegmentationTask(**{**defaults, **arguments})
+
+
+def make_data(**arguments) -> ShapesDataModule:
+    defaults = {"image_size": 33, "num_classes": 4, "num_train": 16, "num_val": 5, "num_test": 3, "batch_size": 4}
+    return ShapesDataModule(**{**defaults, "num_workers": 0, **arguments})
+
+
+def make_trainer(folder: Path, *callbacks: Callback, **arguments) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        logger=CSVLogger(folder, name="run"),
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=1,
+        **{"max_steps": 6, "devices": 1, "num_sanity_val_steps": 0, **arguments},
+    )
+
+
+class Losses(Callback):
+    """Keeps the loss of every batch, and draws from the generators as dropout would."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.draws: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+        self.losses.append(outputs["loss"].item())
+        self.draws.append(torch.rand(()).item() + np.random.rand())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, optimizer, accumulate):
+    def run(ckpt_path=None):
+        task = make_task(optimizer=optimizer, position_lr=20.0 if optimizer == "sgd" else 0.1)
+        record = Losses()
+        saving = ModelCheckpoint(tmp_path / "all", "{step}", save_top_k=-1, every_n_train_steps=3)
+        trainer = make_trainer(tmp_path, record, saving, accumulate_grad_batches=accumulate)
+        trainer.fit(task, make_data(), ckpt_path=ckpt_path)
+        return record, task.state_dict()
+
+    whole, weights = run()
+    resumed, resumed_weights = run(tmp_path / "all" / "step=3.ckpt")  # within the first epoch of four steps
+    assert resumed.losses == whole.losses[3 * accumulate :]
+    assert resumed.draws == whole.draws[3 * accumulate :]
+    assert all(torch.equal(weights[name], resumed_weights[name]) for name in weights)
+
+
+class Keep(Callback):
+    """Writes what a process ended with to a file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer, pl_module):
+        state = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        torch.save({"state": state, "metrics": metrics}, self.folder / f"{trainer.global_rank}.pt")
+
+
+def test_two_processes_train_and_score_as_one_does(tmp_path):
+    results = {}
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        trainer = make_trainer(
+            folder, Keep(folder), devices=devices, strategy="ddp_spawn" if devices == 2 else "auto", max_steps=4
+        )
+        # Frozen norms: batch statistics would differ between one batch of four and two of two. Small scales pad crops
+        # with ignored labels, so processes have different numbers of valid pixels. Five validation images are uneven.
+        task = make_task(freeze_norm=True, position_lr=2.0)
+        trainer.fit(task, make_data(scales=(0.5, 1.0)))
+        results[devices] = [torch.load(folder / f"{rank}.pt") for rank in range(devices)]
+    (one,), (first, second) = results[1], results[2]
+    for name, value in first["state"].items():
+        assert torch.equal(value, second["state"][name]), name
+        torch.testing.assert_close(value, one["state"][name], rtol=1e-4, atol=1e-5, msg=name)
+    assert any((value - 1e-3).abs().max() > 1e-3 for name, value in one["state"].items() if name.endswith("displacement"))
+    for name in ("val/mIoU", "val/pixel_accuracy", "train/loss"):
+        assert first["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-3), name
+
+
+def test_the_loss_is_the_mean_over_valid_pixels_at_logit_resolution():
+    task = make_task()
+    task.trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    task.log = lambda *_, **__: None
+    images = torch.randint(0, 255, (2, 3, 33, 33), dtype=torch.uint8)
+    labels = torch.randint(0, 4, (2, 33, 33))
+    labels[0, :20] = 255
+    task.eval()
+    loss = task.training_step({"image": images, "mask": labels}, 0)
+    small = labels[:, ::8, ::8]
+    logits = task(images)
+    expected = -logits.log_softmax(1).gather(1, small.clamp(max=3)[:, None])[:, 0][small != 255].mean()
+    torch.testing.assert_close(loss, expected)
+    nothing = task.training_step({"image": images, "mask": torch.full_like(labels, 255)}, 0)
+    assert nothing.item() == 0
+
+
+def test_scores_come_from_one_confusion_matrix_over_the_whole_set():
+    confusion = torch.tensor([[50, 10, 0], [5, 35, 0], [0, 0, 0]])
+    iou, accuracy = scores(confusion)
+    assert iou[:2].tolist() == pytest.approx([50 / 65, 35 / 50])
+    assert math.isnan(iou[2])
+    assert float(accuracy) == pytest.approx(0.85)
+    assert background_miou(confusion) == pytest.approx(0.6 / 2)
+
+
+def test_fit_validate_test_and_predict_leave_tables_pictures_and_label_maps(tmp_path):
+    task, data = make_task(), make_data()
+    trainer = make_trainer(tmp_path, SamplePictures(2), PredictionWriter(), max_steps=2)
+    trainer.fit(task, data)
+    rows = (run_folder(trainer) / "metrics.csv").read_text()
+    assert "displacement/max/backbone.layer3" in rows
+    assert "displacement/dead" in rows
+    trainer.validate(task, data)
+    assert 0 <= trainer.callback_metrics["val/mIoU"] <= 1
+    trainer.test(task, data)
+    assert "test/IoU/0" in trainer.callback_metrics
+    trainer.predict(task, data, return_predictions=False)
+    assert len(list((run_folder(trainer) / "pictures").glob("*.png"))) == 4
+    maps = sorted((run_folder(trainer) / "predictions").glob("*.png"))
+    assert len(maps) == 5
+    picture = Image.open(maps[0])
+    assert (picture.mode, picture.size) == ("P", (33, 33))
+    assert np.asarray(picture).max() < 4
+
+
+def test_a_checkpoint_loads_without_the_pretrained_weights_it_began_with(tmp_path):
+    task = make_task()
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.fit(task, make_data())
+    task.hparams["pretrained"] = "gone.safetensors"
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = SegmentationTask.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=False)
+    assert loaded.pretrained == "gone.safetensors"
+    image = torch.randint(0, 255, (1, 3, 33, 33), dtype=torch.uint8)
+    assert torch.equal(loaded.eval()(image), task.eval()(image))
+    assert list(irregular_layers(loaded)) == list(irregular_layers(task))
+
+
+def test_positions_never_leave_the_cell_of_a_step_in_training(tmp_path):
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            self.last = [layer.positions.detach().clone() for layer in irregular_layers(pl_module).values()]
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            for last, layer in zip(self.last, irregular_layers(pl_module).values(), strict=True):
+                assert (layer.positions >= last.floor() - 1.001e-3).all()
+                assert (layer.positions <= last.ceil() + 1.001e-3).all()
+
+    make_trainer(tmp_path, Watch()).fit(make_task(position_lr=1e4), make_data())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"task": {"channels_last": True}}, id="channels_last"),
+        pytest.param({"task": {"loss_resolution": "image"}}, id="loss at image resolution"),
+        pytest.param({"task": {"start": None}}, id="regular baseline"),
+        pytest.param({"task": {"start": "classifier"}}, id="head alone"),
+        pytest.param({"task": {"per_kernel": True, "start": "layer4.0.conv2"}}, id="full version"),
+        pytest.param({"trainer": {"precision": "bf16-mixed"}}, id="bf16-mixed"),
+        pytest.param({"task": {"compile": True}}, id="compile", marks=pytest.mark.slow),
+    ],
+)
+def test_options_train(tmp_path, options):
+    record = Losses()
+    trainer = make_trainer(tmp_path, record, max_steps=2, **options.get("trainer", {}))
+    trainer.fit(make_task(**options.get("task", {})), make_data())
+    assert all(math.isfinite(loss) for loss in record.losses)
+
+
+def test_pretrained_weights_are_loaded_once_before_training_and_not_when_resuming(tmp_path):
+    task = make_task(pretrained=str(tmp_path / "none.safetensors"))
+    with pytest.raises(FileNotFoundError, match="pretrained"):
+        make_trainer(tmp_path).fit(task, make_data())
+
+
+def test_a_run_without_a_length_and_wrong_choices_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_steps"):
+        make_trainer(tmp_path, max_steps=-1, max_epochs=-1).fit(make_task(), make_data())
+    with pytest.raises(ValueError, match="`optimizer`"):
+        make_task(optimizer="lion")
+    with pytest.raises(ValueError, match="`loss_resolution`"):
+        make_task(loss_resolution="full")
+    with pytest.raises(ValueError, match="`class_names`"):
+        make_task(class_names=["a"])
