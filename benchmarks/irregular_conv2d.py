@@ -160,7 +160,7 @@ class Dcls:
         reach = math.ceil(case.positions.abs().max().item())
         side = 2 * reach + 1
         # Per weight and cell: two coordinates and about as much again for products, masks and the backward.
-        need = 6 * 2 * 4 * side**2 * case.weight.numel()
+        need = 12 * 2 * 4 * side**2 * case.weight.numel()
         free = counter("meminfo", "MemAvailable") if LINUX else need
         free = torch.cuda.mem_get_info()[0] if case.input.is_cuda else free
         if need > free:
@@ -391,6 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report["shapes"].append(run_shape(name, shape, args))
         print(*table(report["shapes"][-1], args.markdown), sep="\n", flush=True)
         if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 

@@ -151,9 +151,7 @@ def plan(model: nn.Module, start: str, *, filter: Filter | None = None, per_kern
             rows, cols = module.kernel_size
             taps = rows * cols
             shapes = module.weight.shape[0] * module.weight.shape[1] if per_kernel else module.in_channels
-            converted.append(
-                ConvertedLayer(name, tuple(aliases[id(module)]), (rows, cols), 2 * taps * shapes)
-            )
+            converted.append(ConvertedLayer(name, tuple(aliases[id(module)]), (rows, cols), 2 * taps * shapes))
         elif reason:
             skipped.append(SkippedLayer(name, type(module).__name__, reason))
     return ConversionPlan(first, tuple(converted), tuple(skipped))
@@ -216,8 +214,8 @@ def _reason_to_skip(module: nn.Module, name: str, filter: Filter | None) -> str 
 def _refuse_attachments(conv: nn.Conv2d, name: str) -> None:
     if parametrize.is_parametrized(conv):
         raise ValueError(
-            f"{name!r} is parametrised ({', '.join(dict(conv.parametrizations.named_children()))}); convert before parametrising, or remove "
-            "that with torch.nn.utils.parametrize.remove_parametrizations."
+            f"{name!r} carries parametrisations ({', '.join(conv.__dict__['_modules']['parametrizations'])}); convert "
+            "before parametrising, or remove them with torch.nn.utils.parametrize.remove_parametrizations."
         )
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     attached = [kind.strip("_") for kind in hooks if getattr(conv, kind)]

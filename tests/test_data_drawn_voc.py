@@ -1,6 +1,5 @@
 """The drawn PASCAL VOC: a function of its seed and files, masks that fit, and clear errors when files are missing."""
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from icnn_zoo.data import VOC_CLASSES, DrawnVOCDataModule, color_map
 from icnn_zoo.data import drawn_voc_prepare as prepare
 from icnn_zoo.data.backgrounds import PHOTOGRAPHS, write_backgrounds
-from icnn_zoo.data.drawn_voc import FORMAT
 
 SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10">'
@@ -20,27 +18,9 @@ SVG = (
 )
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """A prepared folder in small: two plain icons of each class and two backgrounds for every split."""
-    root = tmp_path_factory.mktemp("data")
-    folder = root / "drawn-voc"
-    manifest = {"format": FORMAT, "icons": {}, "backgrounds": {}}
-    for place, split in enumerate(("train", "val", "test")):
-        for index, name in enumerate(VOC_CLASSES[1:]):
-            (folder / "icons" / split / name).mkdir(parents=True)
-            for number in range(2):
-                icon = np.zeros((40 + 20 * number, 50, 4), np.uint8)
-                icon[4:-4, 4:-4] = (10 * index, 255 - 10 * index, 60 * place, 255)
-                cv2.imwrite(str(folder / "icons" / split / name / f"{number}.png"), icon)
-        (folder / "backgrounds" / split).mkdir(parents=True)
-        for kind in ("photograph", "texture"):
-            picture = np.full((90, 120, 3), 80 * place + 20, np.uint8)
-            cv2.imwrite(str(folder / "backgrounds" / split / f"{kind}-0.png"), picture)
-        manifest["icons"][split] = dict.fromkeys(VOC_CLASSES[1:], 2)
-        manifest["backgrounds"][split] = 2
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return root
+@pytest.fixture
+def root(drawn_voc_root) -> Path:
+    return drawn_voc_root
 
 
 def drawn(root: Path, **kwargs) -> DrawnVOCDataModule:

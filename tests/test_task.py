@@ -103,7 +103,9 @@ def test_two_processes_train_and_score_as_one_does(tmp_path):
     for name, value in first["state"].items():
         assert torch.equal(value, second["state"][name]), name
         torch.testing.assert_close(value, one["state"][name], rtol=1e-4, atol=1e-5, msg=name)
-    assert any((value - 1e-3).abs().max() > 1e-3 for name, value in one["state"].items() if name.endswith("displacement"))
+    assert any(
+        (value - 1e-3).abs().max() > 1e-3 for name, value in one["state"].items() if name.endswith("displacement")
+    )
     for name in ("val/mIoU", "val/pixel_accuracy", "train/loss"):
         assert first["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-3), name
 
