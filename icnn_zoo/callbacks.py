@@ -57,7 +57,7 @@ class GeneratorStates(Callback):
 
 
 def _generator_states() -> dict[str, Any]:
-    numpy_state = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state()
     states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (numpy_state[0], torch.from_numpy(np.array(numpy_state[1], dtype=np.int64)), *numpy_state[2:]),
@@ -92,7 +92,7 @@ class DisplacementMonitor(Callback):
         self._sizes = InputSizes(pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._sizes is None or trainer.global_step % trainer.log_every_n_steps:
+        if self._sizes is None or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
         statistics = displacement_statistics(pl_module, self._sizes.sizes)
         values: dict[str, float] = {}

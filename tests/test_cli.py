@@ -1,12 +1,16 @@
 """The command line, the configs and what the README says of them."""
 
+import csv
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from icnn_zoo.cli import COMMANDS, lightning_main, zoo_main
@@ -118,3 +122,47 @@ def test_the_readme_names_both_programs_and_the_commands_that_ci_runs():
     assert "lightning fit -c configs/quickstart.yaml" in README
     command = next(line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.endswith("&& pytest"))
     assert command in README
+
+
+def test_a_killed_run_resumes_with_the_losses_of_the_uninterrupted_one(tmp_path):
+    def start(name: str, *arguments: str) -> subprocess.Popen:
+        options = ["--trainer.max_steps", "40", "--trainer.val_check_interval", "3", "--trainer.accelerator", "cpu"]
+        options += [
+            "--trainer.log_every_n_steps",
+            "1",
+            "--trainer.accelerator",
+            "cpu",
+            "--data.init_args.num_workers",
+            "1",
+        ]
+        options += ["--data.init_args.num_train", "112", "--trainer.logger.init_args.name", name]  # epochs of 7 steps
+        config = str(ROOT / "configs" / "quickstart.yaml")
+        program = [
+            sys.executable,
+            "-c",
+            "from icnn_zoo.cli import lightning_main; lightning_main()",
+            "fit",
+            "-c",
+            config,
+        ]
+        output = (tmp_path / f"{name}.log").open("w")
+        return subprocess.Popen([*program, *options, *arguments], cwd=tmp_path, stdout=output, stderr=output)
+
+    def losses(name: str) -> dict[int, float]:
+        path = tmp_path / "runs" / name / "version_0" / "metrics.csv"
+        with path.open() as file:
+            return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+
+    killed = start("killed")
+    last = tmp_path / "runs" / "killed" / "version_0" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline and killed.poll() is None:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, (tmp_path / "killed.log").read_text()
+    step = torch.load(last, weights_only=False)["global_step"]
+    assert start("resumed", "--ckpt_path", str(last)).wait(timeout=240) == 0, (tmp_path / "resumed.log").read_text()
+    assert start("whole").wait(timeout=240) == 0, (tmp_path / "whole.log").read_text()
+    whole, resumed = losses("whole"), losses("resumed")
+    assert set(resumed) == set(range(step, 40))
+    assert resumed == {number: loss for number, loss in whole.items() if number >= step}
