@@ -2,7 +2,8 @@
 
 python benchmarks/training_report.py --out FOLDER regular=runs/a/version_0 irregular=runs/b/version_0
 
-Copies each run's config.yaml and metrics.csv into FOLDER/NAME, so that every number of the table can be checked.
+A second folder after a comma is that of `lightning test` with the run's checkpoint. Copies each run's config.yaml and
+metrics.csv (and test_metrics.csv) into FOLDER/NAME, so that every number of the table can be checked.
 """
 
 from __future__ import annotations
@@ -41,17 +42,14 @@ def summarise(run: Path) -> dict[str, object]:
     displacement = {name: read_curve(run, name)[-1][1] for name in columns if name.startswith("displacement/")}
     if displacement:
         summary["displacement_last"] = displacement
-    for column in ("test/mIoU", "test/pixel_accuracy"):
-        if column in columns:
-            summary[column.replace("/", "_")] = read_curve(run, column)[-1][1]
     return summary
 
 
 def table(summaries: dict[str, dict[str, object]]) -> str:
     """The summaries as a Markdown table; displacements of the most displaced layer."""
     lines = [
-        "| run | val mIoU, last | val mIoU, best | displacement in px: mean, 95 %, max | dead taps |",
-        "| --- | --- | --- | --- | --- |",
+        "| run | val mIoU, last | val mIoU, best | test mIoU, last | displacement in px: mean, 95 %, max | dead taps |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, summary in summaries.items():
         moved = summary.get("displacement_last")
@@ -59,7 +57,8 @@ def table(summaries: dict[str, dict[str, object]]) -> str:
         if isinstance(moved, dict):
             values = {key: moved.get(f"displacement/{key}", 0.0) for key in STATISTICS}
             cells = [f"{values['mean']:.2f}, {values['p95']:.2f}, {values['max']:.2f}", f"{100 * values['dead']:.1f} %"]
-        scores = [f"{100 * float(str(summary[key])):.1f}" for key in ("val_mIoU_last", "val_mIoU_best")]
+        keys = ("val_mIoU_last", "val_mIoU_best", "test_mIoU")
+        scores = [f"{100 * float(str(summary[key])):.1f}" if key in summary else "-" for key in keys]
         lines.append("| " + " | ".join([name, *scores, *cells]) + " |")
     return "\n".join(lines)
 
@@ -68,12 +67,12 @@ def draw_curves(runs: dict[str, Path]) -> Figure:
     """Validation mIoU and the mean displacement over the steps of training."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, run in runs.items():
-        left.plot(*zip(*read_curve(run, "val/mIoU"), strict=True), marker="o", markersize=3, label=name)
-        try:
-            right.plot(*zip(*read_curve(run, "displacement/mean"), strict=True), label=name)
-        except (KeyError, TypeError):
-            right.plot([], [], label=name)
+    for number, (name, run) in enumerate(runs.items()):
+        colour = f"C{number}"
+        left.plot(*zip(*read_curve(run, "val/mIoU"), strict=True), colour, marker="o", markersize=3, label=name)
+        moved = read_curve(run, "displacement/mean")
+        if moved:
+            right.plot(*zip(*moved, strict=True), colour)
     left.set(xlabel="step", ylabel="validation mIoU")
     right.set(xlabel="step", ylabel="mean displacement, px\n(most displaced layer)")
     left.legend(frameon=False)
@@ -101,12 +100,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=4)
     options = parser.parse_args()
-    runs = {name: Path(folder) for name, folder in (run.split("=", 1) for run in options.runs)}
+    folders = {name: value.split(",") for name, value in (run.split("=", 1) for run in options.runs)}
+    runs = {name: Path(value[0]) for name, value in folders.items()}
+    summaries = {}
     for name, run in runs.items():
         (options.out / name).mkdir(parents=True, exist_ok=True)
         for file in ("config.yaml", "metrics.csv"):
             shutil.copy(run / file, options.out / name / file)
-    summaries = {name: summarise(run) for name, run in runs.items()}
+        summaries[name] = summarise(run)
+        for test in folders[name][1:]:
+            shutil.copy(Path(test) / "metrics.csv", options.out / name / "test_metrics.csv")
+            summaries[name]["test_mIoU"] = read_curve(Path(test), "test/mIoU")[-1][1]
     (options.out / "summary.json").write_text(json.dumps(summaries, indent=2) + "\n")
     draw_curves(runs).savefig(options.out / "curves.png", dpi=110)
     join_pictures(runs, options.pictures).save(options.out / "predictions.png")
