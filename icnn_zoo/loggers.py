@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
+import netrc
 import os
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
-import wandb
 from lightning.pytorch.loggers import WandbLogger as _WandbLogger
 
 
 class WandbLogger(_WandbLogger):
     """Lightning's WandbLogger that is online if a key is there, offline otherwise, and never asks for one.
 
-    A key comes from ``wandb login`` (the .netrc file) or the variable ``WANDB_API_KEY``; ``WANDB_MODE`` wins over both.
-    Offline runs are kept in the run folder; ``wandb sync`` uploads them later.
+    A key comes from the variable ``WANDB_API_KEY`` or from ``wandb login`` (the .netrc file); ``WANDB_MODE`` wins over
+    both. Offline runs are kept in ``save_dir``; ``wandb sync`` uploads them later.
 
     Args:
         offline: True or False to insist, None to look for a key.
-        **kwargs: As Lightning's: name, project, save_dir, ...
+        save_dir: Folder of the runs.
+        name: Name of the run, None for a random one.
+        project: Project of the run.
+        **kwargs: Further arguments of Lightning's WandbLogger.
     """
 
-    def __init__(self, offline: bool | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        offline: bool | None = None,
+        save_dir: str = "runs",
+        name: str | None = None,
+        project: str = "icnn-zoo",
+        **kwargs: Any,
+    ) -> None:
+        mode = os.environ.get("WANDB_MODE")
         if offline is None:
-            mode = os.environ.get("WANDB_MODE")
-            offline = mode == "offline" if mode else wandb.api.api_key is None
-        super().__init__(offline=offline, **kwargs)
+            offline = mode == "offline" if mode else not has_key()
+        Path(save_dir).mkdir(parents=True, exist_ok=True)
+        super().__init__(name=name, save_dir=save_dir, offline=offline, project=project, **kwargs)
+
+
+def has_key() -> bool:
+    """Whether wandb would find a key without asking: in the environment or the .netrc file.
+
+    wandb's own look-up cannot be used: where there is no key it prompts or raises.
+    """
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    candidates = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
+    for path in candidates:
+        if path and Path(path).is_file():
+            try:
+                return netrc.netrc(path).authenticators(host) is not None
+            except netrc.NetrcParseError as error:
+                raise ValueError(
+                    f"cannot look for a wandb key: {error}; mend the file or set WANDB_MODE=offline."
+                ) from error
+    return False
