@@ -55,7 +55,9 @@ def _plan(arguments: Sequence[str]) -> None:
     import torch
 
     from icnn_zoo.conversion import plan
+    from icnn_zoo.models import check_backbone
 
+    check_backbone(options.backbone)
     with torch.device("meta"):
         model = timm.create_model(options.backbone)
     print(plan(model, options.start))

@@ -162,12 +162,21 @@ def shrink_labels(labels: Tensor, output_stride: int) -> Tensor:
     return labels[..., ::output_stride, ::output_stride]
 
 
-def _create_backbone(name: str, output_stride: int, **kwargs: Any) -> nn.Module:
-    if output_stride not in OUTPUT_STRIDES:
-        raise ValueError(f"`output_stride` must be one of {OUTPUT_STRIDES}; got {output_stride}.")
+def check_backbone(name: str) -> None:
+    """Checks that timm has a network of this name.
+
+    Raises:
+        ValueError: It has not; the message lists the nearest names.
+    """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
         raise ValueError(f"`backbone`={name!r} is no timm model; the nearest are {', '.join(near) or 'none'}.")
+
+
+def _create_backbone(name: str, output_stride: int, **kwargs: Any) -> nn.Module:
+    if output_stride not in OUTPUT_STRIDES:
+        raise ValueError(f"`output_stride` must be one of {OUTPUT_STRIDES}; got {output_stride}.")
+    check_backbone(name)
     try:
         backbone = timm.create_model(name, features_only=True, output_stride=output_stride, out_indices=(-1,), **kwargs)
         reduction = _feature_info(backbone).reduction()[-1]

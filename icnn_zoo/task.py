@@ -132,13 +132,17 @@ class SegmentationTask(pl.LightningModule):
         return [GeneratorStates(), *([DisplacementMonitor()] if self.start is not None else [])]
 
     def setup(self, stage: str) -> None:
-        """Loads pretrained weights before training, unless a checkpoint follows that holds all weights."""
-        if stage == "fit" and self.pretrained and self.trainer.ckpt_path is None:
-            self.model.load_pretrained(None if self.pretrained is True else self.pretrained)
+        """Chooses the memory format and compiles."""
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if self.compile_network:
             self.model.compile()
+
+    def on_fit_start(self) -> None:
+        """Loads pretrained weights, unless a checkpoint was restored, which holds all weights."""
+        # Not in setup: there Lightning does not yet say whether it resumes.
+        if self.pretrained and self.trainer.ckpt_path is None:
+            self.model.load_pretrained(None if self.pretrained is True else self.pretrained)
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(

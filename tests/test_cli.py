@@ -97,6 +97,8 @@ def test_plan_prints_the_table_and_the_nearest_names(capsys):
     assert "4 converted from 'layer4'" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="nearest are"):
         zoo_main(["plan", "resnet18", "--start", "layer9"])
+    with pytest.raises(SystemExit, match=r"nearest are .*resnet18"):
+        zoo_main(["plan", "resnt18", "--start", "layer4"])
 
 
 def test_unknown_things_to_prepare_are_refused_with_the_choices(capsys):

@@ -204,10 +204,16 @@ def test_options_train(tmp_path, options):
     assert all(math.isfinite(loss) for loss in record.losses)
 
 
-def test_pretrained_weights_are_loaded_once_before_training_and_not_when_resuming(tmp_path):
-    task = make_task(pretrained=str(tmp_path / "none.safetensors"))
+def test_pretrained_weights_are_needed_to_begin_training_and_only_then(tmp_path):
+    gone = str(tmp_path / "none.safetensors")
     with pytest.raises(FileNotFoundError, match="pretrained"):
-        make_trainer(tmp_path).fit(task, make_data())
+        make_trainer(tmp_path).fit(make_task(pretrained=gone), make_data())
+    saving = ModelCheckpoint(tmp_path / "all", "{step}", save_top_k=-1, every_n_train_steps=1)
+    make_trainer(tmp_path, saving, max_steps=2).fit(make_task(), make_data())
+    make_trainer(tmp_path).validate(make_task(pretrained=gone), make_data())
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(make_task(pretrained=gone), make_data(), ckpt_path=tmp_path / "all" / "step=1.ckpt")
+    assert trainer.global_step == 2
 
 
 def test_a_run_without_a_length_and_wrong_choices_are_refused(tmp_path):

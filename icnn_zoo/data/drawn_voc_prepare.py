@@ -63,7 +63,6 @@ def prepare_drawn_voc(root: Path) -> Path:
     _require_packages()
     partial = root / f"{FOLDER}.partial"
     packages = partial / "packages"
-    packages.mkdir(parents=True, exist_ok=True)
     content = partial / "content"
     shutil.rmtree(content, ignore_errors=True)
 
@@ -142,6 +141,7 @@ def _fetch(name: str, version: str, folder: Path, root: Path) -> Path:
             f"npm is needed to fetch {package} and is not on the PATH. Install Node.js (https://nodejs.org, or "
             f"`apt install npm`) and run again: icnn-zoo prepare {FOLDER} --root {root}"
         )
+    folder.mkdir(parents=True, exist_ok=True)
     command = [npm, "pack", "--silent", "--pack-destination", str(folder.resolve()), f"{package}@{version}"]
     print(f"Fetching {package} {version}")
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
