@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from icnn_zoo.ops.windows import Geometry
+from icnn_zoo.ops.geometry import Geometry
 
 # A gathered column element costs as much as about this many multiply-adds of a convolution (two CPU cores, float32).
 MAX_CELLS_PER_TAP = 64

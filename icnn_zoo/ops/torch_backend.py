@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from icnn_zoo.ops import dense
-from icnn_zoo.ops.windows import Corners, Geometry, Shift, gap_columns, read_windows, shifts
+from icnn_zoo.ops.geometry import Geometry
+from icnn_zoo.ops.windows import Corners, Shift, gap_columns, read_windows, shifts
 
 # Elements of one gathered block. 2 Mi float32 values (8 MiB) keep the three passes over a block near the cache and the
 # matrix product large enough to run at full speed; 1 to 4 Mi measure alike.
@@ -54,7 +55,7 @@ def irregular_conv2d(
     Returns:
         Output [B, N, Ho, Wo] in the memory format of ``input``.
     """
-    geometry = _geometry(input, weight, stride, padding, dilation, groups)
+    geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
     per_kernel = positions.dim() == 4
     depthwise = weight.shape[1] == 1
     if per_kernel or depthwise:
@@ -75,29 +76,6 @@ def _finish(output: Tensor, bias: Tensor | None, input: Tensor) -> Tensor:
     if not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
         output = output.contiguous(memory_format=torch.channels_last)
     return output
-
-
-def _geometry(
-    input: Tensor,
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int, int, int],
-    dilation: tuple[int, int],
-    groups: int,
-) -> Geometry:
-    height, width = input.shape[-2:]
-    kernel = weight.shape[-2:]
-    top, bottom, left, right = padding
-    return Geometry(
-        input_size=(height, width),
-        output_size=(
-            (height + top + bottom - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1,
-            (width + left + right - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1,
-        ),
-        stride=stride,
-        origin=(dilation[0] * ((kernel[0] - 1) // 2) - top, dilation[1] * ((kernel[1] - 1) // 2) - left),
-        groups=groups,
-    )
 
 
 def _per_kernel(input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry) -> Tensor:

@@ -11,16 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of one call. ``origin`` is what turns a position into a row and column of the unpadded input."""
-
-    input_size: tuple[int, int]
-    output_size: tuple[int, int]
-    stride: tuple[int, int]
-    origin: tuple[int, int]
-    groups: int
+from icnn_zoo.ops.geometry import Geometry
 
 
 @dataclass(frozen=True)
