@@ -8,15 +8,14 @@ positions: cheap for depthwise layers, the only shared computation there is in t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from icnn_zoo.ops.geometry import Geometry
+from icnn_zoo.ops.geometry import Geometry, memory_format
 
 # A gathered column element costs as much as about this many multiply-adds of a convolution (two CPU cores, float32).
 MAX_CELLS_PER_TAP = 64
@@ -39,27 +38,21 @@ class Box:
         return self.height * self.width
 
 
-def measure_box(
-    positions: Tensor,
-    input_size: Sequence[int],
-    output_size: Sequence[int],
-    stride: Sequence[int],
-    origin: Sequence[int],
-) -> Box | None:
+def measure_box(positions: Tensor, geometry: Geometry) -> Box | None:
     """The smallest box around all taps that can read the input.
 
     Returns:
         The box, or None where looking at the positions would synchronise with a device or break tracing.
     """
-    if positions.device.type != "cpu" or torch.compiler.is_compiling() or positions.numel() == 0:
+    if positions.device.type != "cpu" or positions.numel() == 0:
         return None
     low, high = positions.detach().nan_to_num(0.0).flatten(0, -2).aminmax(dim=0)
     first, size = [], []
     for axis in range(2):
         # Cells below `bottom` or above `top` are outside the input for every output.
-        bottom, top = -(output_size[axis] - 1) * stride[axis], input_size[axis] - 1
-        lowest = min(max(_clamped_floor(low[axis]) + origin[axis], bottom), top)
-        highest = max(min(_clamped_floor(high[axis]) + 1 + origin[axis], top), lowest)
+        bottom, top = -(geometry.output_size[axis] - 1) * geometry.stride[axis], geometry.input_size[axis] - 1
+        lowest = min(max(_clamped_floor(low[axis]) + geometry.origin[axis], bottom), top)
+        highest = max(min(_clamped_floor(high[axis]) + 1 + geometry.origin[axis], top), lowest)
         first.append(lowest)
         size.append(highest - lowest + 1)
     return Box(first[0], first[1], size[0], size[1])
@@ -69,11 +62,20 @@ def _clamped_floor(value: Tensor) -> int:
     return int(value.clamp(-(2.0**30), 2.0**30).floor())
 
 
+def _cells(position: Tensor, first: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Interpolation weights of each cell [..., T, size] and their derivative by the position."""
+    floor = position.floor()
+    fraction = (position - floor).to(dtype)[..., None]
+    distance = torch.arange(first, first + size, device=position.device) - floor[..., None]
+    lower, upper = (distance == 0).to(dtype), (distance == 1).to(dtype)
+    return lower * (1 - fraction) + upper * fraction, upper - lower
+
+
 def draw_kernels(weight: Tensor, positions: Tensor, box: Box, origin: Sequence[int]) -> Tensor:
-    """Draws taps into dense kernels; differentiable, without scattering.
+    """Draws taps into dense kernels, without scattering.
 
     The interpolation weights of a tap are the outer product of a row and a column vector with two cells each, so the
-    sum over taps is a matrix product. At integer positions the derivative is that of the cell to the right/below.
+    sum over taps is a matrix product.
 
     Args:
         weight: Weights [..., T].
@@ -85,67 +87,140 @@ def draw_kernels(weight: Tensor, positions: Tensor, box: Box, origin: Sequence[i
         Kernels [..., box.height, box.width] in the dtype of ``weight``; what lies outside the box is not drawn.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-
-    def cells(position: Tensor, first: int, size: int) -> Tensor:
-        floor = position.detach().floor()
-        fraction = (position - floor).to(dtype)[..., None]
-        distance = torch.arange(first, first + size, device=position.device) - floor[..., None]
-        return (distance == 0).to(dtype) * (1 - fraction) + (distance == 1).to(dtype) * fraction
-
-    rows = cells(positions[..., 0], box.row - origin[0], box.height) * weight.to(dtype)[..., None]
-    cols = cells(positions[..., 1], box.col - origin[1], box.width)
-    return (rows.transpose(-1, -2) @ cols).to(weight.dtype)
+    rows, _ = _cells(positions[..., 0], box.row - origin[0], box.height, dtype)
+    cols, _ = _cells(positions[..., 1], box.col - origin[1], box.width, dtype)
+    return ((rows * weight.to(dtype)[..., None]).transpose(-1, -2) @ cols).to(weight.dtype)
 
 
-def irregular_conv2d(input: Tensor, weight: Tensor, positions: Tensor, box: Box, geometry: Geometry) -> Tensor:
-    """Computes the convolution with dense kernels.
+def drawn_gradients(
+    grad_kernels: Tensor, weight: Tensor, positions: Tensor, box: Box, origin: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`draw_kernels` by weight and positions.
+
+    At integer positions the derivative is that of the cell to the right/below.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    rows, rows_step = _cells(positions[..., 0], box.row - origin[0], box.height, dtype)
+    cols, cols_step = _cells(positions[..., 1], box.col - origin[1], box.width, dtype)
+    by_rows = cols @ grad_kernels.to(dtype).transpose(-1, -2)  # [..., T, box.height]
+    by_cols = rows @ grad_kernels.to(dtype)
+    scale = weight.to(dtype)
+    steps = torch.stack([scale * (by_rows * rows_step).sum(-1), scale * (by_cols * cols_step).sum(-1)], dim=-1)
+    unknown = (positions * 0).to(dtype)  # the step of a position that is no number is zero above
+    return (by_rows * rows).sum(-1).to(weight.dtype), (steps + unknown).to(positions.dtype)
+
+
+def forward(
+    input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, box: Box, geometry: Geometry
+) -> Tensor:
+    """Computes the convolution with dense kernels, of a group of output channels at a time in the full version.
 
     Args:
         input: Images [B, C, H, W].
-        weight: Weights [N, C / G, kh, kw].
+        weight: Weights [N, C / G, T].
         positions: Positions [C, T, 2] of a depthwise layer, or [N, C / G, T, 2] of the full version.
+        bias: Bias [N] or None.
         box: What :func:`measure_box` returned.
         geometry: Sizes of the call.
 
     Returns:
-        Output [B, N, Ho, Wo] without bias. In the full version the dense kernels of a group of output channels are
-        drawn at a time and drawn again in the backward, which bounds the memory.
+        Output [B, N, Ho, Wo].
     """
-    per_kernel = positions.dim() == 4
-    weight = weight.flatten(2)
-    if not per_kernel:
-        positions = positions.repeat_interleave(weight.shape[0] // positions.shape[0], dim=0)[:, None]
+    padded = _pad(input, box, geometry)
+    parts = []
+    for part in _parts(weight, positions, box, geometry):
+        kernels = draw_kernels(weight[part.outputs], part.positions, box, geometry.origin)
+        part_bias = None if bias is None else bias[part.outputs]
+        parts.append(F.conv2d(padded[:, part.channels], kernels, part_bias, geometry.stride, groups=part.groups))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def convolve(input: Tensor, weight: Tensor, positions: Tensor, groups: int) -> Tensor:
-        kernels = draw_kernels(weight, positions, box, geometry.origin)
-        return _convolve(input, kernels, box, geometry, groups)
 
-    if not per_kernel:
-        return convolve(input, weight, positions, geometry.groups)
-    outputs_per_group = weight.shape[0] // geometry.groups
-    group_channels = weight.shape[1]
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    box: Box,
+    geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
+    padded = _pad(input, box, geometry)
+    grad_padded = torch.zeros_like(padded) if needs[0] else None
+    grad_weight = torch.zeros_like(weight) if needs[1] or needs[2] else None
+    grad_positions = torch.zeros_like(positions) if needs[1] or needs[2] else None
+    for part in _parts(weight, positions, box, geometry):
+        part_weight = weight[part.outputs]
+        kernels = draw_kernels(part_weight, part.positions, box, geometry.origin)
+        by_input, by_kernels, _ = torch.ops.aten.convolution_backward(
+            grad_output[:, part.outputs],
+            padded[:, part.channels],
+            kernels,
+            None,
+            geometry.stride,
+            (0, 0),
+            (1, 1),
+            False,
+            (0, 0),
+            part.groups,
+            (needs[0], grad_weight is not None, False),
+        )
+        if grad_padded is not None:
+            grad_padded[:, part.channels] += by_input
+        if grad_weight is not None and grad_positions is not None:
+            by_weight, by_positions = drawn_gradients(by_kernels, part_weight, part.positions, box, geometry.origin)
+            grad_weight[part.outputs] = by_weight
+            if positions.dim() == 4:
+                grad_positions[part.outputs] = by_positions
+            else:
+                # The outputs of a channel share its shape.
+                grad_positions[part.channels] = by_positions.unflatten(0, (positions.shape[0], -1)).sum((1, 2))
+    return (
+        None if grad_padded is None else _crop(grad_padded, input, box, geometry).contiguous(memory_format=memory_format(input)),
+        grad_weight if needs[1] else None,
+        grad_positions if needs[2] else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Output channels drawn at once, what they read, and their positions [n, C / G, T, 2]."""
+
+    outputs: slice
+    channels: slice
+    groups: int
+    positions: Tensor
+
+
+def _parts(weight: Tensor, positions: Tensor, box: Box, geometry: Geometry) -> Iterator[_Part]:
+    num_outputs, group_channels = weight.shape[:2]
+    per_group = num_outputs // geometry.groups
+    if positions.dim() == 3:
+        moved = positions.repeat_interleave(per_group, dim=0)[:, None]
+        yield _Part(slice(0, num_outputs), slice(0, positions.shape[0]), geometry.groups, moved)
+        return
     chunk = max(1, _KERNEL_ELEMENTS // (group_channels * box.cells))
-    outputs = []
     for group in range(geometry.groups):
-        group_input = input[:, group * group_channels : (group + 1) * group_channels]
-        last_of_group = (group + 1) * outputs_per_group
-        for first in range(group * outputs_per_group, last_of_group, chunk):
+        channels = slice(group * group_channels, (group + 1) * group_channels)
+        last_of_group = (group + 1) * per_group
+        for first in range(group * per_group, last_of_group, chunk):
             span = slice(first, min(first + chunk, last_of_group))
-            part = checkpoint(
-                convolve, group_input, weight[span], positions[span], 1, use_reentrant=False, preserve_rng_state=False
-            )
-            outputs.append(part)
-    return torch.cat(outputs, dim=1)
+            yield _Part(span, channels, 1, positions[span])
 
 
-def _convolve(input: Tensor, kernels: Tensor, box: Box, geometry: Geometry, groups: int) -> Tensor:
+def _margins(input: Tensor, box: Box, geometry: Geometry) -> tuple[int, int, int, int]:
+    """What to pad (crop, where negative) on the left, right, top and bottom so that the box never leaves the input."""
     height, width = input.shape[-2:]
-    needed = [
+    rows, cols = (
         (size - 1) * step + extent
         for size, step, extent in zip(geometry.output_size, geometry.stride, (box.height, box.width), strict=True)
-    ]
-    top, left = -box.row, -box.col
-    bottom, right = needed[0] - height - top, needed[1] - width - left
-    if min(top, left, bottom, right) >= 0 and (bottom - top, right - left) == (0, 0):
-        return F.conv2d(input, kernels, None, geometry.stride, (top, left), 1, groups)
-    return F.conv2d(F.pad(input, (left, right, top, bottom)), kernels, None, geometry.stride, 0, 1, groups)
+    )
+    return -box.col, cols - width + box.col, -box.row, rows - height + box.row
+
+
+def _pad(input: Tensor, box: Box, geometry: Geometry) -> Tensor:
+    return F.pad(input, _margins(input, box, geometry))
+
+
+def _crop(grad_padded: Tensor, input: Tensor, box: Box, geometry: Geometry) -> Tensor:
+    return F.pad(grad_padded, [-margin for margin in _margins(input, box, geometry)])

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icnn_zoo.ops import reference, torch_backend
+from icnn_zoo.ops import operators, reference
 
-BACKENDS = ("auto", "torch", "reference")
+BACKENDS = ("auto", *operators.BACKENDS, "reference")
 
 
 def irregular_conv2d(
@@ -95,8 +95,11 @@ def irregular_conv2d(
     # A tap with one coordinate that is no number is nowhere: make both NaN, so that every gradient through it is NaN
     # too.
     positions = positions + (positions.detach() * 0).sum(-1, keepdim=True)
-    implementation = reference.irregular_conv2d if backend == "reference" else torch_backend.irregular_conv2d
-    return implementation(input, weight, positions, bias, stride, top_bottom_left_right, dilation, groups)
+    sizes = (stride, top_bottom_left_right, dilation, groups)
+    if backend == "reference":
+        return reference.irregular_conv2d(input, weight, positions, bias, *sizes)
+    output: Tensor = operators.IrregularConv2dFunction.apply(input, weight, positions, bias, sizes, backend)
+    return output
 
 
 def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:

@@ -1,0 +1,621 @@
+/* The irregular convolution's memory-bound parts for CPUs: columns, their adjoint, and direct stencils.
+ *
+ * Compiled once per data type with -DREAL=float or -DREAL=double (see native_backend.py); plain C with the vector
+ * extensions of GCC and Clang. A tap's shift is an integer part (row, col) and a fraction in [0, 1); positions that are
+ * no number come as fraction NaN and integer part 0. Every plane is written by one thread in a fixed order, so results
+ * agree bit for bit whatever the number of threads.
+ *
+ * Planes are copied into a buffer with zeros around, its columns sorted by their remainder modulo the stride ("phases"),
+ * so that neighbouring outputs always read neighbouring addresses.
+ */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { LANES = 64 / sizeof(REAL) };
+typedef REAL vector __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+typedef int64_t index_t;
+
+/* What PyTorch's own OpenMP runtime offers: runs body(data) on each of `threads` threads of its pool. */
+typedef void (*parallel_t)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+
+typedef struct {
+    index_t height, width;         /* input plane */
+    index_t out_height, out_width; /* output plane */
+    index_t stride_row, stride_col;
+} sizes_t;
+
+static inline vector load(const REAL *from) { return *(const vector *)from; }
+static inline void store(REAL *to, vector value) { *(vector *)to = value; }
+static inline void store_part(REAL *to, vector value, index_t count) { memcpy(to, &value, count * sizeof(REAL)); }
+static inline vector all(REAL value) { return value - (vector){0}; }
+static inline index_t largest(index_t a, index_t b) { return a > b ? a : b; }
+static inline index_t smallest(index_t a, index_t b) { return a < b ? a : b; }
+
+static inline index_t floor_div(index_t a, index_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+static inline index_t floor_mod(index_t a, index_t b) { return a - floor_div(a, b) * b; }
+
+static inline REAL sum_lanes(vector value) {
+    REAL total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += value[lane];
+    return total;
+}
+
+/* A position that is no number makes all that it feeds no number, also where it would have read zeros. */
+static void spread_unknown(REAL unknown, REAL *plane, index_t length) {
+    if (unknown == 0) return;
+    for (index_t pixel = 0; pixel < length; pixel++) plane[pixel] += unknown;
+}
+
+/* ---- a plane with zeros around it -------------------------------------------------------------------------------- */
+
+typedef struct {
+    index_t top, left;     /* zeros before the first row and column */
+    index_t rows, columns; /* with zeros */
+    index_t step;          /* columns are sorted by their remainder modulo this */
+    index_t phase, pitch;  /* length of a phase, of a row */
+} frame_t;
+
+static frame_t make_frame(index_t height, index_t width, index_t top, index_t bottom, index_t left, index_t right,
+                          index_t step) {
+    frame_t frame = {top, left, top + height + bottom, left + width + right, step, 0, 0};
+    frame.phase = (frame.columns + step - 1) / step;
+    frame.pitch = frame.phase * step;
+    return frame;
+}
+
+/* Vector loops read and add zeros past the end of a row: room for that after the last one. */
+static index_t frame_length(const frame_t *frame) { return frame->rows * frame->pitch + 5 * LANES; }
+
+static inline index_t frame_at(const frame_t *frame, index_t row, index_t col) {
+    index_t column = col + frame->left;
+    return (row + frame->top) * frame->pitch + floor_mod(column, frame->step) * frame->phase +
+           floor_div(column, frame->step);
+}
+
+static void fill_frame(const frame_t *frame, REAL *buffer, const REAL *plane, index_t height, index_t width) {
+    memset(buffer, 0, frame_length(frame) * sizeof(REAL));
+    for (index_t row = 0; row < height; row++) {
+        if (frame->step == 1) {
+            memcpy(buffer + frame_at(frame, row, 0), plane + row * width, width * sizeof(REAL));
+            continue;
+        }
+        for (index_t col = 0; col < width; col++) buffer[frame_at(frame, row, col)] = plane[row * width + col];
+    }
+}
+
+static void read_frame(const frame_t *frame, const REAL *buffer, REAL *plane, index_t height, index_t width) {
+    for (index_t row = 0; row < height; row++) {
+        if (frame->step == 1) {
+            memcpy(plane + row * width, buffer + frame_at(frame, row, 0), width * sizeof(REAL));
+            continue;
+        }
+        for (index_t col = 0; col < width; col++) plane[row * width + col] = buffer[frame_at(frame, row, col)];
+    }
+}
+
+/* Outputs [first, last) whose two neighbours lie within one row or column of zeros around the input. */
+static void live_range(index_t shift, index_t stride, index_t size, index_t outputs, index_t *first, index_t *last) {
+    *first = smallest(largest(floor_div(-1 - shift + stride - 1, stride), 0), outputs);
+    *last = largest(smallest(floor_div(size - 1 - shift, stride) + 1, outputs), *first);
+}
+
+typedef struct {
+    index_t row_first, row_last, col_first, col_last; /* live outputs */
+    index_t top_left, top_right;                      /* addresses in the frame for output (row 0, col_first) */
+    index_t row_step;                                 /* from one output row to the next in the frame */
+    index_t below;                                    /* from a row of the frame to the next */
+} tap_t;
+
+static tap_t make_tap(const frame_t *frame, const sizes_t *sizes, index_t row, index_t col) {
+    tap_t tap;
+    live_range(row, sizes->stride_row, sizes->height, sizes->out_height, &tap.row_first, &tap.row_last);
+    live_range(col, sizes->stride_col, sizes->width, sizes->out_width, &tap.col_first, &tap.col_last);
+    if (tap.col_first == tap.col_last) tap.row_last = tap.row_first;
+    index_t column = tap.col_first * sizes->stride_col + col;
+    tap.top_left = frame_at(frame, row, column);
+    tap.top_right = frame_at(frame, row, column + 1);
+    tap.row_step = sizes->stride_row * frame->pitch;
+    tap.below = frame->pitch;
+    return tap;
+}
+
+/* ---- running on PyTorch's threads -------------------------------------------------------------------------------- */
+
+typedef struct {
+    void (*work)(const void *task, index_t unit, REAL *scratch);
+    const void *task;
+    index_t units, scratch_length;
+    index_t next; /* units are handed out one by one; which thread takes which does not change a result */
+    int failed;
+} run_t;
+
+static void run_body(void *data) {
+    run_t *run = data;
+    REAL *scratch = malloc(run->scratch_length * sizeof(REAL));
+    if (scratch == NULL) {
+        __atomic_store_n(&run->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    for (;;) {
+        index_t unit = __atomic_fetch_add(&run->next, 1, __ATOMIC_RELAXED);
+        if (unit >= run->units) break;
+        run->work(run->task, unit, scratch);
+    }
+    free(scratch);
+}
+
+static int run_parallel(parallel_t parallel, unsigned threads, const void *task, index_t units, index_t scratch_length,
+                        void (*work)(const void *, index_t, REAL *)) {
+    run_t run = {work, task, units, scratch_length, 0, 0};
+    if (threads > units) threads = units > 0 ? (unsigned)units : 1;
+    if (threads > 1) {
+        parallel(run_body, &run, threads, 0);
+    } else {
+        run_body(&run);
+    }
+    return run.failed;
+}
+
+/* ---- columns: every (channel, tap)'s plane at its shift ---------------------------------------------------------- */
+
+typedef struct {
+    sizes_t sizes;
+    index_t images, channels, taps;
+    const REAL *input; /* image i, channel c at i * input_image + c * height * width */
+    index_t input_image;
+    const index_t *shift;    /* [channels * taps, 2] */
+    const REAL *fraction;    /* [channels * taps, 2] */
+    REAL *columns;           /* [channels * taps, images, out_height * out_width] */
+    const REAL *grad_columns;
+    REAL *grad_input;     /* as input, or NULL */
+    index_t grad_image;
+    double *grad_shift;   /* [channels * taps, 2], or NULL */
+} columns_t;
+
+static frame_t column_frame(const columns_t *task) {
+    return make_frame(task->sizes.height, task->sizes.width, 1, 1, 1, 1, task->sizes.stride_col);
+}
+
+static void columns_work(const void *data, index_t unit, REAL *scratch) {
+    const columns_t *task = data;
+    const sizes_t *sizes = &task->sizes;
+    index_t image = unit / task->channels, channel = unit % task->channels;
+    index_t out_width = sizes->out_width, area = sizes->out_height * out_width;
+    frame_t frame = column_frame(task);
+    fill_frame(&frame, scratch, task->input + image * task->input_image + channel * sizes->height * sizes->width,
+               sizes->height, sizes->width);
+    for (index_t index = channel * task->taps; index < (channel + 1) * task->taps; index++) {
+        REAL down = task->fraction[2 * index], right = task->fraction[2 * index + 1];
+        tap_t tap = make_tap(&frame, sizes, task->shift[2 * index], task->shift[2 * index + 1]);
+        vector w00 = all((1 - down) * (1 - right)), w01 = all((1 - down) * right);
+        vector w10 = all(down * (1 - right)), w11 = all(down * right);
+        vector outside = all((down + right) * 0); /* NaN where a position is */
+        REAL *out = task->columns + (index * task->images + image) * area, *end = out + area;
+        for (index_t row = 0; row < sizes->out_height; row++, out += out_width) {
+            int live = row >= tap.row_first && row < tap.row_last;
+            index_t first = live ? tap.col_first : out_width, last = live ? tap.col_last : out_width;
+            /* A store may spill into what comes next, which is written later, but not past the end. */
+            for (index_t col = 0; col < first; col += LANES) {
+                if (out + col + LANES <= end) store(out + col, outside);
+                else store_part(out + col, outside, first - col < LANES ? first - col : LANES);
+            }
+            const REAL *top_left = scratch + tap.top_left + row * tap.row_step;
+            const REAL *top_right = scratch + tap.top_right + row * tap.row_step;
+            for (index_t col = first; col < last; col += LANES, top_left += LANES, top_right += LANES) {
+                vector value = w00 * load(top_left) + w01 * load(top_right) + w10 * load(top_left + tap.below) +
+                               w11 * load(top_right + tap.below);
+                if (out + col + LANES <= end) store(out + col, value);
+                else store_part(out + col, value, last - col < LANES ? last - col : LANES);
+            }
+            for (index_t col = last; col < out_width; col += LANES) {
+                if (out + col + LANES <= end) store(out + col, outside);
+                else store_part(out + col, outside, out_width - col < LANES ? out_width - col : LANES);
+            }
+        }
+    }
+}
+
+/* The adjoint: the gradient of one channel's input planes and of its taps' shifts, from its columns' gradient. */
+static void gradients_work(const void *data, index_t channel, REAL *scratch) {
+    const columns_t *task = data;
+    const sizes_t *sizes = &task->sizes;
+    index_t out_width = sizes->out_width, area = sizes->out_height * out_width;
+    index_t in_area = sizes->height * sizes->width;
+    frame_t frame = column_frame(task);
+    REAL *plane = scratch, *total = plane + frame_length(&frame), *grad = total + frame_length(&frame);
+    double *by_shift = task->grad_shift == NULL ? NULL : task->grad_shift + channel * task->taps * 2;
+    if (by_shift != NULL) memset(by_shift, 0, task->taps * 2 * sizeof(double));
+    for (index_t image = 0; image < task->images; image++) {
+        if (by_shift != NULL)
+            fill_frame(&frame, plane, task->input + image * task->input_image + channel * in_area, sizes->height,
+                       sizes->width);
+        memset(total, 0, frame_length(&frame) * sizeof(REAL));
+        REAL unknown = 0;
+        for (index_t index = 0; index < task->taps; index++) {
+            index_t global = channel * task->taps + index;
+            REAL down = task->fraction[2 * global], right = task->fraction[2 * global + 1];
+            unknown += (down + right) * 0;
+            tap_t tap = make_tap(&frame, sizes, task->shift[2 * global], task->shift[2 * global + 1]);
+            const REAL *from = task->grad_columns + (global * task->images + image) * area + tap.col_first;
+            index_t count = tap.col_last - tap.col_first;
+            index_t padded = (count + LANES - 1) / LANES * LANES;
+            vector w00 = all((1 - down) * (1 - right)), w01 = all((1 - down) * right);
+            vector w10 = all(down * (1 - right)), w11 = all(down * right);
+            vector sum_down = all(0), sum_right = all(0);
+            memset(grad, 0, padded * sizeof(REAL));
+            for (index_t row = tap.row_first; row < tap.row_last; row++) {
+                memcpy(grad, from + row * out_width, count * sizeof(REAL)); /* zeros after it */
+                index_t left_at = tap.top_left + row * tap.row_step, right_at = tap.top_right + row * tap.row_step;
+                if (task->grad_input != NULL) {
+                    /* Left and right separately: with stride 1 their addresses overlap. */
+                    REAL *left = total + left_at, *other = total + right_at;
+                    for (index_t col = 0; col < count; col += LANES) {
+                        vector value = load(grad + col);
+                        store(left + col, load(left + col) + w00 * value);
+                        store(left + tap.below + col, load(left + tap.below + col) + w10 * value);
+                    }
+                    for (index_t col = 0; col < count; col += LANES) {
+                        vector value = load(grad + col);
+                        store(other + col, load(other + col) + w01 * value);
+                        store(other + tap.below + col, load(other + tap.below + col) + w11 * value);
+                    }
+                }
+                if (by_shift != NULL) {
+                    const REAL *left = plane + left_at, *other = plane + right_at;
+                    for (index_t col = 0; col < count; col += LANES) {
+                        vector v00 = load(left + col), v01 = load(other + col), value = load(grad + col);
+                        vector v10 = load(left + tap.below + col), v11 = load(other + tap.below + col);
+                        vector left_step = v10 - v00, top_step = v01 - v00;
+                        sum_down += value * (left_step + all(right) * (v11 - v01 - left_step));
+                        sum_right += value * (top_step + all(down) * (v11 - v10 - top_step));
+                    }
+                }
+            }
+            if (by_shift != NULL) {
+                by_shift[2 * index] += sum_lanes(sum_down);
+                by_shift[2 * index + 1] += sum_lanes(sum_right);
+            }
+        }
+        if (task->grad_input != NULL) {
+            REAL *to = task->grad_input + image * task->grad_image + channel * in_area;
+            read_frame(&frame, total, to, sizes->height, sizes->width);
+            spread_unknown(unknown, to, in_area);
+        }
+    }
+}
+
+int columns(parallel_t parallel, unsigned threads, const columns_t *task) {
+    frame_t frame = column_frame(task);
+    return run_parallel(parallel, threads, task, task->images * task->channels, frame_length(&frame), columns_work);
+}
+
+int gradients(parallel_t parallel, unsigned threads, const columns_t *task) {
+    frame_t frame = column_frame(task);
+    index_t length = 2 * frame_length(&frame) + task->sizes.out_width + 2 * LANES;
+    return run_parallel(parallel, threads, task, task->channels, length, gradients_work);
+}
+
+/* ---- stencils: the kernel of one (output, input) pair as a list of cells, without columns ------------------------ */
+
+typedef struct {
+    sizes_t sizes;
+    index_t images, channels, outputs, groups, taps;
+    int per_kernel;       /* whether shifts belong to (output, channel of the group), else to the channel */
+    const REAL *input;    /* [images, channels, height, width] */
+    const REAL *weight;   /* [outputs, channels / groups, taps] */
+    const index_t *shift; /* [owners, taps, 2] */
+    const REAL *fraction; /* [owners, taps, 2] */
+    const REAL *bias;     /* [outputs], or NULL */
+    REAL *output;         /* [images, outputs, out_height, out_width] */
+    const REAL *grad_output;
+    REAL *grad_input;    /* or NULL */
+    REAL *grad_weight;   /* [outputs, channels / groups, taps], with grad_shift, or NULL */
+    double *grad_shift;  /* [outputs, channels / groups, taps, 2] */
+    index_t top, bottom, left, right; /* zeros that serve every live cell */
+} stencil_t;
+
+typedef struct {
+    index_t count;
+    REAL unknown;       /* 0, or NaN where a position is */
+    index_t *row, *col; /* [4 * taps] */
+    REAL *weight;       /* [4 * taps] */
+    index_t *cell;      /* [4 * taps], the cell of each corner of each tap, -1 where it never meets the input */
+    index_t *offset;    /* [4 * taps] */
+    double *moment;     /* [4 * taps] */
+} list_t;
+
+enum { LIST_WORDS = 6 };
+
+/* Lists live in the front of the scratch; sizeof(REAL) is 4 or 8, the lists' words take 8 bytes. */
+static index_t list_length(const stencil_t *task) { return 4 * task->taps * LIST_WORDS * 8 / sizeof(REAL); }
+
+static list_t make_list(const stencil_t *task, REAL *scratch) {
+    index_t *words = (index_t *)scratch, room = 4 * task->taps;
+    list_t list = {0, 0, words, words + room, (REAL *)(words + 2 * room), words + 3 * room, words + 4 * room,
+                   (double *)(words + 5 * room)};
+    return list;
+}
+
+static index_t owner_of(const stencil_t *task, index_t output, index_t member) {
+    index_t group_channels = task->channels / task->groups;
+    if (task->per_kernel) return output * group_channels + member;
+    return output / (task->outputs / task->groups) * group_channels + member;
+}
+
+/* Collects the cells of one kernel; neighbouring taps share cells, which are merged. */
+static void fill_list(const stencil_t *task, index_t output, index_t member, list_t *list) {
+    const sizes_t *sizes = &task->sizes;
+    index_t owner = owner_of(task, output, member), taps = task->taps;
+    const index_t *shift = task->shift + owner * taps * 2;
+    const REAL *fraction = task->fraction + owner * taps * 2;
+    const REAL *weight = task->weight + (output * (task->channels / task->groups) + member) * taps;
+    enum { MAP = 1024 };
+    int16_t map[MAP];
+    index_t row_first = INT64_MAX, row_last = INT64_MIN, col_first = INT64_MAX, col_last = INT64_MIN;
+    for (index_t tap = 0; tap < taps; tap++) {
+        row_first = smallest(row_first, shift[2 * tap]);
+        row_last = largest(row_last, shift[2 * tap] + 1);
+        col_first = smallest(col_first, shift[2 * tap + 1]);
+        col_last = largest(col_last, shift[2 * tap + 1] + 1);
+    }
+    index_t map_width = col_last - col_first + 1, map_size = (row_last - row_first + 1) * map_width;
+    int merge = map_size <= MAP;
+    if (merge) memset(map, -1, map_size * sizeof(int16_t));
+    list->count = 0;
+    list->unknown = 0;
+    for (index_t tap = 0; tap < taps; tap++) {
+        REAL down = fraction[2 * tap], right = fraction[2 * tap + 1];
+        list->unknown += (down + right) * 0;
+        for (int corner = 0; corner < 4; corner++) {
+            index_t row = shift[2 * tap] + corner / 2, col = shift[2 * tap + 1] + corner % 2;
+            REAL part = (corner / 2 ? down : 1 - down) * (corner % 2 ? right : 1 - right) * weight[tap];
+            int live = row < sizes->height && row + (sizes->out_height - 1) * sizes->stride_row >= 0 &&
+                       col < sizes->width && col + (sizes->out_width - 1) * sizes->stride_col >= 0;
+            list->cell[4 * tap + corner] = -1;
+            if (!live) continue;
+            int16_t *known = merge ? &map[(row - row_first) * map_width + col - col_first] : NULL;
+            if (known != NULL && *known >= 0) {
+                list->weight[*known] += part;
+                list->cell[4 * tap + corner] = *known;
+                continue;
+            }
+            index_t cell = list->count++;
+            if (known != NULL) *known = (int16_t)cell;
+            list->row[cell] = row;
+            list->col[cell] = col;
+            list->weight[cell] = part;
+            list->cell[4 * tap + corner] = cell;
+        }
+    }
+}
+
+/* rows x vectors outputs at once, kept in registers while the cells are walked. */
+static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, const REAL *from,
+                                                       index_t row_step, const index_t *offset, const REAL *weight,
+                                                       index_t cells, REAL *to, index_t pitch, index_t count) {
+    vector total[4][4];
+    for (int row = 0; row < rows; row++)
+        for (int part = 0; part < vectors; part++) total[row][part] = all(0);
+    for (index_t cell = 0; cell < cells; cell++) {
+        const REAL *at = from + offset[cell];
+        vector scale = all(weight[cell]);
+        for (int row = 0; row < rows; row++)
+            for (int part = 0; part < vectors; part++)
+                total[row][part] += scale * load(at + row * row_step + part * LANES);
+    }
+    for (int row = 0; row < rows; row++) {
+        for (int part = 0; part < vectors; part++) {
+            REAL *place = to + row * pitch + part * LANES;
+            index_t left = count - part * LANES;
+            if (left >= LANES) {
+                store(place, load(place) + total[row][part]);
+            } else {
+                vector old = all(0);
+                memcpy(&old, place, left * sizeof(REAL));
+                store_part(place, old + total[row][part], left);
+            }
+        }
+    }
+}
+
+/* to[r, c] += sum over cells of weight * from[r * row_step + c + offset], for rows x cols outputs. */
+static void apply(const REAL *from, index_t row_step, const index_t *offset, const REAL *weight, index_t cells,
+                  REAL *to, index_t rows, index_t cols) {
+    for (index_t col = 0; col < cols;) {
+        index_t count = smallest(cols - col, 4 * LANES), vectors = (count + LANES - 1) / LANES, row = 0;
+        for (; row < rows;) {
+            const REAL *at = from + row * row_step + col;
+            REAL *place = to + row * cols + col;
+            int pair = row + 2 <= rows, four = row + 4 <= rows && vectors <= 2;
+#define TILE(R, V) tile(R, V, at, row_step, offset, weight, cells, place, cols, count)
+            switch (vectors * 8 + (four ? 4 : pair ? 2 : 1)) {
+            case 12: TILE(4, 1); break;
+            case 10: TILE(2, 1); break;
+            case 9: TILE(1, 1); break;
+            case 20: TILE(4, 2); break;
+            case 18: TILE(2, 2); break;
+            case 17: TILE(1, 2); break;
+            case 26: TILE(2, 3); break;
+            case 25: TILE(1, 3); break;
+            case 34: TILE(2, 4); break;
+            default: TILE(1, 4); break;
+            }
+#undef TILE
+            row += four ? 4 : pair ? 2 : 1;
+        }
+        col += count;
+    }
+}
+
+static frame_t input_frame(const stencil_t *task) {
+    const sizes_t *sizes = &task->sizes;
+    return make_frame(sizes->height, sizes->width, task->top, task->bottom, task->left, task->right,
+                      sizes->stride_col);
+}
+
+static void set_offsets(const frame_t *frame, list_t *list) {
+    for (index_t cell = 0; cell < list->count; cell++)
+        list->offset[cell] = frame_at(frame, list->row[cell], list->col[cell]);
+}
+
+static void stencil_work(const void *data, index_t unit, REAL *scratch) {
+    const stencil_t *task = data;
+    const sizes_t *sizes = &task->sizes;
+    index_t image = unit / task->outputs, output = unit % task->outputs;
+    index_t group_channels = task->channels / task->groups, in_area = sizes->height * sizes->width;
+    index_t out_area = sizes->out_height * sizes->out_width;
+    list_t list = make_list(task, scratch);
+    REAL *plane = scratch + list_length(task), *to = task->output + unit * out_area;
+    frame_t frame = input_frame(task);
+    REAL bias = task->bias == NULL ? 0 : task->bias[output];
+    for (index_t pixel = 0; pixel < out_area; pixel++) to[pixel] = bias;
+    for (index_t member = 0; member < group_channels; member++) {
+        index_t channel = output / (task->outputs / task->groups) * group_channels + member;
+        fill_frame(&frame, plane, task->input + (image * task->channels + channel) * in_area, sizes->height,
+                   sizes->width);
+        fill_list(task, output, member, &list);
+        set_offsets(&frame, &list);
+        apply(plane, sizes->stride_row * frame.pitch, list.offset, list.weight, list.count, to, sizes->out_height,
+              sizes->out_width);
+        spread_unknown(list.unknown, to, out_area);
+    }
+}
+
+/* Zeros around the gradient of the output, as read by the adjoint with stride (row, col). */
+static frame_t grad_frame(const stencil_t *task) {
+    const sizes_t *sizes = &task->sizes;
+    /* A live cell's row lies in [-top, bottom + height - 1 - (out_height - 1) * stride]. */
+    index_t row_last = task->bottom + sizes->height - 1 - (sizes->out_height - 1) * sizes->stride_row;
+    index_t col_last = task->right + sizes->width - 1 - (sizes->out_width - 1) * sizes->stride_col;
+    index_t rows = (sizes->height - 1) / sizes->stride_row, cols = (sizes->width - 1) / sizes->stride_col;
+    index_t above = largest(floor_div(row_last, sizes->stride_row) + 1, 0);
+    index_t before = largest(floor_div(col_last, sizes->stride_col) + 1, 0);
+    index_t below = largest(rows + task->top / sizes->stride_row + 1 - (sizes->out_height - 1), 0);
+    index_t after = largest(cols + task->left / sizes->stride_col + 1 - (sizes->out_width - 1), 0);
+    return make_frame(sizes->out_height, sizes->out_width, above, below, before, after, 1);
+}
+
+/* The gradient of one input plane: each phase of the strides is a stencil over the output's gradient. */
+static void stencil_input_work(const void *data, index_t unit, REAL *scratch) {
+    const stencil_t *task = data;
+    const sizes_t *sizes = &task->sizes;
+    index_t image = unit / task->channels, channel = unit % task->channels;
+    index_t group_channels = task->channels / task->groups, group_outputs = task->outputs / task->groups;
+    index_t group = channel / group_channels, member = channel % group_channels;
+    index_t in_area = sizes->height * sizes->width, out_area = sizes->out_height * sizes->out_width;
+    list_t list = make_list(task, scratch);
+    frame_t frame = grad_frame(task);
+    REAL *plane = scratch + list_length(task), *phase = plane + frame_length(&frame);
+    REAL *selected = phase + in_area;
+    index_t *offset = list.offset;
+    REAL *to = task->grad_input + unit * in_area;
+    memset(to, 0, in_area * sizeof(REAL));
+    for (index_t output = group * group_outputs; output < (group + 1) * group_outputs; output++) {
+        fill_frame(&frame, plane, task->grad_output + (image * task->outputs + output) * out_area, sizes->out_height,
+                   sizes->out_width);
+        fill_list(task, output, member, &list);
+        spread_unknown(list.unknown, to, in_area);
+        for (index_t down = 0; down < smallest(sizes->stride_row, sizes->height); down++) {
+            for (index_t right = 0; right < smallest(sizes->stride_col, sizes->width); right++) {
+                index_t count = 0;
+                for (index_t cell = 0; cell < list.count; cell++) {
+                    index_t row = down - list.row[cell], col = right - list.col[cell];
+                    if (floor_mod(row, sizes->stride_row) || floor_mod(col, sizes->stride_col)) continue;
+                    offset[count] =
+                        frame_at(&frame, floor_div(row, sizes->stride_row), floor_div(col, sizes->stride_col));
+                    selected[count++] = list.weight[cell];
+                }
+                index_t rows = (sizes->height - down + sizes->stride_row - 1) / sizes->stride_row;
+                index_t cols = (sizes->width - right + sizes->stride_col - 1) / sizes->stride_col;
+                if (sizes->stride_row == 1 && sizes->stride_col == 1) {
+                    apply(plane, frame.pitch, offset, selected, count, to, rows, cols);
+                    continue;
+                }
+                memset(phase, 0, rows * cols * sizeof(REAL));
+                apply(plane, frame.pitch, offset, selected, count, phase, rows, cols);
+                for (index_t row = 0; row < rows; row++)
+                    for (index_t col = 0; col < cols; col++)
+                        to[(row * sizes->stride_row + down) * sizes->width + col * sizes->stride_col + right] +=
+                            phase[row * cols + col];
+            }
+        }
+    }
+}
+
+/* Products of the output's gradient with the input at each cell, then the gradients of a kernel's taps. */
+static void stencil_weight_work(const void *data, index_t unit, REAL *scratch) {
+    const stencil_t *task = data;
+    const sizes_t *sizes = &task->sizes;
+    index_t group_channels = task->channels / task->groups, in_area = sizes->height * sizes->width;
+    index_t output = unit / group_channels, member = unit % group_channels;
+    index_t channel = output / (task->outputs / task->groups) * group_channels + member;
+    index_t out_area = sizes->out_height * sizes->out_width, taps = task->taps;
+    list_t list = make_list(task, scratch);
+    frame_t frame = input_frame(task);
+    index_t padded = (sizes->out_width + LANES - 1) / LANES * LANES;
+    REAL *plane = scratch + list_length(task), *grad = plane + frame_length(&frame);
+    fill_list(task, output, member, &list);
+    set_offsets(&frame, &list);
+    for (index_t cell = 0; cell < list.count; cell++) list.moment[cell] = 0;
+    memset(grad, 0, sizes->out_height * padded * sizeof(REAL));
+    for (index_t image = 0; image < task->images; image++) {
+        fill_frame(&frame, plane, task->input + (image * task->channels + channel) * in_area, sizes->height,
+                   sizes->width);
+        const REAL *from = task->grad_output + (image * task->outputs + output) * out_area;
+        for (index_t row = 0; row < sizes->out_height; row++)
+            memcpy(grad + row * padded, from + row * sizes->out_width, sizes->out_width * sizeof(REAL));
+        for (index_t cell = 0; cell < list.count; cell += 4) {
+            index_t last = list.count - 1;
+            const REAL *at[4];
+            vector total[4] = {all(0), all(0), all(0), all(0)};
+            for (int part = 0; part < 4; part++) at[part] = plane + list.offset[smallest(cell + part, last)];
+            for (index_t row = 0; row < sizes->out_height; row++) {
+                index_t step = row * sizes->stride_row * frame.pitch;
+                for (index_t col = 0; col < padded; col += LANES) {
+                    vector value = load(grad + row * padded + col);
+                    for (int part = 0; part < 4; part++) total[part] += value * load(at[part] + step + col);
+                }
+            }
+            for (int part = 0; part < 4 && cell + part <= last; part++)
+                list.moment[cell + part] += sum_lanes(total[part]);
+        }
+    }
+    index_t owner = owner_of(task, output, member);
+    const REAL *weight = task->weight + unit * taps;
+    for (index_t tap = 0; tap < taps; tap++) {
+        double down = task->fraction[(owner * taps + tap) * 2], right = task->fraction[(owner * taps + tap) * 2 + 1];
+        double m[4];
+        for (int corner = 0; corner < 4; corner++) {
+            index_t cell = list.cell[4 * tap + corner];
+            m[corner] = cell < 0 ? 0 : list.moment[cell];
+        }
+        task->grad_weight[unit * taps + tap] = (REAL)((1 - down) * ((1 - right) * m[0] + right * m[1]) +
+                                                      down * ((1 - right) * m[2] + right * m[3]));
+        double *by_shift = task->grad_shift + (unit * taps + tap) * 2;
+        by_shift[0] = weight[tap] * ((1 - right) * (m[2] - m[0]) + right * (m[3] - m[1]));
+        by_shift[1] = weight[tap] * ((1 - down) * (m[1] - m[0]) + down * (m[3] - m[2]));
+    }
+}
+
+int stencil(parallel_t parallel, unsigned threads, const stencil_t *task) {
+    frame_t frame = input_frame(task);
+    index_t length = list_length(task) + frame_length(&frame);
+    return run_parallel(parallel, threads, task, task->images * task->outputs, length, stencil_work);
+}
+
+int stencil_gradients(parallel_t parallel, unsigned threads, const stencil_t *task) {
+    const sizes_t *sizes = &task->sizes;
+    if (task->grad_input != NULL) {
+        frame_t frame = grad_frame(task);
+        index_t length = list_length(task) + frame_length(&frame) + sizes->height * sizes->width + 4 * task->taps;
+        if (run_parallel(parallel, threads, task, task->images * task->channels, length, stencil_input_work)) return 1;
+    }
+    if (task->grad_weight == NULL) return 0;
+    frame_t frame = input_frame(task);
+    index_t padded = (sizes->out_width + LANES - 1) / LANES * LANES;
+    index_t length = list_length(task) + frame_length(&frame) + sizes->out_height * padded;
+    index_t units = task->outputs * (task->channels / task->groups);
+    return run_parallel(parallel, threads, task, units, length, stencil_weight_work);
+}
