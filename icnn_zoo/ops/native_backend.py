@@ -1,9 +1,8 @@
 """The irregular convolution on CPUs by a small C kernel, compiled on first use where a C compiler is found.
 
-``native.c`` makes columns and their adjoint in one pass each, an order of magnitude faster than a chain of operators
-can, and walks depthwise layers and the full version as stencils of at most four cells a tap, so that no cost depends on
-how far positions moved. Matrix products stay PyTorch's. The kernel runs on PyTorch's own threads
-(``torch.set_num_threads``). Without a compiler the torch backend does the same, slower.
+``native.c`` makes columns where the matrix product wants them, in the cache, and walks depthwise layers and the full
+version as stencils of at most four cells a tap, so that no cost depends on how far positions moved. It runs on PyTorch's
+own threads (``torch.set_num_threads``). Without a compiler the torch backend does the same, slower.
 
 The compiled library is kept in ``$XDG_CACHE_HOME/icnn_zoo`` (``~/.cache/icnn_zoo``), named after its source, flags,
 compiler and processor. ``$CC`` chooses the compiler.
@@ -22,13 +21,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from icnn_zoo.ops import columns
-from icnn_zoo.ops.columns import Block, Gradients
 from icnn_zoo.ops.geometry import Geometry, memory_format
 from icnn_zoo.ops.windows import shifts
 
@@ -54,10 +50,13 @@ def _load() -> tuple[dict[torch.dtype, ctypes.CDLL], str | None]:
     if _find_parallel() is None:
         return {}, "PyTorch's OpenMP library offers no GOMP_parallel"
     try:
-        return {dtype: ctypes.CDLL(str(_compile(compiler, real))) for dtype, real in _REAL.items()}, None
+        libraries = {dtype: ctypes.CDLL(str(_compile(compiler, real))) for dtype, real in _REAL.items()}
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
         return {}, f"compiling it with {compiler!r} failed: {output.strip().splitlines()[0]}"
+    for library in libraries.values():
+        library.workspace_length.restype = ctypes.c_int64
+    return libraries, None
 
 
 @functools.cache
@@ -98,16 +97,6 @@ def _processor() -> str:
     return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-class _Sizes(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("height", "width", "out_height", "out_width", "stride_row", "stride_col")
-    ]
-
-    @staticmethod
-    def of(geometry: Geometry) -> _Sizes:
-        return _Sizes(*geometry.input_size, *geometry.output_size, *geometry.stride)
-
-
 def _integers(*names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_int64) for name in names]
 
@@ -116,17 +105,20 @@ def _pointers(*names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_void_p) for name in names]
 
 
+class _Sizes(ctypes.Structure):
+    """``sizes_t`` of native.c."""
+
+    _fields_ = _integers("height", "width", "out_height", "out_width", "stride_row", "stride_col")
+
+
 class _Columns(ctypes.Structure):
     """``columns_t`` of native.c."""
 
     _fields_ = [
         ("sizes", _Sizes),
-        *_integers("images", "channels", "taps"),
-        *_pointers("input"),
-        *_integers("input_image"),
-        *_pointers("shift", "fraction", "columns", "grad_columns", "grad_input"),
-        *_integers("grad_image"),
-        *_pointers("grad_shift"),
+        *_integers("images", "channels", "outputs", "groups", "taps"),
+        *_pointers("input", "weight", "shift", "fraction", "bias", "output"),
+        *_pointers("grad_output", "grad_input", "grad_weight", "grad_shift", "workspace"),
     ]
 
 
@@ -163,12 +155,10 @@ def forward(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | Non
     Returns:
         Output [B, N, Ho, Wo] in the memory format of ``input``.
     """
-    if not _is_stencil(weight, positions):
-        return columns.forward(_NativeColumns(input, positions, geometry), input, weight, bias, geometry)
-    call = _StencilCall(input, weight, positions, geometry)
+    call = _Call(input, weight, positions, geometry)
     output = torch.empty(input.shape[0], weight.shape[0], *geometry.output_size, dtype=call.dtype)
-    bias = None if bias is None else bias.to(call.dtype)
-    call.run("stencil", bias=bias, output=output)
+    if output.numel() > 0:
+        call.run("forward", bias=None if bias is None else bias.to(call.dtype), output=output)
     return output.to(input.dtype).contiguous(memory_format=memory_format(input))
 
 
@@ -179,138 +169,84 @@ def backward(
     positions: Tensor,
     geometry: Geometry,
     needs: tuple[bool, bool, bool],
-) -> Gradients:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
-    if not _is_stencil(weight, positions):
-        maker = _NativeColumns(input, positions, geometry)
-        return columns.backward(maker, grad_output, input, weight, positions, geometry, needs)
-    call = _StencilCall(input, weight, positions, geometry)
-    grad_input = torch.empty(input.shape, dtype=call.dtype) if needs[0] else None
-    grad_weight = torch.empty(weight.shape, dtype=call.dtype) if needs[1] or needs[2] else None
-    grad_shift = torch.empty(*weight.shape, 2, dtype=torch.float64) if needs[1] or needs[2] else None
-    grad_output = grad_output.to(call.dtype).contiguous()
-    call.run(
-        "stencil_gradients",
-        grad_output=grad_output,
-        grad_input=grad_input,
-        grad_weight=grad_weight,
-        grad_shift=grad_shift,
-    )
+    call = _Call(input, weight, positions, geometry)
+    grad_input = torch.zeros(input.shape, dtype=call.dtype) if needs[0] else None
+    # A stencil's shifts belong to the outputs: those of a channel are summed below.
+    needs_weight, needs_shift = needs[1] or (call.is_stencil and needs[2]), needs[2] or (call.is_stencil and needs[1])
+    grad_weight = torch.zeros(weight.shape, dtype=call.dtype) if needs_weight else None
+    shapes = weight.shape if call.is_stencil else positions.shape[:2]
+    grad_shift = torch.zeros(*shapes, 2, dtype=torch.float64) if needs_shift else None
+    if grad_output.numel() > 0:
+        call.run(
+            "backward",
+            grad_output=grad_output.to(call.dtype).contiguous(),
+            grad_input=grad_input,
+            grad_weight=grad_weight,
+            grad_shift=grad_shift,
+        )
     by_input = by_weight = by_positions = None
     if grad_input is not None:
         by_input = grad_input.to(input.dtype).contiguous(memory_format=memory_format(input))
     if needs[1] and grad_weight is not None:
         by_weight = grad_weight.to(weight.dtype)
     if needs[2] and grad_shift is not None:
-        if positions.dim() == 3:  # the outputs of a channel share its shape
+        if call.is_stencil and positions.dim() == 3:
             grad_shift = grad_shift.unflatten(0, (geometry.groups, -1)).sum(1)
-        by_positions = grad_shift.reshape(positions.shape).to(positions.dtype)
+        unknown = positions * 0  # a position that is no number may have met no pixel
+        by_positions = grad_shift.reshape(positions.shape).to(positions.dtype) + unknown
     return by_input, by_weight, by_positions
 
 
-def _is_stencil(weight: Tensor, positions: Tensor) -> bool:
-    """Whether no two outputs could share a column."""
-    return positions.dim() == 4 or weight.shape[1] == 1
+class _Call:
+    """The arguments that forward and backward share; holds what C only points to.
 
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-class _StencilCall:
-    """The arguments that forward and backward of a stencil share; holds what C only points to."""
+    Layers whose outputs share no columns (depthwise, the full version) are stencils.
+    """
 
     def __init__(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry) -> None:
-        self.dtype = _compute_dtype(input.dtype)
+        self.geometry = geometry
+        self.is_stencil = positions.dim() == 4 or weight.shape[1] == 1
+        # Half precision is computed in float32 and rounded once.
+        self.dtype = torch.promote_types(input.dtype, torch.float32)
         self.input, self.weight = input.to(self.dtype).contiguous(), weight.to(self.dtype).contiguous()
         shift = shifts(positions, geometry, self.dtype)
         self.shift = torch.stack([shift.row, shift.col], dim=-1)
         self.fraction = torch.cat([shift.row_fraction, shift.col_fraction], dim=1)
-        margins = []
-        for axis in range(2):
-            reach = (geometry.output_size[axis] - 1) * geometry.stride[axis]
-            last = geometry.input_size[axis] - 1
-            low, high = (int(value) for value in self.shift[:, axis].aminmax())
-            margins += [-min(max(low, -reach), last), min(max(high + 1, -reach), last) + reach - last]
-        top, bottom, left, right = (max(margin, 0) for margin in margins)
-        self.task = _Stencil(
-            sizes=_Sizes.of(geometry),
+        self.task = (_Stencil if self.is_stencil else _Columns)(
+            sizes=_Sizes(*geometry.input_size, *geometry.output_size, *geometry.stride),
             images=input.shape[0],
             channels=input.shape[1],
             outputs=weight.shape[0],
             groups=geometry.groups,
             taps=weight.shape[2],
-            per_kernel=positions.dim() == 4,
             input=self.input.data_ptr(),
             weight=self.weight.data_ptr(),
             shift=self.shift.data_ptr(),
             fraction=self.fraction.data_ptr(),
-            top=top,
-            bottom=bottom,
-            left=left,
-            right=right,
         )
+        if self.is_stencil:
+            self.task.per_kernel = positions.dim() == 4
+            self.task.top, self.task.bottom = self._margins(0)
+            self.task.left, self.task.right = self._margins(1)
 
-    def run(self, name: str, **tensors: Tensor | None) -> None:
+    def _margins(self, axis: int) -> tuple[int, int]:
+        """Zeros before and after the input that serve every cell which meets it at all."""
+        reach = (self.geometry.output_size[axis] - 1) * self.geometry.stride[axis]
+        last = self.geometry.input_size[axis] - 1
+        low, high = (int(value) for value in self.shift[:, axis].aminmax())
+        return max(-max(low, -reach), 0), max(min(high + 1, last) + reach - last, 0)
+
+    def run(self, direction: str, **tensors: Tensor | None) -> None:
         for field, tensor in tensors.items():
             setattr(self.task, field, None if tensor is None else tensor.data_ptr())
-        _run(name, self.dtype, self.task)
-
-
-class _NativeColumns:
-    """Makes columns in C; a :class:`~icnn_zoo.ops.columns.ColumnMaker`."""
-
-    def __init__(self, input: Tensor, positions: Tensor, geometry: Geometry) -> None:
-        self.geometry = geometry
-        self.taps = positions.shape[-2]
-        self.dtype = _compute_dtype(input.dtype)
-        self.input = input.to(self.dtype).contiguous()
-        self.rows, self.pitch = geometry.output_size
-        shift = shifts(positions, geometry, self.dtype)
-        self.shift = torch.stack([shift.row, shift.col], dim=-1)
-        self.fraction = torch.cat([shift.row_fraction, shift.col_fraction], dim=1)
-
-    def columns(self, block: Block) -> Tensor:
-        task = self._task(block)
-        columns = torch.empty(task.channels * self.taps, task.images * self.rows * self.pitch, dtype=self.dtype)
-        task.columns = columns.data_ptr()
-        _run("columns", self.dtype, task)
-        return columns
-
-    def gradients(
-        self, block: Block, grad_columns: Tensor, needs: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        needs_input, needs_columns, needs_positions = needs
-        task = self._task(block)
-        size = (task.images, task.channels, *self.geometry.input_size)
-        planes = torch.empty(size, dtype=self.dtype) if needs_input else None
-        by_shift = torch.empty(task.channels * self.taps, 2, dtype=torch.float64) if needs_positions else None
-        grad_columns = grad_columns.contiguous()
-        task.grad_columns = grad_columns.data_ptr()
-        if planes is not None:
-            task.grad_input, task.grad_image = planes.data_ptr(), planes.stride(0)
-        if by_shift is not None:
-            task.grad_shift = by_shift.data_ptr()
-        _run("gradients", self.dtype, task)
-        if by_shift is not None:  # a position that is no number may have met no pixel
-            unknown = self.fraction[block.planes.start * self.taps : block.planes.stop * self.taps] * 0
-            by_shift = by_shift.to(self.dtype) + unknown
-        return (
-            None if planes is None else planes.transpose(0, 1),
-            self.columns(block) if needs_columns else None,
-            by_shift,
-        )
-
-    def _task(self, block: Block) -> Any:
-        first = block.planes.start * self.taps
-        planes = self.input[block.images, block.planes]
-        return _Columns(
-            sizes=_Sizes.of(self.geometry),
-            images=planes.shape[0],
-            channels=planes.shape[1],
-            taps=self.taps,
-            input=planes.data_ptr(),
-            input_image=self.input.stride(0),
-            shift=self.shift[first:].data_ptr(),
-            fraction=self.fraction[first:].data_ptr(),
-        )
+        library, task = _load()[0][self.dtype], ctypes.byref(self.task)
+        if not self.is_stencil:
+            length = library.workspace_length(task, int(direction == "backward"))
+            workspace = torch.empty(length, dtype=self.dtype)
+            self.task.workspace = workspace.data_ptr()
+        function: Callable[..., int] = getattr(library, f"{'stencil' if self.is_stencil else 'columns'}_{direction}")
+        threads = ctypes.c_uint(torch.get_num_threads())
+        if function(ctypes.c_void_p(_find_parallel()), threads, task):
+            raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
