@@ -32,6 +32,7 @@ typedef struct {
     index_t height, width;         /* input plane */
     index_t out_height, out_width; /* output plane */
     index_t stride_row, stride_col;
+    index_t origin_row, origin_col; /* where position 0 of output 0 reads */
 } sizes_t;
 
 static inline vector load(const REAL *from) { return *(const vector *)from; }
@@ -50,6 +51,29 @@ static inline REAL sum_lanes(vector value) {
     REAL total = 0;
     for (int lane = 0; lane < LANES; lane++) total += value[lane];
     return total;
+}
+
+typedef struct {
+    index_t row, col;
+    REAL down, right; /* fractions in [0, 1), NaN for a position that is no number */
+} shift_t;
+
+/* Beyond the limit every read is outside the input: clamping there does not change the function. */
+static inline index_t split(double position, index_t limit, index_t origin, REAL *fraction) {
+    double low = __builtin_floor(position);
+    *fraction = (REAL)(position - low);
+    if (!(low >= -(double)limit)) low = low != low ? 0 : -(double)limit;
+    if (low > (double)limit) low = (double)limit;
+    return (index_t)low + origin;
+}
+
+static inline shift_t make_shift(const sizes_t *sizes, const double *position) {
+    shift_t shift;
+    index_t rows = (sizes->out_height - 1) * sizes->stride_row + sizes->height + 2 + llabs(sizes->origin_row);
+    index_t cols = (sizes->out_width - 1) * sizes->stride_col + sizes->width + 2 + llabs(sizes->origin_col);
+    shift.row = split(position[0], rows, sizes->origin_row, &shift.down);
+    shift.col = split(position[1], cols, sizes->origin_col, &shift.right);
+    return shift;
 }
 
 /* A position that is no number makes all that it feeds no number, also where it would have read zeros. */
@@ -116,10 +140,15 @@ typedef struct {
     index_t top_left, top_right;                      /* addresses in the frame for output (row 0, col_first) */
     index_t row_step;                                 /* from one output row to the next in the frame */
     index_t below;                                    /* from a row of the frame to the next */
+    REAL down, right;                                 /* fractions */
 } tap_t;
 
-static tap_t make_tap(const frame_t *frame, const sizes_t *sizes, index_t row, index_t col) {
+static tap_t make_tap(const frame_t *frame, const sizes_t *sizes, const double *position) {
+    shift_t shift = make_shift(sizes, position);
+    index_t row = shift.row, col = shift.col;
     tap_t tap;
+    tap.down = shift.down;
+    tap.right = shift.right;
     live_range(row, sizes->stride_row, sizes->height, sizes->out_height, &tap.row_first, &tap.row_last);
     live_range(col, sizes->stride_col, sizes->width, sizes->out_width, &tap.col_first, &tap.col_last);
     if (tap.col_first == tap.col_last) tap.row_last = tap.row_first;
@@ -203,8 +232,7 @@ typedef struct {
     index_t images, channels, outputs, groups, taps;
     const REAL *input;       /* [images, channels, height, width] */
     const REAL *weight;      /* [outputs, channels / groups, taps] */
-    const index_t *shift;    /* [channels * taps, 2] */
-    const REAL *fraction;    /* [channels * taps, 2] */
+    const double *positions; /* [channels, taps, 2] */
     const REAL *bias;        /* [outputs], or NULL */
     REAL *output;            /* [images, outputs, out_height, out_width] */
     const REAL *grad_output; /* as output */
@@ -294,8 +322,7 @@ static void frames_work(const void *data, index_t unit, REAL *scratch) {
                task->input + unit * layout->area, task->sizes.height, task->sizes.width);
     if (unit >= task->channels) return;
     for (index_t index = unit * task->taps; index < (unit + 1) * task->taps; index++)
-        layout->taps[index] =
-            make_tap(&layout->frame, &task->sizes, task->shift[2 * index], task->shift[2 * index + 1]);
+        layout->taps[index] = make_tap(&layout->frame, &task->sizes, task->positions + 2 * index);
 }
 
 /* Rows [first, last) of one channel's plane as a tap sees it, without gaps; may write LANES elements past the end. */
@@ -303,7 +330,7 @@ static void make_column(const call_t *call, const REAL *plane, index_t index, in
     const columns_t *task = call->task;
     const tap_t *tap = &call->layout.taps[index];
     index_t width = task->sizes.out_width;
-    REAL down = task->fraction[2 * index], right = task->fraction[2 * index + 1];
+    REAL down = tap->down, right = tap->right;
     vector w00 = all((1 - down) * (1 - right)), w01 = all((1 - down) * right);
     vector w10 = all(down * (1 - right)), w11 = all(down * right);
     vector outside = all((down + right) * 0); /* NaN where a position is */
@@ -437,7 +464,7 @@ static void scatter_column(const call_t *call, const REAL *plane, index_t index,
     const columns_t *task = call->task;
     const tap_t *tap = &call->layout.taps[index];
     index_t width = task->sizes.out_width, count = tap->col_last - tap->col_first;
-    REAL down = task->fraction[2 * index], right = task->fraction[2 * index + 1];
+    REAL down = tap->down, right = tap->right;
     vector w00 = all((1 - down) * (1 - right)), w01 = all((1 - down) * right);
     vector w10 = all(down * (1 - right)), w11 = all(down * right);
     vector sum_down = all(0), sum_right = all(0);
@@ -531,7 +558,7 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
         for (index_t channel = 0; channel < channels; channel++) {
             REAL unknown = 0;
             for (index_t index = (channel_first + channel) * taps; index < (channel_first + channel + 1) * taps; index++)
-                unknown += (task->fraction[2 * index] + task->fraction[2 * index + 1]) * 0;
+                unknown += (layout->taps[index].down + layout->taps[index].right) * 0;
             REAL *to = task->grad_input + (image * task->channels + channel_first + channel) * layout->area;
             read_frame(&layout->frame, totals + channel * length, to, task->sizes.height, task->sizes.width);
             spread_unknown(unknown, to, layout->area);
@@ -567,15 +594,13 @@ typedef struct {
     int per_kernel;       /* whether shifts belong to (output, channel of the group), else to the channel */
     const REAL *input;    /* [images, channels, height, width] */
     const REAL *weight;   /* [outputs, channels / groups, taps] */
-    const index_t *shift; /* [owners, taps, 2] */
-    const REAL *fraction; /* [owners, taps, 2] */
+    const double *positions; /* [channels, taps, 2], or [outputs, channels / groups, taps, 2] */
     const REAL *bias;     /* [outputs], or NULL */
     REAL *output;         /* [images, outputs, out_height, out_width] */
     const REAL *grad_output;
     REAL *grad_input;    /* or NULL */
     REAL *grad_weight;   /* [outputs, channels / groups, taps], with grad_shift, or NULL */
     double *grad_shift;  /* [outputs, channels / groups, taps, 2] */
-    index_t top, bottom, left, right; /* zeros that serve every live cell */
 } stencil_t;
 
 typedef struct {
@@ -586,9 +611,10 @@ typedef struct {
     index_t *cell;      /* [4 * taps], the cell of each corner of each tap, -1 where it never meets the input */
     index_t *offset;    /* [4 * taps] */
     double *moment;     /* [4 * taps] */
+    shift_t *shift;     /* [taps] */
 } list_t;
 
-enum { LIST_WORDS = 6 };
+enum { LIST_WORDS = 7 }; /* a shift takes at most four words */
 
 /* Lists live in the front of the scratch; sizeof(REAL) is 4 or 8, the lists' words take 8 bytes. */
 static index_t list_length(const stencil_t *task) { return 4 * task->taps * LIST_WORDS * 8 / sizeof(REAL); }
@@ -596,7 +622,7 @@ static index_t list_length(const stencil_t *task) { return 4 * task->taps * LIST
 static list_t make_list(const stencil_t *task, REAL *scratch) {
     index_t *words = (index_t *)scratch, room = 4 * task->taps;
     list_t list = {0, 0, words, words + room, (REAL *)(words + 2 * room), words + 3 * room, words + 4 * room,
-                   (double *)(words + 5 * room)};
+                   (double *)(words + 5 * room), (shift_t *)(words + 6 * room)};
     return list;
 }
 
@@ -610,17 +636,17 @@ static index_t owner_of(const stencil_t *task, index_t output, index_t member) {
 static void fill_list(const stencil_t *task, index_t output, index_t member, list_t *list) {
     const sizes_t *sizes = &task->sizes;
     index_t owner = owner_of(task, output, member), taps = task->taps;
-    const index_t *shift = task->shift + owner * taps * 2;
-    const REAL *fraction = task->fraction + owner * taps * 2;
+    shift_t *shift = list->shift;
     const REAL *weight = task->weight + (output * (task->channels / task->groups) + member) * taps;
     enum { MAP = 1024 };
     int16_t map[MAP];
     index_t row_first = INT64_MAX, row_last = INT64_MIN, col_first = INT64_MAX, col_last = INT64_MIN;
     for (index_t tap = 0; tap < taps; tap++) {
-        row_first = smallest(row_first, shift[2 * tap]);
-        row_last = largest(row_last, shift[2 * tap] + 1);
-        col_first = smallest(col_first, shift[2 * tap + 1]);
-        col_last = largest(col_last, shift[2 * tap + 1] + 1);
+        shift[tap] = make_shift(sizes, task->positions + (owner * taps + tap) * 2);
+        row_first = smallest(row_first, shift[tap].row);
+        row_last = largest(row_last, shift[tap].row + 1);
+        col_first = smallest(col_first, shift[tap].col);
+        col_last = largest(col_last, shift[tap].col + 1);
     }
     index_t map_width = col_last - col_first + 1, map_size = (row_last - row_first + 1) * map_width;
     int merge = map_size <= MAP;
@@ -628,10 +654,10 @@ static void fill_list(const stencil_t *task, index_t output, index_t member, lis
     list->count = 0;
     list->unknown = 0;
     for (index_t tap = 0; tap < taps; tap++) {
-        REAL down = fraction[2 * tap], right = fraction[2 * tap + 1];
+        REAL down = shift[tap].down, right = shift[tap].right;
         list->unknown += (down + right) * 0;
         for (int corner = 0; corner < 4; corner++) {
-            index_t row = shift[2 * tap] + corner / 2, col = shift[2 * tap + 1] + corner % 2;
+            index_t row = shift[tap].row + corner / 2, col = shift[tap].col + corner % 2;
             REAL part = (corner / 2 ? down : 1 - down) * (corner % 2 ? right : 1 - right) * weight[tap];
             int live = row < sizes->height && row + (sizes->out_height - 1) * sizes->stride_row >= 0 &&
                        col < sizes->width && col + (sizes->out_width - 1) * sizes->stride_col >= 0;
@@ -711,10 +737,43 @@ static void apply(const REAL *from, index_t row_step, const index_t *offset, con
     }
 }
 
-static frame_t input_frame(const stencil_t *task) {
+typedef struct {
+    const stencil_t *task;
+    frame_t input, grad; /* zeros enough for every cell that meets the input at all */
+} stencil_call_t;
+
+static void margins(index_t low, index_t high, index_t size, index_t outputs, index_t stride, index_t *input_before,
+                    index_t *input_after, index_t *grad_before, index_t *grad_after) {
+    index_t reach = (outputs - 1) * stride;
+    low = largest(low, -reach);
+    high = smallest(high, size - 1);
+    *input_before = largest(-low, 0);
+    *input_after = largest(high + reach - (size - 1), 0);
+    /* The adjoint reads at (pixel - cell) / stride. */
+    *grad_before = largest(floor_div(high, stride) + 1, 0);
+    *grad_after = largest(floor_div(size - 1 - low, stride) + 1 - (outputs - 1), 0);
+}
+
+static stencil_call_t make_stencil_call(const stencil_t *task) {
     const sizes_t *sizes = &task->sizes;
-    return make_frame(sizes->height, sizes->width, task->top, task->bottom, task->left, task->right,
-                      sizes->stride_col);
+    index_t owners = task->per_kernel ? task->outputs * (task->channels / task->groups) : task->channels;
+    index_t row_first = INT64_MAX, row_last = INT64_MIN, col_first = INT64_MAX, col_last = INT64_MIN;
+    for (index_t index = 0; index < owners * task->taps; index++) {
+        shift_t shift = make_shift(sizes, task->positions + 2 * index);
+        row_first = smallest(row_first, shift.row);
+        row_last = largest(row_last, shift.row + 1);
+        col_first = smallest(col_first, shift.col);
+        col_last = largest(col_last, shift.col + 1);
+    }
+    index_t rows[4], cols[4];
+    margins(row_first, row_last, sizes->height, sizes->out_height, sizes->stride_row, rows, rows + 1, rows + 2,
+            rows + 3);
+    margins(col_first, col_last, sizes->width, sizes->out_width, sizes->stride_col, cols, cols + 1, cols + 2,
+            cols + 3);
+    stencil_call_t call = {
+        task, make_frame(sizes->height, sizes->width, rows[0], rows[1], cols[0], cols[1], sizes->stride_col),
+        make_frame(sizes->out_height, sizes->out_width, rows[2], rows[3], cols[2], cols[3], 1)};
+    return call;
 }
 
 static void set_offsets(const frame_t *frame, list_t *list) {
@@ -722,85 +781,78 @@ static void set_offsets(const frame_t *frame, list_t *list) {
         list->offset[cell] = frame_at(frame, list->row[cell], list->col[cell]);
 }
 
-static void stencil_work(const void *data, index_t unit, REAL *scratch) {
-    const stencil_t *task = data;
+/* One output channel of all images. */
+static void stencil_work(const void *data, index_t output, REAL *scratch) {
+    const stencil_call_t *call = data;
+    const stencil_t *task = call->task;
     const sizes_t *sizes = &task->sizes;
-    index_t image = unit / task->outputs, output = unit % task->outputs;
     index_t group_channels = task->channels / task->groups, in_area = sizes->height * sizes->width;
     index_t out_area = sizes->out_height * sizes->out_width;
     list_t list = make_list(task, scratch);
-    REAL *plane = scratch + list_length(task), *to = task->output + unit * out_area;
-    frame_t frame = input_frame(task);
+    REAL *plane = scratch + list_length(task), *to = task->output + output * out_area;
+    index_t image_step = task->outputs * out_area;
     REAL bias = task->bias == NULL ? 0 : task->bias[output];
-    for (index_t pixel = 0; pixel < out_area; pixel++) to[pixel] = bias;
+    for (index_t image = 0; image < task->images; image++)
+        for (index_t pixel = 0; pixel < out_area; pixel++) to[image * image_step + pixel] = bias;
     for (index_t member = 0; member < group_channels; member++) {
         index_t channel = output / (task->outputs / task->groups) * group_channels + member;
-        fill_frame(&frame, plane, task->input + (image * task->channels + channel) * in_area, sizes->height,
-                   sizes->width);
         fill_list(task, output, member, &list);
-        set_offsets(&frame, &list);
-        apply(plane, sizes->stride_row * frame.pitch, list.offset, list.weight, list.count, to, sizes->out_height,
-              sizes->out_width);
-        spread_unknown(list.unknown, to, out_area);
+        set_offsets(&call->input, &list);
+        for (index_t image = 0; image < task->images; image++) {
+            fill_frame(&call->input, plane, task->input + (image * task->channels + channel) * in_area, sizes->height,
+                       sizes->width);
+            apply(plane, sizes->stride_row * call->input.pitch, list.offset, list.weight, list.count,
+                  to + image * image_step, sizes->out_height, sizes->out_width);
+            spread_unknown(list.unknown, to + image * image_step, out_area);
+        }
     }
 }
 
-/* Zeros around the gradient of the output, as read by the adjoint with stride (row, col). */
-static frame_t grad_frame(const stencil_t *task) {
+/* The gradient of one input channel of all images: each phase of the strides is a stencil over the output's. */
+static void stencil_input_work(const void *data, index_t channel, REAL *scratch) {
+    const stencil_call_t *call = data;
+    const stencil_t *task = call->task;
     const sizes_t *sizes = &task->sizes;
-    /* A live cell's row lies in [-top, bottom + height - 1 - (out_height - 1) * stride]. */
-    index_t row_last = task->bottom + sizes->height - 1 - (sizes->out_height - 1) * sizes->stride_row;
-    index_t col_last = task->right + sizes->width - 1 - (sizes->out_width - 1) * sizes->stride_col;
-    index_t rows = (sizes->height - 1) / sizes->stride_row, cols = (sizes->width - 1) / sizes->stride_col;
-    index_t above = largest(floor_div(row_last, sizes->stride_row) + 1, 0);
-    index_t before = largest(floor_div(col_last, sizes->stride_col) + 1, 0);
-    index_t below = largest(rows + task->top / sizes->stride_row + 1 - (sizes->out_height - 1), 0);
-    index_t after = largest(cols + task->left / sizes->stride_col + 1 - (sizes->out_width - 1), 0);
-    return make_frame(sizes->out_height, sizes->out_width, above, below, before, after, 1);
-}
-
-/* The gradient of one input plane: each phase of the strides is a stencil over the output's gradient. */
-static void stencil_input_work(const void *data, index_t unit, REAL *scratch) {
-    const stencil_t *task = data;
-    const sizes_t *sizes = &task->sizes;
-    index_t image = unit / task->channels, channel = unit % task->channels;
     index_t group_channels = task->channels / task->groups, group_outputs = task->outputs / task->groups;
     index_t group = channel / group_channels, member = channel % group_channels;
     index_t in_area = sizes->height * sizes->width, out_area = sizes->out_height * sizes->out_width;
+    int strided = sizes->stride_row > 1 || sizes->stride_col > 1;
     list_t list = make_list(task, scratch);
-    frame_t frame = grad_frame(task);
-    REAL *plane = scratch + list_length(task), *phase = plane + frame_length(&frame);
+    REAL *plane = scratch + list_length(task), *phase = plane + frame_length(&call->grad);
     REAL *selected = phase + in_area;
-    index_t *offset = list.offset;
-    REAL *to = task->grad_input + unit * in_area;
-    memset(to, 0, in_area * sizeof(REAL));
+    for (index_t image = 0; image < task->images; image++)
+        memset(task->grad_input + (image * task->channels + channel) * in_area, 0, in_area * sizeof(REAL));
     for (index_t output = group * group_outputs; output < (group + 1) * group_outputs; output++) {
-        fill_frame(&frame, plane, task->grad_output + (image * task->outputs + output) * out_area, sizes->out_height,
-                   sizes->out_width);
         fill_list(task, output, member, &list);
-        spread_unknown(list.unknown, to, in_area);
-        for (index_t down = 0; down < smallest(sizes->stride_row, sizes->height); down++) {
-            for (index_t right = 0; right < smallest(sizes->stride_col, sizes->width); right++) {
-                index_t count = 0;
-                for (index_t cell = 0; cell < list.count; cell++) {
-                    index_t row = down - list.row[cell], col = right - list.col[cell];
-                    if (floor_mod(row, sizes->stride_row) || floor_mod(col, sizes->stride_col)) continue;
-                    offset[count] =
-                        frame_at(&frame, floor_div(row, sizes->stride_row), floor_div(col, sizes->stride_col));
-                    selected[count++] = list.weight[cell];
+        for (index_t image = 0; image < task->images; image++) {
+            REAL *to = task->grad_input + (image * task->channels + channel) * in_area;
+            fill_frame(&call->grad, plane, task->grad_output + (image * task->outputs + output) * out_area,
+                       sizes->out_height, sizes->out_width);
+            spread_unknown(list.unknown, to, in_area);
+            for (index_t down = 0; down < smallest(sizes->stride_row, sizes->height); down++) {
+                for (index_t right = 0; right < smallest(sizes->stride_col, sizes->width); right++) {
+                    index_t count = 0;
+                    for (index_t cell = 0; cell < list.count; cell++) {
+                        index_t row = down - list.row[cell], col = right - list.col[cell];
+                        if (strided && (floor_mod(row, sizes->stride_row) || floor_mod(col, sizes->stride_col)))
+                            continue;
+                        list.offset[count] =
+                            frame_at(&call->grad, floor_div(row, sizes->stride_row), floor_div(col, sizes->stride_col));
+                        selected[count++] = list.weight[cell];
+                    }
+                    index_t rows = (sizes->height - down + sizes->stride_row - 1) / sizes->stride_row;
+                    index_t cols = (sizes->width - right + sizes->stride_col - 1) / sizes->stride_col;
+                    if (!strided) {
+                        apply(plane, call->grad.pitch, list.offset, selected, count, to, rows, cols);
+                        continue;
+                    }
+                    memset(phase, 0, rows * cols * sizeof(REAL));
+                    apply(plane, call->grad.pitch, list.offset, selected, count, phase, rows, cols);
+                    for (index_t row = 0; row < rows; row++)
+                        for (index_t col = 0; col < cols; col++)
+                            to[(row * sizes->stride_row + down) * sizes->width + col * sizes->stride_col + right] +=
+                                phase[row * cols + col];
                 }
-                index_t rows = (sizes->height - down + sizes->stride_row - 1) / sizes->stride_row;
-                index_t cols = (sizes->width - right + sizes->stride_col - 1) / sizes->stride_col;
-                if (sizes->stride_row == 1 && sizes->stride_col == 1) {
-                    apply(plane, frame.pitch, offset, selected, count, to, rows, cols);
-                    continue;
-                }
-                memset(phase, 0, rows * cols * sizeof(REAL));
-                apply(plane, frame.pitch, offset, selected, count, phase, rows, cols);
-                for (index_t row = 0; row < rows; row++)
-                    for (index_t col = 0; col < cols; col++)
-                        to[(row * sizes->stride_row + down) * sizes->width + col * sizes->stride_col + right] +=
-                            phase[row * cols + col];
             }
         }
     }
@@ -808,15 +860,16 @@ static void stencil_input_work(const void *data, index_t unit, REAL *scratch) {
 
 /* Products of the output's gradient with the input at each cell, then the gradients of a kernel's taps. */
 static void stencil_weight_work(const void *data, index_t unit, REAL *scratch) {
-    const stencil_t *task = data;
+    const stencil_call_t *call = data;
+    const stencil_t *task = call->task;
     const sizes_t *sizes = &task->sizes;
     index_t group_channels = task->channels / task->groups, in_area = sizes->height * sizes->width;
     index_t output = unit / group_channels, member = unit % group_channels;
     index_t channel = output / (task->outputs / task->groups) * group_channels + member;
     index_t out_area = sizes->out_height * sizes->out_width, taps = task->taps;
     list_t list = make_list(task, scratch);
-    frame_t frame = input_frame(task);
-    index_t padded = (sizes->out_width + LANES - 1) / LANES * LANES;
+    frame_t frame = call->input;
+    index_t padded = round_up(sizes->out_width, LANES);
     REAL *plane = scratch + list_length(task), *grad = plane + frame_length(&frame);
     fill_list(task, output, member, &list);
     set_offsets(&frame, &list);
@@ -844,10 +897,9 @@ static void stencil_weight_work(const void *data, index_t unit, REAL *scratch) {
                 list.moment[cell + part] += sum_lanes(total[part]);
         }
     }
-    index_t owner = owner_of(task, output, member);
     const REAL *weight = task->weight + unit * taps;
     for (index_t tap = 0; tap < taps; tap++) {
-        double down = task->fraction[(owner * taps + tap) * 2], right = task->fraction[(owner * taps + tap) * 2 + 1];
+        double down = list.shift[tap].down, right = list.shift[tap].right;
         double m[4];
         for (int corner = 0; corner < 4; corner++) {
             index_t cell = list.cell[4 * tap + corner];
@@ -862,22 +914,21 @@ static void stencil_weight_work(const void *data, index_t unit, REAL *scratch) {
 }
 
 int stencil_forward(parallel_t parallel, unsigned threads, const stencil_t *task) {
-    frame_t frame = input_frame(task);
-    index_t length = list_length(task) + frame_length(&frame);
-    return run_parallel(parallel, threads, task, task->images * task->outputs, length, stencil_work);
+    stencil_call_t call = make_stencil_call(task);
+    index_t length = list_length(task) + frame_length(&call.input);
+    return run_parallel(parallel, threads, &call, task->outputs, length, stencil_work);
 }
 
 int stencil_backward(parallel_t parallel, unsigned threads, const stencil_t *task) {
     const sizes_t *sizes = &task->sizes;
+    stencil_call_t call = make_stencil_call(task);
     if (task->grad_input != NULL) {
-        frame_t frame = grad_frame(task);
-        index_t length = list_length(task) + frame_length(&frame) + sizes->height * sizes->width + 4 * task->taps;
-        if (run_parallel(parallel, threads, task, task->images * task->channels, length, stencil_input_work)) return 1;
+        index_t length = list_length(task) + frame_length(&call.grad) + sizes->height * sizes->width + 4 * task->taps;
+        if (run_parallel(parallel, threads, &call, task->channels, length, stencil_input_work)) return 1;
     }
     if (task->grad_weight == NULL) return 0;
-    frame_t frame = input_frame(task);
-    index_t padded = (sizes->out_width + LANES - 1) / LANES * LANES;
-    index_t length = list_length(task) + frame_length(&frame) + sizes->out_height * padded;
+    index_t length =
+        list_length(task) + frame_length(&call.input) + sizes->out_height * round_up(sizes->out_width, LANES);
     index_t units = task->outputs * (task->channels / task->groups);
-    return run_parallel(parallel, threads, task, units, length, stencil_weight_work);
+    return run_parallel(parallel, threads, &call, units, length, stencil_weight_work);
 }

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
-from icnn_zoo.ops.windows import shifts
 
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
 _REAL = {torch.float32: "float", torch.float64: "double"}
@@ -108,7 +107,10 @@ def _pointers(*names: str) -> list[tuple[str, type]]:
 class _Sizes(ctypes.Structure):
     """``sizes_t`` of native.c."""
 
-    _fields_ = _integers("height", "width", "out_height", "out_width", "stride_row", "stride_col")
+    _fields_ = [
+        *_integers("height", "width", "out_height", "out_width", "stride_row", "stride_col"),
+        *_integers("origin_row", "origin_col"),
+    ]
 
 
 class _Columns(ctypes.Structure):
@@ -117,7 +119,7 @@ class _Columns(ctypes.Structure):
     _fields_ = [
         ("sizes", _Sizes),
         *_integers("images", "channels", "outputs", "groups", "taps"),
-        *_pointers("input", "weight", "shift", "fraction", "bias", "output"),
+        *_pointers("input", "weight", "positions", "bias", "output"),
         *_pointers("grad_output", "grad_input", "grad_weight", "grad_shift", "workspace"),
     ]
 
@@ -129,17 +131,9 @@ class _Stencil(ctypes.Structure):
         ("sizes", _Sizes),
         *_integers("images", "channels", "outputs", "groups", "taps"),
         ("per_kernel", ctypes.c_int),
-        *_pointers("input", "weight", "shift", "fraction", "bias", "output"),
+        *_pointers("input", "weight", "positions", "bias", "output"),
         *_pointers("grad_output", "grad_input", "grad_weight", "grad_shift"),
-        *_integers("top", "bottom", "left", "right"),
     ]
-
-
-def _run(name: str, dtype: torch.dtype, task: ctypes.Structure) -> None:
-    function: Callable[..., int] = getattr(_load()[0][dtype], name)
-    threads = ctypes.c_uint(torch.get_num_threads())
-    if function(ctypes.c_void_p(_find_parallel()), threads, ctypes.byref(task)):
-        raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
 
 
 def forward(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -211,11 +205,9 @@ class _Call:
         # Half precision is computed in float32 and rounded once.
         self.dtype = torch.promote_types(input.dtype, torch.float32)
         self.input, self.weight = input.to(self.dtype).contiguous(), weight.to(self.dtype).contiguous()
-        shift = shifts(positions, geometry, self.dtype)
-        self.shift = torch.stack([shift.row, shift.col], dim=-1)
-        self.fraction = torch.cat([shift.row_fraction, shift.col_fraction], dim=1)
+        self.positions = positions.double().contiguous()
         self.task = (_Stencil if self.is_stencil else _Columns)(
-            sizes=_Sizes(*geometry.input_size, *geometry.output_size, *geometry.stride),
+            sizes=_Sizes(*geometry.input_size, *geometry.output_size, *geometry.stride, *geometry.origin),
             images=input.shape[0],
             channels=input.shape[1],
             outputs=weight.shape[0],
@@ -223,20 +215,10 @@ class _Call:
             taps=weight.shape[2],
             input=self.input.data_ptr(),
             weight=self.weight.data_ptr(),
-            shift=self.shift.data_ptr(),
-            fraction=self.fraction.data_ptr(),
+            positions=self.positions.data_ptr(),
         )
         if self.is_stencil:
             self.task.per_kernel = positions.dim() == 4
-            self.task.top, self.task.bottom = self._margins(0)
-            self.task.left, self.task.right = self._margins(1)
-
-    def _margins(self, axis: int) -> tuple[int, int]:
-        """Zeros before and after the input that serve every cell which meets it at all."""
-        reach = (self.geometry.output_size[axis] - 1) * self.geometry.stride[axis]
-        last = self.geometry.input_size[axis] - 1
-        low, high = (int(value) for value in self.shift[:, axis].aminmax())
-        return max(-max(low, -reach), 0), max(min(high + 1, last) + reach - last, 0)
 
     def run(self, direction: str, **tensors: Tensor | None) -> None:
         for field, tensor in tensors.items():
