@@ -37,12 +37,12 @@ def _shift(positions, tap, origin_row, origin_col, bound_row, bound_col):
 
 
 @triton.jit
-def _pixels(block, length, image_pitch, width, BLOCK: tl.constexpr):
+def _pixels(block, length, image_size, width, BLOCK: tl.constexpr):
     """Numbers of a block's pixels, and image, row and col of each; those past the end repeat the last pixel."""
     number = block * BLOCK + tl.arange(0, BLOCK)
     last = tl.minimum(number, length - 1)
-    image = last // image_pitch
-    pixel = last - image * image_pitch
+    image = last // image_size
+    pixel = last - image * image_size
     row = pixel // width
     return number, image.to(tl.int64), pixel, row, pixel - row * width
 
@@ -89,9 +89,7 @@ def _blend(top_left, top_right, bottom_left, bottom_right, row_fraction, col_fra
 
 
 @triton.jit
-def _read_output_grid(
-    base, row, col, height, width, row_stride, STRIDE_ROW: tl.constexpr, STRIDE_COL: tl.constexpr
-):
+def _read_output_grid(base, row, col, height, width, STRIDE_ROW: tl.constexpr, STRIDE_COL: tl.constexpr):
     """Reads what output pixel (row / stride, col / stride) holds, zero where there is no such pixel."""
     out_row = row
     out_col = col
@@ -103,7 +101,7 @@ def _read_output_grid(
         out_col = col // STRIDE_COL
         inside = inside & (out_col * STRIDE_COL == col)
     inside = inside & (out_row < height) & (out_col < width)
-    return tl.load(base + (out_row * row_stride + out_col), mask=inside, other=0.0).to(tl.float32)
+    return tl.load(base + (out_row * width + out_col), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -123,10 +121,10 @@ def _gather_adjoint(
     ``row`` and ``col`` are those of the input pixels minus the shift: the sample there has the pixel as its top left
     corner, the one a row up has it as its bottom left corner, and so on.
     """
-    top = _read_output_grid(base, row, col, height, width, width, STRIDE_ROW, STRIDE_COL) * (1 - col_fraction)
-    top += _read_output_grid(base, row, col - 1, height, width, width, STRIDE_ROW, STRIDE_COL) * col_fraction
-    bottom = _read_output_grid(base, row - 1, col, height, width, width, STRIDE_ROW, STRIDE_COL) * (1 - col_fraction)
-    bottom += _read_output_grid(base, row - 1, col - 1, height, width, width, STRIDE_ROW, STRIDE_COL) * col_fraction
+    top = _read_output_grid(base, row, col, height, width, STRIDE_ROW, STRIDE_COL) * (1 - col_fraction)
+    top += _read_output_grid(base, row, col - 1, height, width, STRIDE_ROW, STRIDE_COL) * col_fraction
+    bottom = _read_output_grid(base, row - 1, col, height, width, STRIDE_ROW, STRIDE_COL) * (1 - col_fraction)
+    bottom += _read_output_grid(base, row - 1, col - 1, height, width, STRIDE_ROW, STRIDE_COL) * col_fraction
     return top * (1 - row_fraction) + bottom * row_fraction
 
 
@@ -173,13 +171,13 @@ def planes_kernel(
         "channels",
         "taps",
         "length",
-        "image_pitch",
+        "column_pitch",
         "height",
         "width",
         "pitch",
         "plane_size",
+        "out_height",
         "out_width",
-        "column_pitch",
         "origin_row",
         "origin_col",
         "bound_row",
@@ -195,13 +193,13 @@ def columns_kernel(
     channels,
     taps,
     length,
-    image_pitch,
+    column_pitch,
     height,
     width,
     pitch,
     plane_size,
+    out_height,
     out_width,
-    column_pitch,
     origin_row,
     origin_col,
     bound_row,
@@ -222,8 +220,10 @@ def columns_kernel(
     blocks = tl.cdiv(length, BLOCK)
     channel = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    number, image, _, row, col = _pixels(block, length, image_pitch, out_width, BLOCK)
+    number, image, _, row, col = _pixels(block, length, out_height * out_width, out_width, BLOCK)
     real = number < length
+    # A mask as aligned as the rows are: what lies past the end of a row is read and written, but never used.
+    in_row = number < column_pitch * VECTOR
     column = col * STRIDE_COL
     flat = row * (STRIDE_ROW * pitch) + column
     base = planes + ((image * channels + channel) * plane_size + (pitch + 2))
@@ -238,29 +238,27 @@ def columns_kernel(
         # VECTOR elements a lane are known to be aligned: it decides how wide a lane's stores are.
         target = columns + owner * (column_pitch.to(tl.int64) * VECTOR) + number
         if GRADIENT:
-            grad = tl.load(target, mask=real, other=0.0).to(tl.float32)
+            grad = tl.load(target, mask=in_row, other=0.0).to(tl.float32)
             by_row = (bottom_left - top_left) * (1 - col_fraction) + (bottom_right - top_right) * col_fraction
             by_col = (top_right - top_left) * (1 - row_fraction) + (bottom_right - bottom_left) * row_fraction
-            # Not `grad * ...` alone: past the end, zero times an infinite pixel would be NaN.
             partial = partials + ((block.to(tl.int64) * channels + channel) * taps + tap) * 2
             tl.store(partial, tl.sum(tl.where(real, grad * by_row, 0.0)))
             tl.store(partial + 1, tl.sum(tl.where(real, grad * by_col, 0.0)))
         if STORE:
             values = _blend(top_left, top_right, bottom_left, bottom_right, row_fraction, col_fraction)
-            # The mask is aligned too: what lies past the end of a row is written, and never read.
-            tl.store(target, values.to(columns.dtype.element_ty), mask=number < column_pitch * VECTOR)
+            tl.store(target, values.to(columns.dtype.element_ty), mask=in_row)
 
 
 @triton.jit(
     do_not_specialize=[
-        "channels",
         "taps",
         "length",
+        "column_pitch",
+        "stride_image",
         "height",
         "width",
         "out_height",
         "out_width",
-        "column_pitch",
         "origin_row",
         "origin_col",
         "bound_row",
@@ -271,15 +269,14 @@ def input_gradient_kernel(
     grad_columns,
     positions,
     grad_planes,
-    channels,
     taps,
     length,
+    column_pitch,
+    stride_image,
     height,
     width,
     out_height,
     out_width,
-    column_pitch,
-    stride_image,
     origin_row,
     origin_col,
     bound_row,
@@ -648,7 +645,12 @@ def fused_forward_kernel(
         entry = first + tl.arange(0, BLOCK_ENTRIES)
         known = tl.minimum(entry, entries - 1)
         row_shift, col_shift, row_fraction, col_fraction = _shift(
-            positions, (group * group_channels).to(tl.int64) * taps + known, origin_row, origin_col, bound_row, bound_col
+            positions,
+            (group * group_channels).to(tl.int64) * taps + known,
+            origin_row,
+            origin_col,
+            bound_row,
+            bound_col,
         )
         index = flat + (row_shift * pitch + col_shift)[None, :]
         index = tl.minimum(tl.maximum(index, -pitch - 2), height * pitch)
