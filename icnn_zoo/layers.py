@@ -70,6 +70,7 @@ class IrregularConv2d(nn.Module):
             True for the full version, one shape per kernel: [N, C / groups, kh * kw, 2].
 
     Attributes:
+        backend: What computes it, "auto" at first; see :func:`icnn_zoo.irregular_conv2d`.
         regular_grid: Positions of the regular kernel [kh * kw, 2], integers times dilation, origin at the centre tap.
 
     Raises:
@@ -167,6 +168,7 @@ class IrregularConv2d(nn.Module):
         self.padding_mode: str = conv.padding_mode
         self.epsilon = epsilon
         self.per_kernel = per_kernel
+        self.backend = "auto"
         self.padding_rule = padding_rules()[type(conv)]
 
     def _add_displacement(self, weight: Tensor) -> None:
@@ -207,7 +209,15 @@ class IrregularConv2d(nn.Module):
             input = pad_with_mode(input, self.padding_rule(self, input), mode)
             padding = 0
         return irregular_conv2d(
-            input, self.weight, self.positions, self.bias, self.stride, padding, self.dilation, self.groups
+            input,
+            self.weight,
+            self.positions,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            backend=self.backend,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IrregularConv2d:

@@ -1,8 +1,8 @@
 """The two-step irregular convolution and its backward: columns, then matrix products, a block at a time.
 
-A column is a channel's plane as one tap sees it. Columns are made for a slab of images and a block of channels at a time
-and never kept: the backward makes them again, so that memory stays bounded. Every sum has a fixed order: two runs agree
-bit for bit. How columns are made is left to a :class:`ColumnMaker`, one for each backend.
+A column is a channel's plane as one tap sees it. Columns are made for a slab of images and a block of channels at a
+time and never kept: the backward makes them again, so that memory stays bounded. Every sum has a fixed order: two runs
+agree bit for bit.
 
 Letters used in shapes: B images, C input channels, N output channels, G groups, T taps, S images of a slab, c channels
 of a block, L = length of a flattened slab of one column.
@@ -11,61 +11,19 @@ of a block, L = length of a flattened slab of one column.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
+from icnn_zoo.ops.windows import Block, WindowColumns
 
 # Elements of one block of columns. 2 Mi float32 values (8 MiB) keep the passes over a block near the cache and the
 # matrix product large enough to run at full speed; 1 to 4 Mi measure alike.
 _BLOCK_ELEMENTS = 2**21
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Channels computed at once for a slab of images: several whole groups, or a part of a single one."""
-
-    images: slice
-    groups: slice
-    channels: slice
-    """Channels within a group."""
-    group_channels: int
-
-    @property
-    def planes(self) -> slice:
-        """Channels within the input."""
-        first = self.groups.start * self.group_channels + self.channels.start
-        return slice(first, (self.groups.stop - 1) * self.group_channels + self.channels.stop)
-
-
-class ColumnMaker(Protocol):
-    """Makes the columns of a block, in rows of ``pitch`` elements of which the first Wo are used."""
-
-    dtype: torch.dtype
-    rows: int
-    pitch: int
-
-    def columns(self, block: Block) -> Tensor:
-        """The block's columns [c * T, L]; L may stop after the last used element."""
-        ...
-
-    def gradients(
-        self, block: Block, grad_columns: Tensor, needs: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """From the columns' gradient [c * T, S * rows * pitch]: the planes' [c, S, H, W], the columns, the shifts'.
-
-        Args:
-            block: The block.
-            grad_columns: Gradient, zero in what is not used of a row.
-            needs: Which of the input's gradient, the columns [c * T, L] and the positions' gradient [c * T, 2].
-        """
-        ...
 
 
 # Images smaller than this together make one slab, so that matrix products stay large on small maps.
@@ -92,7 +50,7 @@ def _blocks(geometry: Geometry, output: Tensor, group_channels: int, column: int
                 )
 
 
-def forward(maker: ColumnMaker, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+def forward(maker: WindowColumns, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Computes the convolution with a shape per input channel.
 
     Args:
@@ -132,7 +90,7 @@ def forward(maker: ColumnMaker, input: Tensor, weight: Tensor, bias: Tensor | No
     return output.contiguous(memory_format=memory_format(input))
 
 
-def _write_slab(output: Tensor, slab: slice, total: Tensor, maker: ColumnMaker) -> None:
+def _write_slab(output: Tensor, slab: slice, total: Tensor, maker: WindowColumns) -> None:
     """Copies the flat rows of a slab [G, N / G, L] to its images of the output, unless they are the same memory."""
     if slab.stop == slab.start or total.data_ptr() == output[slab].data_ptr():
         return
@@ -153,7 +111,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def backward(
-    maker: ColumnMaker,
+    maker: WindowColumns,
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,

@@ -176,7 +176,9 @@ def backward(
                 # The outputs of a channel share its shape.
                 grad_positions[part.channels] = by_positions.unflatten(0, (positions.shape[0], -1)).sum((1, 2))
     return (
-        None if grad_padded is None else _crop(grad_padded, input, box, geometry).contiguous(memory_format=memory_format(input)),
+        None
+        if grad_padded is None
+        else _crop(grad_padded, input, box, geometry).contiguous(memory_format=memory_format(input)),
         grad_weight if needs[1] else None,
         grad_positions if needs[2] else None,
     )

@@ -47,7 +47,7 @@ class Geometry:
 
 
 def memory_format(input: Tensor) -> torch.memory_format:
-    """The layout of an output (and of the input's gradient): channels_last for a channels_last input, else contiguous."""
+    """The layout of an output and of the input's gradient: channels_last as the input, else contiguous."""
     if not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format

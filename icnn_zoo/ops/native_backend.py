@@ -1,8 +1,8 @@
 """The irregular convolution on CPUs by a small C kernel, compiled on first use where a C compiler is found.
 
-``native.c`` makes columns where the matrix product wants them, in the cache, and walks depthwise layers and the full
-version as stencils of at most four cells a tap, so that no cost depends on how far positions moved. It runs on PyTorch's
-own threads (``torch.set_num_threads``). Without a compiler the torch backend does the same, slower.
+The C code (``native/``) makes columns where the matrix product wants them, in the cache, and walks depthwise layers and the full
+version as stencils of at most four cells a tap, so that no cost depends on how far positions moved. It runs on
+PyTorch's own threads (``torch.set_num_threads``). Without a compiler the torch backend does the same, slower.
 
 The compiled library is kept in ``$XDG_CACHE_HOME/icnn_zoo`` (``~/.cache/icnn_zoo``), named after its source, flags,
 compiler and processor. ``$CC`` chooses the compiler.
@@ -69,19 +69,20 @@ def _find_parallel() -> int | None:
 
 
 def _compile(compiler: str, real: str) -> Path:
-    source = Path(__file__).with_name("native.c")
+    folder = Path(__file__).with_name("native")
+    sources = [folder / name for name in ("plane.h", "columns.c", "stencil.c")]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = "\0".join([source.read_text(), real, *_FLAGS, version, _processor()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "icnn_zoo"
-    target = folder / f"native-{real}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    key = "\0".join([*(source.read_text() for source in sources), real, *_FLAGS, version, _processor()])
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "icnn_zoo"
+    target = cache / f"native-{real}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
     # Under a name of its own, then moved: several processes may do the same at once.
-    handle, partial = tempfile.mkstemp(suffix=".so", dir=folder)
+    handle, partial = tempfile.mkstemp(suffix=".so", dir=cache)
     os.close(handle)
     try:
-        command = [compiler, *_FLAGS, f"-DREAL={real}", str(source), "-o", partial]
+        command = [compiler, *_FLAGS, f"-DREAL={real}", *map(str, sources[1:]), "-o", partial]
         subprocess.run(command, capture_output=True, text=True, check=True)
         os.replace(partial, target)
     finally:
@@ -105,7 +106,7 @@ def _pointers(*names: str) -> list[tuple[str, type]]:
 
 
 class _Sizes(ctypes.Structure):
-    """``sizes_t`` of native.c."""
+    """``sizes_t`` of native/plane.h."""
 
     _fields_ = [
         *_integers("height", "width", "out_height", "out_width", "stride_row", "stride_col"),
@@ -114,7 +115,7 @@ class _Sizes(ctypes.Structure):
 
 
 class _Columns(ctypes.Structure):
-    """``columns_t`` of native.c."""
+    """``columns_t`` of native/columns.c."""
 
     _fields_ = [
         ("sizes", _Sizes),
@@ -125,7 +126,7 @@ class _Columns(ctypes.Structure):
 
 
 class _Stencil(ctypes.Structure):
-    """``stencil_t`` of native.c."""
+    """``stencil_t`` of native/stencil.c."""
 
     _fields_ = [
         ("sizes", _Sizes),

@@ -63,7 +63,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Modul
     if name != "auto":
         reason = why_unavailable(name, device, dtype)
         if reason is not None:
-            raise RuntimeError(f"`backend`={name!r} cannot run: {reason}. `backend`=\"auto\" takes one that can.")
+            raise RuntimeError(f'`backend`={name!r} cannot run: {reason}. `backend`="auto" takes one that can.')
         return _module(name)
     for candidate in BACKENDS[:-1]:
         reason = why_unavailable(candidate, device, dtype)
@@ -123,7 +123,8 @@ def _backward(
     needs = (output_mask[0], output_mask[1], output_mask[2])
     grads = module.backward(grad_output, input, weight.flatten(2), positions, geometry, needs)
     by_input, by_weight, by_positions = (
-        like.new_empty(0) if grad is None else grad for grad, like in zip(grads, (input, weight, positions), strict=True)
+        like.new_empty(0) if grad is None else grad
+        for grad, like in zip(grads, (input, weight, positions), strict=True)
     )
     return by_input, by_weight.reshape(weight.shape) if needs[1] else by_weight, by_positions
 
@@ -213,11 +214,14 @@ class _GradientsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        def convolve(input: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
+            return formula(input, weight, positions, None, *ctx.sizes)
+
         def gradients(grad_output: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-            _, pullback = torch.func.vjp(lambda *leaves: formula(*leaves, None, *ctx.sizes), *leaves)
+            pullback: Any = torch.func.vjp(convolve, *leaves)[1]
             return tuple(grad for grad, need in zip(pullback(grad_output), ctx.needs, strict=True) if need)
 
-        _, pullback = torch.func.vjp(gradients, *ctx.saved_tensors)
+        pullback: Any = torch.func.vjp(gradients, *ctx.saved_tensors)[1]
         return (*pullback(tuple(c for c, need in zip(cotangents, ctx.needs, strict=True) if need)), None, None, None)
 
 
@@ -241,7 +245,9 @@ def formula(
     taps = kernel[0] * kernel[1]
     grouped = input.unflatten(1, (groups, group_channels))
     per_kernel = positions.dim() == 4
-    group = torch.arange(groups, device=input.device).repeat_interleave((num_outputs if per_kernel else groups) // groups)
+    group = torch.arange(groups, device=input.device).repeat_interleave(
+        (num_outputs if per_kernel else groups) // groups
+    )
     owner_shape = (group.shape[0], group_channels, taps, 1, 1)
     channel = torch.arange(group_channels, device=input.device)[:, None, None, None]
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from icnn_zoo.ops import columns, dense
-from icnn_zoo.ops.columns import Block, Gradients
+from icnn_zoo.ops.columns import Gradients
 from icnn_zoo.ops.geometry import Geometry, memory_format
-from icnn_zoo.ops.windows import Corners, Shift, gap_columns, read_windows, shifts
+from icnn_zoo.ops.windows import WindowColumns, compute_dtype
 
 # Elements of the input that the full version copies at once, once for each output channel.
 _COPIED_ELEMENTS = 2**21
@@ -45,10 +44,10 @@ def forward(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | Non
     if box is not None:
         output = dense.forward(input, weight, positions, bias, box, geometry)
     elif positions.dim() == 3:
-        return columns.forward(_Windows(input, positions, geometry), input, weight, bias, geometry)
+        return columns.forward(WindowColumns(input, positions, geometry), input, weight, bias, geometry)
     else:
         parts = [
-            columns.forward(_Windows(part, moved, grouped), part, weight[span], None, grouped)
+            columns.forward(WindowColumns(part, moved, grouped), part, weight[span], None, grouped)
             for span, part, moved, grouped in _copies(input, positions, geometry)
         ]
         output = torch.cat(parts, dim=1)
@@ -69,14 +68,14 @@ def backward(
     if box is not None:
         return dense.backward(grad_output, input, weight, positions, box, geometry, needs)
     if positions.dim() == 3:
-        maker = _Windows(input, positions, geometry)
+        maker = WindowColumns(input, positions, geometry)
         return columns.backward(maker, grad_output, input, weight, positions, geometry, needs)
-    grad_input = torch.zeros_like(input, dtype=_compute_dtype(input.dtype)) if needs[0] else None
+    grad_input = torch.zeros_like(input, dtype=compute_dtype(input.dtype)) if needs[0] else None
     grad_weight = torch.zeros_like(weight) if needs[1] else None
     grad_positions = torch.zeros_like(positions) if needs[2] else None
     group_channels, outputs_per_group = weight.shape[1], weight.shape[0] // geometry.groups
     for span, part, moved, grouped in _copies(input, positions, geometry):
-        maker = _Windows(part, moved, grouped)
+        maker = WindowColumns(part, moved, grouped)
         grads = columns.backward(maker, grad_output[:, span], part, weight[span], moved, grouped, needs)
         if grad_input is not None and grads[0] is not None:
             first = span.start // outputs_per_group * group_channels
@@ -97,9 +96,7 @@ def _dense_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> dense.B
     return box if box is not None and box.cells <= dense.MAX_CELLS_PER_TAP * positions.shape[-2] else None
 
 
-def _copies(
-    input: Tensor, positions: Tensor, geometry: Geometry
-) -> Iterator[tuple[slice, Tensor, Tensor, Geometry]]:
+def _copies(input: Tensor, positions: Tensor, geometry: Geometry) -> Iterator[tuple[slice, Tensor, Tensor, Geometry]]:
     """The full version as groups of one output channel, each with its own copy of its input channels.
 
     Yields:
@@ -119,77 +116,3 @@ def _copies(
                 geometry.input_size, geometry.output_size, geometry.stride, geometry.origin, groups=outputs
             )
             yield span, members.repeat(1, outputs, 1, 1), positions[span].flatten(0, 1), grouped
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Shifted reads are blended in at least float32; half precision is for the matrix product."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-class _Windows:
-    """Makes columns by gathering windows of rows; a :class:`~icnn_zoo.ops.columns.ColumnMaker`.
-
-    With stride 1 a row of columns keeps the one element more that its window has, so that nothing is copied.
-    """
-
-    def __init__(self, input: Tensor, positions: Tensor, geometry: Geometry) -> None:
-        self.input, self.geometry = input, geometry
-        self.taps = positions.shape[-2]
-        self.dtype = _compute_dtype(input.dtype)
-        self.shift = shifts(positions, geometry, self.dtype)
-        height, width = geometry.output_size
-        self.rows, self.pitch = (height + 1, width + 1) if geometry.stride == (1, 1) else (height, width)
-        self.gap = gap_columns(self.shift.col, geometry.input_size[1], width, geometry.stride[1])
-
-    def columns(self, block: Block) -> Tensor:
-        shift = self._shift(block)
-        return self._corners(block, shift).columns(shift)
-
-    def gradients(
-        self, block: Block, grad_columns: Tensor, needs: tuple[bool, bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        needs_input, needs_columns, needs_positions = needs
-        shift = self._shift(block)
-        images = block.images.stop - block.images.start
-        planes = self._input_gradient(grad_columns, shift, images) if needs_input else None
-        if not (needs_columns or needs_positions):
-            return planes, None, None
-        corners = self._corners(block, shift)
-        return (
-            planes,
-            corners.columns(shift) if needs_columns else None,
-            corners.position_gradient(grad_columns[:, : corners.length], shift) if needs_positions else None,
-        )
-
-    def _shift(self, block: Block) -> Shift:
-        return self.shift.select(block.planes.start * self.taps, block.planes.stop * self.taps)
-
-    def _corners(self, block: Block, shift: Shift) -> Corners:
-        planes = self.input[block.images, block.planes].transpose(0, 1).to(self.dtype)  # [c, S, H, W]
-        plane = torch.arange(planes.shape[0], device=planes.device).repeat_interleave(self.taps)
-        sizes = (self.geometry.input_size, self.geometry.output_size, self.geometry.stride)
-        windows = read_windows(F.pad(planes, (0, self.gap, 1, 1)), plane, shift.row, shift.col, self.gap, *sizes)
-        return Corners.of(windows)
-
-    def _input_gradient(self, grad_columns: Tensor, shift: Shift, images: int) -> Tensor:
-        """Gathers the gradient of one block's input planes [c, S, H, W] from its columns' gradient [c * T, L].
-
-        With a stride the columns' gradient is first spread over the input's grid, zeros between, and read as with
-        stride 1.
-        """
-        size = self.geometry.input_size
-        height, width = self.geometry.output_size
-        step_rows, step_cols = self.geometry.stride
-        rows, cols = (height - 1) * step_rows + 1, (width - 1) * step_cols + 1
-        adjoint = shift.negated()
-        gap = gap_columns(adjoint.col, cols, size[1], 1)
-        num_planes = grad_columns.shape[0]
-        source = grad_columns.new_zeros(num_planes, images, rows + 2, cols + gap)
-        used = grad_columns.unflatten(-1, (images, self.rows, self.pitch))[..., :height, :width]
-        source[:, :, 1 : rows + 1 : step_rows, :cols:step_cols] = used
-        plane = torch.arange(num_planes, device=source.device)
-        windows = read_windows(source, plane, adjoint.row, adjoint.col, gap, (rows, cols), size, (1, 1))
-        corners = Corners.of(windows)
-        flat = corners.weighted_sum(adjoint, self.taps)
-        flat = F.pad(flat, (0, corners.values.shape[1] - corners.length))
-        return flat.unflatten(1, (images, size[0] + 1, size[1] + 1))[..., : size[0], : size[1]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry
@@ -172,3 +173,107 @@ class Corners:
         lower = shift.row_fraction.reshape(-1, 1, taps)
         total = torch.bmm(1 - lower, rows[:, :, : self.length])
         return total.baddbmm_(lower, rows[:, :, self.pitch : self.pitch + self.length])[:, 0]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Shifted reads are blended in at least float32; half precision is for the matrix product."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Channels computed at once for a slab of images: several whole groups, or a part of a single one."""
+
+    images: slice
+    groups: slice
+    channels: slice
+    """Channels within a group."""
+    group_channels: int
+
+    @property
+    def planes(self) -> slice:
+        """Channels within the input."""
+        first = self.groups.start * self.group_channels + self.channels.start
+        return slice(first, (self.groups.stop - 1) * self.group_channels + self.channels.stop)
+
+
+class WindowColumns:
+    """Makes the columns of a block, flat rows of ``pitch`` elements of which the first Wo are used, and their adjoint.
+
+    With stride 1 a row keeps the one element more that its window has, so that nothing is copied.
+
+    Args:
+        input: Images [B, C, H, W].
+        positions: Positions [C, T, 2].
+        geometry: Sizes of the call.
+    """
+
+    def __init__(self, input: Tensor, positions: Tensor, geometry: Geometry) -> None:
+        self.input, self.geometry = input, geometry
+        self.taps = positions.shape[-2]
+        self.dtype = compute_dtype(input.dtype)
+        self.shift = shifts(positions, geometry, self.dtype)
+        height, width = geometry.output_size
+        self.rows, self.pitch = (height + 1, width + 1) if geometry.stride == (1, 1) else (height, width)
+        self.gap = gap_columns(self.shift.col, geometry.input_size[1], width, geometry.stride[1])
+
+    def columns(self, block: Block) -> Tensor:
+        """The block's columns [c * T, L]; L stops after the last used element."""
+        shift = self._shift(block)
+        return self._corners(block, shift).columns(shift)
+
+    def gradients(
+        self, block: Block, grad_columns: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of a block: the planes' gradient [c, S, H, W], the columns [c * T, L], the shifts' gradient [c * T, 2].
+
+        Args:
+            block: The block.
+            grad_columns: The columns' gradient [c * T, S * rows * pitch], zero in what is not used of a row.
+            needs: Which of the three; None stands for the others.
+        """
+        needs_input, needs_columns, needs_positions = needs
+        shift = self._shift(block)
+        images = block.images.stop - block.images.start
+        planes = self._input_gradient(grad_columns, shift, images) if needs_input else None
+        if not (needs_columns or needs_positions):
+            return planes, None, None
+        corners = self._corners(block, shift)
+        return (
+            planes,
+            corners.columns(shift) if needs_columns else None,
+            corners.position_gradient(grad_columns[:, : corners.length], shift) if needs_positions else None,
+        )
+
+    def _shift(self, block: Block) -> Shift:
+        return self.shift.select(block.planes.start * self.taps, block.planes.stop * self.taps)
+
+    def _corners(self, block: Block, shift: Shift) -> Corners:
+        planes = self.input[block.images, block.planes].transpose(0, 1).to(self.dtype)  # [c, S, H, W]
+        plane = torch.arange(planes.shape[0], device=planes.device).repeat_interleave(self.taps)
+        sizes = (self.geometry.input_size, self.geometry.output_size, self.geometry.stride)
+        windows = read_windows(F.pad(planes, (0, self.gap, 1, 1)), plane, shift.row, shift.col, self.gap, *sizes)
+        return Corners.of(windows)
+
+    def _input_gradient(self, grad_columns: Tensor, shift: Shift, images: int) -> Tensor:
+        """Gathers the gradient of one block's input planes [c, S, H, W] from its columns' gradient [c * T, L].
+
+        With a stride the columns' gradient is first spread over the input's grid, zeros between, and read as with
+        stride 1.
+        """
+        size = self.geometry.input_size
+        height, width = self.geometry.output_size
+        step_rows, step_cols = self.geometry.stride
+        rows, cols = (height - 1) * step_rows + 1, (width - 1) * step_cols + 1
+        adjoint = shift.negated()
+        gap = gap_columns(adjoint.col, cols, size[1], 1)
+        num_planes = grad_columns.shape[0]
+        source = grad_columns.new_zeros(num_planes, images, rows + 2, cols + gap)
+        used = grad_columns.unflatten(-1, (images, self.rows, self.pitch))[..., :height, :width]
+        source[:, :, 1 : rows + 1 : step_rows, :cols:step_cols] = used
+        plane = torch.arange(num_planes, device=source.device)
+        windows = read_windows(source, plane, adjoint.row, adjoint.col, gap, (rows, cols), size, (1, 1))
+        corners = Corners.of(windows)
+        flat = corners.weighted_sum(adjoint, self.taps)
+        flat = F.pad(flat, (0, corners.values.shape[1] - corners.length))
+        return flat.unflatten(1, (images, size[0] + 1, size[1] + 1))[..., : size[0], : size[1]]

@@ -1,0 +1,250 @@
+"""What compilers, exporters and function transforms see of the operator."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import icnn_zoo
+from icnn_zoo.ops import native_backend, operators
+
+SIZES = ((1, 1), (1, 1, 1, 1), (1, 1), 2)
+
+
+def arguments(per_kernel: bool = False, requires_grad: bool = True) -> list[Tensor]:
+    """Input, weight, positions and bias of a 3x3 layer with two groups."""
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2))
+    owners = (6, 2) if per_kernel else (4,)
+    moved = grid + torch.rand(*owners, 9, 2, generator=generator) * 0.8 + 0.1
+    tensors = [torch.randn(*shape, generator=generator) for shape in ((2, 4, 5, 7), (6, 2, 3, 3), (6,))]
+    return [tensor.requires_grad_(requires_grad) for tensor in (*tensors[:2], moved, tensors[2])]
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda x: torch.cat([x, x], 3)[..., 1 : 1 + x.shape[3]],
+    "one channel of many": lambda x: x.expand(2, 4, 5, 7).transpose(0, 0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("per_kernel", [False, True], ids=["shared", "per kernel"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_opcheck_passes(layout: str, per_kernel: bool, backend: str) -> None:
+    input, weight, positions, bias = arguments(per_kernel, requires_grad=False)
+    input = LAYOUTS[layout](input)
+    forward = torch.ops.icnn_zoo.irregular_conv2d.default
+    backward = torch.ops.icnn_zoo.irregular_conv2d_backward.default
+    output = forward(input, weight, positions, bias, *SIZES, backend)
+    torch.library.opcheck(forward, (input, weight, positions, bias, *SIZES, backend))
+    for mask in ([True, True, True], [True, False, False], [False, False, True]):
+        torch.library.opcheck(backward, (output, input, weight, positions, *SIZES, mask, backend))
+
+
+class Network(nn.Module):
+    """Two irregular layers with an activation and a pooling in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = icnn_zoo.IrregularConv2d(3, 8, 3, padding=1)
+        self.second = icnn_zoo.IrregularConv2d(8, 4, 3, padding=2, dilation=2, groups=2)
+        for layer in (self.first, self.second):
+            nn.init.normal_(layer.displacement)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(input)).contiguous())
+
+
+@pytest.fixture
+def network() -> Network:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    return Network()
+
+
+def test_compiled_with_dynamic_shapes_equals_eager_without_recompiling(network: Network) -> None:
+    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in ((2, 3, 9, 11), (3, 3, 12, 8), (5, 3, 7, 17)):
+            input = torch.randn(size, requires_grad=True)
+            leaves = [input, *network.parameters()]
+            output, expected = compiled(input), network(input)
+            torch.testing.assert_close(output, expected)
+            grads, expected_grads = (torch.autograd.grad(out.square().sum(), leaves) for out in (output, expected))
+            torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_equals_eager_without_recompiling(network: Network) -> None:
+    compiled = torch.compile(network, fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in ((2, 3, 9, 11), (3, 3, 12, 8)):
+            input = torch.randn(size, requires_grad=True)
+            leaves = [input, *network.parameters()]
+            output, expected = compiled(input), network(input)
+            torch.testing.assert_close(output, expected)
+            grads, expected_grads = (torch.autograd.grad(out.square().sum(), leaves) for out in (output, expected))
+            torch.testing.assert_close(grads, expected_grads)
+
+
+def test_channels_last_inputs_compile_to_channels_last_outputs(network: Network) -> None:
+    input = torch.randn(2, 8, 9, 11).contiguous(memory_format=torch.channels_last).requires_grad_()
+    compiled = torch.compile(network.second, fullgraph=True, backend="aot_eager")
+    output = compiled(input)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad(output.sum(), input)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(output, network.second(input))
+
+
+def exported(network: Network) -> torch.export.ExportedProgram:
+    """The network with batch, height and width left open."""
+    sizes = {number: torch.export.Dim(name, min=4, max=64) for number, name in ((0, "b"), (2, "h"), (3, "w"))}
+    return torch.export.export(network.eval(), (torch.randn(5, 3, 9, 11),), dynamic_shapes=(sizes,))
+
+
+def test_exported_network_holds_one_node_a_layer_and_takes_any_size(network: Network) -> None:
+    program = exported(network)
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert targets.count(torch.ops.icnn_zoo.irregular_conv2d.default) == 2
+    input = torch.randn(4, 3, 13, 6)
+    torch.testing.assert_close(program.module()(input), network(input))
+
+
+def test_exported_network_decomposes_into_standard_operators(network: Network) -> None:
+    program = exported(network).run_decompositions(operators.DECOMPOSITIONS)
+    assert not [node for node in program.graph.nodes if "icnn_zoo" in str(node.target)]
+    input = torch.randn(4, 3, 13, 6)
+    torch.testing.assert_close(program.module()(input), network(input), rtol=1e-4, atol=1e-5)
+
+
+def test_func_grad_equals_autograd() -> None:
+    tensors = arguments()
+
+    def loss(*leaves: Tensor) -> Tensor:
+        return icnn_zoo.irregular_conv2d(*leaves, padding=1, groups=2).square().sum()
+
+    grads = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*tensors)
+    torch.testing.assert_close(grads, torch.autograd.grad(loss(*tensors), tensors))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_over_inputs_equals_a_loop() -> None:
+    input, *rest = arguments(requires_grad=False)
+    stack = torch.stack([input, input * 2, input.flip(0)])
+    mapped = torch.func.vmap(lambda x: icnn_zoo.irregular_conv2d(x, *rest, padding=1, groups=2))(stack)
+    torch.testing.assert_close(
+        mapped, torch.stack([icnn_zoo.irregular_conv2d(x, *rest, padding=1, groups=2) for x in stack])
+    )
+
+
+def test_deterministic_algorithms_are_no_complaint() -> None:
+    tensors = arguments()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for backend in ("auto", "torch"):
+            output = icnn_zoo.irregular_conv2d(*tensors, padding=1, groups=2, backend=backend)
+            torch.autograd.grad(output.sum(), tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("per_kernel", [False, True], ids=["shared", "per kernel"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_memory_around_the_input_is_never_read(backend: str, per_kernel: bool) -> None:
+    """Every tensor lies between NaNs; taps reach far out."""
+    tensors = arguments(per_kernel, requires_grad=False)
+    tensors[2] = tensors[2] * 5
+    poisoned = []
+    for tensor in tensors:
+        memory = torch.full((tensor.numel() + 512,), torch.nan)
+        memory[256:-256] = tensor.flatten()
+        poisoned.append(memory[256:-256].view(tensor.shape).requires_grad_())
+    output = icnn_zoo.irregular_conv2d(*poisoned, padding=1, groups=2, backend=backend)
+    assert output.isfinite().all()
+    for grad in torch.autograd.grad(output.sum(), poisoned):
+        assert grad.isfinite().all()
+
+
+def test_thread_counts_give_the_same_bits() -> None:
+    tensors = arguments()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            output = icnn_zoo.irregular_conv2d(*tensors, padding=1, groups=2)
+            results.append((output, *torch.autograd.grad(output.sum(), tensors)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    tensors = arguments(requires_grad=False)
+    with pytest.raises(
+        RuntimeError, match=r"`backend`='triton' cannot run: it needs a CUDA device; the input is on cpu"
+    ):
+        icnn_zoo.irregular_conv2d(*tensors, padding=1, groups=2, backend="triton")
+    with pytest.raises(
+        ValueError, match=r"`backend` must be one of auto, triton, native, torch, reference; got 'cuda'"
+    ):
+        icnn_zoo.irregular_conv2d(*tensors, padding=1, groups=2, backend="cuda")
+
+
+def test_automatic_choice_logs_the_same_words_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="icnn_zoo"):
+        icnn_zoo.irregular_conv2d(*arguments(requires_grad=False), padding=1, groups=2)
+    assert "`backend`='triton' cannot run: it needs a CUDA device; the input is on cpu" in caplog.text
+
+
+def test_without_a_compiler_everything_works_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(native_backend.shutil, "which", lambda name: None)
+    monkeypatch.setattr(native_backend, "_load", native_backend._load.__wrapped__)
+    tensors = arguments(requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"`backend`='native' cannot run: it needs a C compiler"):
+        icnn_zoo.irregular_conv2d(*tensors, padding=1, groups=2, backend="native")
+    automatic, expected = (
+        icnn_zoo.irregular_conv2d(*tensors, padding=1, groups=2, backend=backend) for backend in ("auto", "torch")
+    )
+    assert torch.equal(automatic, expected)
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    compiler = tmp_path / "broken-cc"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such processor" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native_backend, "_load", native_backend._load.__wrapped__)
+    with pytest.raises(RuntimeError, match=r"compiling it with '.*broken-cc' failed: no such processor"):
+        icnn_zoo.irregular_conv2d(*arguments(requires_grad=False), padding=1, groups=2, backend="native")
+    assert not list((tmp_path / "cache" / "icnn_zoo").iterdir())
+
+
+def test_importing_the_package_imports_no_triton_and_starts_no_cuda() -> None:
+    code = (
+        "import sys, icnn_zoo, torch; icnn_zoo.IrregularConv2d(2, 2, 3)(torch.zeros(1, 2, 5, 5));"
+        "assert not torch.cuda.is_initialized(); print([n for n in sys.modules if n.split('.')[0] == 'triton'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_half_precision_is_at_most_twice_as_wrong_as_a_plain_implementation(backend: str, dtype: torch.dtype) -> None:
+    """Plain: the formula, its columns and products in half precision."""
+    input, weight, positions, _ = arguments(requires_grad=False)
+    input, weight = input.to(dtype), weight.to(dtype)
+    exact = icnn_zoo.irregular_conv2d(input.double(), weight.double(), positions, None, padding=1, groups=2)
+    plain = operators.formula(input, weight, positions, None, *SIZES)
+    ours = icnn_zoo.irregular_conv2d(input, weight, positions, None, padding=1, groups=2, backend=backend)
+    assert (ours.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
