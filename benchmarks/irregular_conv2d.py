@@ -8,6 +8,8 @@ Then every peer is timed once in turn in each round, and ratios to conv2d are ta
 the machine cancels; printed are the median over rounds and min..max. A measurement repeats a quick call for 50 ms.
 "forward" is without gradients; "fwd+bwd" adds those of input, weight and, where there are any, positions. What a peer
 derives from positions (offsets, dense kernels) is part of its time. TF32 is off; half precision is autocast.
+"icnn_zoo" is the backend that is chosen automatically, "icnn_zoo torch" the one in standard operators. Last comes a
+training step of a ResNet-101 at output stride 8, regular and converted from layer3.11 on (training_step.py).
 
 Memory is the peak above what was held before one call: max_memory_allocated on CUDA, on Linux CPUs the peak of the
 resident size (VmHWM, reset before the call; below 1 MiB it says little), otherwise left out.
@@ -41,6 +43,10 @@ import torchvision
 from torch import Tensor
 
 import icnn_zoo
+from icnn_zoo.ops import operators
+
+sys.path.insert(0, str(Path(__file__).parent))
+import training_step
 
 SEED = 0
 LINUX = sys.platform == "linux"
@@ -133,6 +139,12 @@ def irregular(input: Tensor, weight: Tensor, positions: Tensor, case: Case) -> T
     return icnn_zoo.irregular_conv2d(input, weight, positions, **case.shape.geometry, groups=case.shape.groups)
 
 
+def irregular_torch(input: Tensor, weight: Tensor, positions: Tensor, case: Case) -> Tensor:
+    """This package's operator in standard PyTorch operators."""
+    geometry = case.shape.geometry
+    return icnn_zoo.irregular_conv2d(input, weight, positions, **geometry, groups=case.shape.groups, backend="torch")
+
+
 def deform_conv2d(input: Tensor, weight: Tensor, positions: Tensor, case: Case) -> Tensor:
     """torchvision's, offsets constant over space; the full version copies the input channels for every output."""
     shape = case.shape
@@ -188,6 +200,7 @@ Operator = Callable[[Tensor, Tensor, Tensor, Case], Tensor]
 PEERS: dict[str, Callable[[Case], Operator]] = {
     "conv2d": lambda case: conv2d,
     "icnn_zoo": lambda case: irregular,
+    "icnn_zoo torch": lambda case: irregular_torch,
     "deform_conv2d": lambda case: deform_conv2d,
     "DCLS": Dcls,
     "unfold+GEMM": lambda case: unfold_gemm,
@@ -315,6 +328,8 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     for package in ("torch", "torchvision", "timm", "DCLS"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    backend = operators.choose_backend("auto", device, dtype).__name__.rpartition(".")[2].removesuffix("_backend")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         versions["git"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -324,6 +339,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
         "versions": versions,
+        "backend": backend,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": SEED,
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
@@ -347,7 +363,7 @@ def table(result: dict[str, Any], markdown: bool) -> Iterator[str]:
         return
     yield f"{result['name']}: {result['text']}"
     for peer, modes in texts.items():
-        yield f"  {peer:<14}" + " |".join(f"{text[0]:>10} {text[1]:>22} {text[2]:>9}" for text in modes)
+        yield f"  {peer:<15}" + " |".join(f"{text[0]:>10} {text[1]:>22} {text[2]:>9}" for text in modes)
     yield from (f"  {reason}" for reason in reasons)
 
 
@@ -362,6 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--cap", type=float, default=20.0, help="seconds above which a call is too slow to be timed")
     parser.add_argument("--json", type=Path, help="write everything here")
+    parser.add_argument("--network", action=argparse.BooleanOptionalAction, default=True, help="time a training step")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, two rounds: checks that the benchmark runs")
     args = parser.parse_args(argv)
@@ -372,6 +389,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = {name: SHAPES[name].shrunk() if args.quick else SHAPES[name] for name in args.shapes}
 
     checks = [check for name, shape in shapes.items() for check in gate(name, shape, args.device)]
+    network = network_options(args) if args.network else None
+    if network is not None:
+        checks.append((f"{network.backbone}: logits on the regular grid", training_step.gate(network)))
     tolerance = TOLERANCE["float32"]
     failures = [check for check in checks if not check[1] <= tolerance]  # NaN fails too
     for what, error in failures:
@@ -386,14 +406,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.markdown:
         print("\n| shape | " + " | ".join(PEERS) + " | not run |\n|" + " --- |" * (len(PEERS) + 2))
     else:
-        print(f"  {'':14}{'forward, ratio to conv2d (min..max), memory':>43} | fwd+bwd")
+        print(f"  {'':15}{'forward, ratio to conv2d (min..max), memory':>43} | fwd+bwd")
     for name, shape in shapes.items():
         report["shapes"].append(run_shape(name, shape, args))
         print(*table(report["shapes"][-1], args.markdown), sep="\n", flush=True)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if network is not None:
+        report["training_step"] = training_step.measure(network)
+        print(*training_step.table(report["training_step"]), sep="\n")
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
+
+
+def network_options(args: argparse.Namespace) -> argparse.Namespace:
+    """The training step of the paper's network, small on a CPU."""
+    size, batch_size = (33, 1) if args.quick else (321, 16) if args.device == "cuda" else (129, 2)
+    arguments = {
+        "backbone": "resnet18" if args.quick else "resnet101",
+        "start": "layer4" if args.quick else "layer3.11",
+        "output-stride": 8,
+        "size": size,
+        "batch-size": batch_size,
+        "rounds": 2 if args.quick else args.repeats,
+        "threads": args.threads,
+        "device": args.device,
+        "dtype": args.dtype,
+    }
+    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    return training_step.parse(words)
 
 
 if __name__ == "__main__":

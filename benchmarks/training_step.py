@@ -1,10 +1,12 @@
-"""Seconds per training step of a regular and an irregular network, in turn in one run.
+"""Seconds and memory of a training step of a regular and an irregular network, in turn in one run.
 
 python benchmarks/training_step.py --backbone tf_efficientnet_lite0 --start blocks.4 --json results.json
 
-Each round times one step (forward, backward, optimizer, the bound of Eq. 7) of every network, so that a drift of the
+First a gate: with every tap on the regular grid the converted network must give the regular one's logits. Then each
+round times one step (forward, backward, optimizer, the bound of Eq. 7) of every network, so that a drift of the
 machine's speed hits all alike; the ratio is taken round by round. ``--displacement`` spreads the positions as training
-does, since the cost of depthwise layers grows with the box around their taps. ``--checkpoint`` takes them from a run.
+does. ``--checkpoint`` takes them from a run. Half precision is autocast. Memory is the peak above what is held between
+steps, on CUDA.
 """
 
 from __future__ import annotations
@@ -13,14 +15,19 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import icnn_zoo
 from icnn_zoo.models import SegmentationModel
+
+TOLERANCE = 1e-4  # largest difference of logits / largest logit, float32
 
 
 class Step:
@@ -32,6 +39,7 @@ class Step:
         if start is not None:
             icnn_zoo.convert(self.model, start)
             self._displace(options)
+        self.options = options
         self.images = torch.randn(options.batch_size, 3, options.size, options.size, device=options.device)
         self.labels = torch.randint(options.num_classes, (options.batch_size, options.size, options.size)).to(
             options.device
@@ -56,18 +64,88 @@ class Step:
 
     def __call__(self) -> float:
         """Takes the step and returns its seconds."""
+        if self.images.is_cuda:
+            torch.cuda.synchronize()
         begin = time.perf_counter()
-        logits = self.model.upsample(self.model(self.images), self.labels.shape[-2:])
+        kind, dtype = self.images.device.type, getattr(torch, self.options.dtype)
+        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+            logits = self.model.upsample(self.model(self.images), self.labels.shape[-2:])
+            loss = F.cross_entropy(logits.float(), self.labels)
         self.optimizer.zero_grad()
-        F.cross_entropy(logits, self.labels).backward()
+        loss.backward()
         self.optimizer.step()
         if self.images.is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
+    def memory_mib(self) -> float | None:
+        """Peak of the memory that one step needs above what is held between steps; None but on CUDA."""
+        if not self.images.is_cuda:
+            return None
+        self.optimizer.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
 
-def main() -> None:
-    """Times the steps, prints the table and writes the JSON."""
+
+def gate(options: argparse.Namespace) -> float:
+    """Largest difference of the logits, relative to the largest, of a converted network with no displacement."""
+    torch.manual_seed(0)
+    model = SegmentationModel(options.backbone, options.num_classes, output_stride=options.output_stride)
+    model.to(options.device).eval()
+    images = torch.randn(1, 3, 65, 65, device=options.device)
+    with torch.no_grad():
+        expected = model(images)
+        icnn_zoo.convert(model, options.start, epsilon=0.0)
+        return ((model(images) - expected).abs().max() / expected.abs().max()).item()
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Times all networks, round by round.
+
+    Raises:
+        RuntimeError: The gate is red.
+    """
+    difference = gate(options)
+    if not difference <= TOLERANCE:
+        raise RuntimeError(
+            f"WRONG logits of {options.backbone} on the regular grid: off by {difference:.1e} of the largest"
+        )
+    steps = {
+        "regular": Step(options, None, channels_last=True),
+        f"irregular from {options.start}": Step(options, options.start, channels_last=True),
+    }
+    for step in steps.values():
+        step()
+    memory = {name: step.memory_mib() for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(options.rounds):
+        for name, step in steps.items():
+            times[name].append(step())
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    settings.pop("json", None)
+    settings["checkpoint"] = options.checkpoint.name if options.checkpoint else None
+    return {"gate": difference, "settings": settings, "seconds_per_step": times, "memory_mib": memory}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """A line for each network."""
+    lines = []
+    regular = result["seconds_per_step"]["regular"]
+    for name, values in result["seconds_per_step"].items():
+        ratios = [value / base for value, base in zip(values, regular, strict=True)]
+        memory = result["memory_mib"][name]
+        lines.append(
+            f"{name:<28} {statistics.median(values):.3f} s/step (min {min(values):.3f}, max {max(values):.3f}), "
+            f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            + ("" if memory is None else f", {memory:.0f} MiB")
+        )
+    return lines
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
     parser.add_argument("--start", default="blocks.4")
@@ -80,30 +158,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    """Times the steps, prints the table and writes the JSON; returns the exit status."""
+    options = parse()
     torch.set_num_threads(options.threads)
-    steps = {
-        "regular": Step(options, None, channels_last=True),
-        f"irregular from {options.start}": Step(options, options.start, channels_last=True),
-    }
-    for step in steps.values():
-        step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(options.rounds):
-        for name, step in steps.items():
-            times[name].append(step())
-    regular = times["regular"]
-    for name, values in times.items():
-        ratios = [value / base for value, base in zip(values, regular, strict=True)]
-        print(
-            f"{name:<28} {statistics.median(values):.3f} s/step (min {min(values):.3f}, max {max(values):.3f}), "
-            f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+    try:
+        result = measure(options)
+    except RuntimeError as error:
+        print(error)
+        return 1
+    print(*table(result), sep="\n")
     if options.json:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        settings.pop("json")
-        settings["checkpoint"] = options.checkpoint.name if options.checkpoint else None
         record = {
             "machine": {"processor": platform.machine(), "cpu": _cpu_name(), "threads": options.threads},
             "versions": {
@@ -111,22 +181,19 @@ def main() -> None:
                 "torch": torch.__version__,
                 "icnn_zoo": icnn_zoo.__version__,
             },
-            "settings": settings,
-            "seconds_per_step": times,
+            **result,
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=2) + "\n")
+    return 0
 
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if (info.is_file())
-        else []
-    )
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -37,8 +37,10 @@ def test_prints_ratios_and_writes_json(benchmark, tmp_path, capsys):
     report = json.loads(path.read_text())
     assert [result["name"] for result in report["shapes"]] == shapes
     assert {"machine", "versions", "date", "seed", "settings", "gate"} <= report.keys()
-    # seven comparisons a shape: four with deform_conv2d, and conv2d has no gradient of positions
-    assert len(report["gate"]) == 7 * len(shapes)
+    # seven comparisons a shape: four with deform_conv2d, and conv2d has no gradient of positions; the network's logits
+    assert len(report["gate"]) == 7 * len(shapes) + 1
+    assert all(len(times) == 2 for times in report["training_step"]["seconds_per_step"].values())
+    assert "irregular from layer4" in printed
     for result in report["shapes"]:
         assert f"{result['name']}: " in printed
         records = {(record["peer"], record["mode"]): record for record in result["records"]}
@@ -56,7 +58,10 @@ def test_prints_ratios_and_writes_json(benchmark, tmp_path, capsys):
 
 def test_markdown_and_reason_of_an_absent_peer(benchmark, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "DCLS.construct.modules", None)  # the import raises
-    assert benchmark.main([*TINY, "--markdown", "--no-backward", "--shapes", "convnext7", "classifier"]) == 0
+    assert (
+        benchmark.main([*TINY, "--markdown", "--no-backward", "--no-network", "--shapes", "convnext7", "classifier"])
+        == 0
+    )
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(rows) == 4
     assert len({row.count("|") for row in rows}) == 1
