@@ -7,10 +7,10 @@ Three forms, chosen from static sizes alone, so that nothing synchronises and CU
   columns within the L2 cache. The backward makes the columns' gradient by a matrix product; one kernel gathers the
   input's gradient from it, a second reads the planes once for both the positions' gradient and the columns, which
   overwrite their own gradient on the way to the weights' gradient.
-- *fused*, the forward of layers with few outputs in a group (a classifier): columns are made in registers, multiplied at
-  once and never stored. Its backward is that of *columns*.
-- *direct*, for depthwise layers, tiny groups and the full version: the taps are summed one by one, without columns. The
-  full version costs an interpolation for each output channel, input channel and tap.
+- *fused*, the forward of layers with few outputs in a group (a classifier): columns are made in registers, multiplied
+  at once and never stored. Its backward is that of *columns*.
+- *direct*, for depthwise layers, tiny groups and the full version: the taps are summed one by one, without columns.
+  The full version costs an interpolation for each output channel, input channel and tap.
 
 Choice, block sizes and chunk sizes are fixed numbers, not tuned at run time: a sum has the same order on every run.
 They follow from instruction counts of the compiled kernels and await timings on a GPU.
@@ -38,8 +38,8 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 # The oldest GPUs with bfloat16.
 _CAPABILITY = (8, 0)
 
-# Zero columns after each row of a plane. A shift of up to that many columns needs no test for the plane's left and right
-# border; a larger one takes a slower branch.
+# Zero columns after each row of a plane. A shift of up to that many columns needs no test for the plane's left and
+# right border; a larger one takes a slower branch.
 _GAP = 16
 
 # Columns of a chunk of images: well within the 40 to 60 MB of L2 that an A100, H100 or H200 has.
@@ -56,6 +56,9 @@ _DIRECT_PRODUCT, _DIRECT_OUTPUTS = 32, 2
 
 # Most outputs of a group for which columns are made in registers.
 _FUSED_OUTPUTS = 32
+
+# Pixels and entries (channels times taps) of a tile of columns there: 128 registers a thread, so 16 warps at once.
+_FUSED_TILE = (64, 16)
 
 # The programs that a launch should have at least, where a sum can be split to get there.
 _PROGRAMS = 512
@@ -144,7 +147,7 @@ def backward(
 
 @dataclass(frozen=True)
 class _Gradients:
-    """What the backward fills: the input's gradient in its final form, the others as float32 sums that start at zero."""
+    """What the backward fills: the input's gradient in its final form, the others as float32 sums, zero at first."""
 
     input: Tensor | None
     weight: Tensor | None
@@ -166,7 +169,10 @@ def _forward_form(weight: Tensor, positions: Tensor, geometry: Geometry) -> str:
     """The form of the forward: "direct", "fused" or "columns"."""
     if _is_direct(weight, positions, geometry):
         return "direct"
-    return "fused" if weight.shape[0] // geometry.groups <= _FUSED_OUTPUTS else "columns"
+    # The fused kernel numbers the pixels of all planes in a tile with 32 bits.
+    largest = _MAX_INT // ((_FUSED_TILE[1] + 2) * 4)
+    small = (geometry.input_size[0] + 2) * (geometry.input_size[1] + _GAP) <= largest
+    return "fused" if small and weight.shape[0] // geometry.groups <= _FUSED_OUTPUTS else "columns"
 
 
 def _empty_like(tensor: Tensor, layout: torch.memory_format) -> Tensor:
@@ -217,8 +223,6 @@ class _Call:
                 f"got images of {height} x {width} and outputs of {out_height} x {out_width}."
             )
         self.plane_size = plane_size
-        self.plane_bytes = plane_size * input.shape[1] * input.element_size()
-        """Of all planes of one image."""
         shared = {
             "height": height,
             "width": width,
@@ -263,11 +267,14 @@ class _Call:
         )
         return planes
 
-    def image_slabs(self, image_bytes: int) -> Iterator[slice]:
-        """Walks the images, as many at a time as stay within a chunk and can be numbered with 32 bits."""
-        height, width = self.geometry.input_size
-        pixels = max(self.out_pixels, height * width)
-        images = max(1, min(_CHUNK_BYTES // image_bytes, (_MAX_INT - 2**16) // pixels))
+    def image_slabs(self, column_bytes: int = 0) -> Iterator[slice]:
+        """Walks the images, as many at a time as keep what one launch reads or writes within a chunk.
+
+        This also makes 32 bits enough for the pixels' numbers and for where all but the first image start.
+        """
+        size = self.input.element_size()
+        output_bytes = self.num_outputs * self.out_pixels * size
+        images = max(1, _CHUNK_BYTES // max(column_bytes, self.input.shape[1] * self.plane_size * size, output_bytes))
         for first in range(0, self.input.shape[0], images):
             yield slice(first, min(first + images, self.input.shape[0]))
 
@@ -296,7 +303,7 @@ def _column_chunks(call: _Call) -> Iterator[tuple[slice, list[list[_Part]]]]:
         channels = max(1, _IMAGE_BYTES // channel_bytes)
     step_groups = max(1, channels // call.group_channels)
     step_channels = min(channels, call.group_channels)
-    parts = []
+    parts: list[list[_Part]] = []
     for group in range(0, call.groups, step_groups):
         groups = slice(group, min(group + step_groups, call.groups))
         parts.append([])
@@ -378,7 +385,8 @@ def _launch_columns(
     """Runs ``columns_kernel``; returns the positions' gradient [c, T, 2] of a part with ``gradient``."""
     planes = call.planes(images, part.planes)
     length, channels = planes.shape[0] * call.out_pixels, planes.shape[1]
-    block = _block_size(length, 1024)
+    # With a sum over each block one warp works alone: no barrier for each tap.
+    block, warps = (_block_size(length, 256), 1) if gradient else (_block_size(length, 1024), 4)
     # Stores of 32 bits a lane: wider ones would spread a warp's reads over more cache lines.
     vector = 4 // columns.element_size()
     blocks = _blocks(length, block)
@@ -397,7 +405,7 @@ def _launch_columns(
         STORE=store,
         VECTOR=vector,
         BLOCK=block,
-        num_warps=4,
+        num_warps=warps,
     )
     return None if partials is None else partials.sum(0)
 
@@ -423,7 +431,7 @@ def _columns_backward(call: _Call, grad_output: Tensor, grads: _Gradients) -> No
             by_position = _launch_columns(
                 call, images, part, columns, gradient=grads.positions is not None, store=grad_weight is not None
             )
-            if grads.positions is not None:
+            if grads.positions is not None and by_position is not None:
                 grads.positions[part.planes] += by_position
             if grad_weight is not None:
                 product = _product_float32(grad_part, columns[:, :, : grad_part.shape[2]].transpose(1, 2))
@@ -458,8 +466,8 @@ def _columns_input_gradient(call: _Call, images: slice, part: _Part, grad_column
 
 def _fused_forward(call: _Call, bias: Tensor | None, output: Tensor) -> None:
     entries = call.group_channels * call.taps
-    pixels, outputs, step = _fused_tile(call)
-    for images in call.image_slabs(call.plane_bytes):
+    pixels, step = _FUSED_TILE
+    for images in call.image_slabs():
         planes = call.planes(images, slice(None))
         length = planes.shape[0] * call.out_pixels
         programs = call.groups * _blocks(length, pixels)
@@ -488,26 +496,21 @@ def _fused_forward(call: _Call, bias: Tensor | None, output: Tensor) -> None:
             HAS_BIAS=bias is not None and splits == 1,
             UPCAST=planes.device.type == "cpu",  # the interpreter multiplies the bits of a bfloat16
             BLOCK_PIXELS=pixels,
-            BLOCK_OUTPUTS=outputs,
+            BLOCK_OUTPUTS=16 if call.group_outputs <= 16 else _FUSED_OUTPUTS,
             BLOCK_ENTRIES=step,
             num_warps=4,  # eight are known to be miscompiled in loops like this one
+            num_stages=1,  # prefetching into shared memory, element by element, spills registers
         )
         if splits > 1:
             total = out.sum(0)
             target.copy_(total if bias is None else total + bias[:, None, None])
 
 
-def _fused_tile(call: _Call) -> tuple[int, int, int]:
-    """Pixels, outputs and entries of a tile."""
-    outputs = 16 if call.group_outputs <= 16 else 32
-    return (128, outputs, 32) if call.input.element_size() == 2 else (64, outputs, 32)
-
-
 # Direct
 
 
 def _direct_forward(call: _Call, bias: Tensor | None, output: Tensor) -> None:
-    for images in call.image_slabs(call.plane_bytes):
+    for images in call.image_slabs():
         planes = call.planes(images, slice(None))
         target = output[images]
         out = _empty_like(target, torch.contiguous_format)
@@ -533,7 +536,7 @@ def _direct_forward(call: _Call, bias: Tensor | None, output: Tensor) -> None:
 
 def _direct_backward(call: _Call, grad_output: Tensor, grads: _Gradients) -> None:
     partials = None
-    for images in call.image_slabs(call.plane_bytes):
+    for images in call.image_slabs():
         grad = grad_output[images].contiguous()
         if grads.input is not None:
             _direct_input_gradient(call, grad, grads.input[images])
@@ -576,7 +579,7 @@ def _direct_input_gradient(call: _Call, grad_output: Tensor, target: Tensor) -> 
 def _direct_kernel_gradient(call: _Call, grad_output: Tensor, planes: Tensor) -> Tensor:
     """Sums over pixels of the output's gradient times sample, slope by row and slope by col: [N, C / G, T, 3]."""
     length = planes.shape[0] * call.out_pixels
-    block = _block_size(length, 512)
+    block = _block_size(length, 256)
     blocks = _blocks(length, block)
     pairs = call.num_outputs * call.group_channels
     split_blocks = _blocks(blocks, min(blocks, _blocks(16 * _PROGRAMS, pairs)))

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The CUDA kernels of the irregular convolution, in Triton.
 
 Letters: B images, C input channels, N output channels, G groups, T taps, L pixels of all images of a call, flattened.
@@ -8,7 +8,10 @@ shifts up to ``gap`` columns, none by column either: rows of ``pitch = W + gap``
 (they are also the left border of the next row), with ``pitch + 2`` zeros before and after. The flat index of a read is
 clamped to ``[-pitch - 2, H * pitch]``, beyond which all four corners lie in the zeros.
 
-A program's pixels are told apart by flat numbers over (image, row, col): small maps still fill a block.
+A program's pixels are told apart by flat numbers over (image, row, col): small maps still fill a block. These numbers,
+and where an image starts in what a launch reads, are 32 bits wide (a launch with several images is small, and the first
+image starts at 0); where a channel starts is a scalar of 64 bits.
+
 Every sum has a fixed order and there are no atomics.
 """
 
@@ -44,15 +47,16 @@ def _pixels(block, length, image_size, width, BLOCK: tl.constexpr):
     image = last // image_size
     pixel = last - image * image_size
     row = pixel // width
-    return number, image.to(tl.int64), pixel, row, pixel - row * width
+    return number, image, pixel, row, pixel - row * width
 
 
 @triton.jit
-def _corners(base, flat, column, row_shift, col_shift, height, width, pitch, last_free_shift):
+def _corners(base, start, flat, column, row_shift, col_shift, height, width, pitch, last_free_shift):
     """Reads the four neighbours of every sample in float32: top left, top right, bottom left, bottom right.
 
     Args:
-        base: Pointers to the pixel (0, 0) of each sample's plane.
+        base: Pointer to the pixel (0, 0) of the plane in the first image.
+        start: Where each sample's image starts.
         flat: Flat index of each sample in its plane before the shift.
         column: Column of each sample before the shift.
         row_shift: Rows to shift by, one for all samples.
@@ -63,20 +67,22 @@ def _corners(base, flat, column, row_shift, col_shift, height, width, pitch, las
         last_free_shift: Largest shift that leaves all columns within the plane's own gap.
     """
     index = flat + (row_shift * pitch + col_shift)
-    pointer = base + tl.minimum(tl.maximum(index, -pitch - 2), height * pitch)
+    index = start + tl.minimum(tl.maximum(index, -pitch - 2), height * pitch)
+    top = base + index
+    bottom = base + pitch + index
     if (col_shift >= width - pitch) & (col_shift <= last_free_shift):
-        top_left = tl.load(pointer)
-        top_right = tl.load(pointer + 1)
-        bottom_left = tl.load(pointer + pitch)
-        bottom_right = tl.load(pointer + pitch + 1)
+        top_left = tl.load(top)
+        top_right = tl.load(top + 1)
+        bottom_left = tl.load(bottom)
+        bottom_right = tl.load(bottom + 1)
     else:
         moved = column + col_shift
         left = (moved >= 0) & (moved < width)
         right = (moved >= -1) & (moved < width - 1)
-        top_left = tl.load(pointer, mask=left, other=0.0)
-        top_right = tl.load(pointer + 1, mask=right, other=0.0)
-        bottom_left = tl.load(pointer + pitch, mask=left, other=0.0)
-        bottom_right = tl.load(pointer + pitch + 1, mask=right, other=0.0)
+        top_left = tl.load(top, mask=left, other=0.0)
+        top_right = tl.load(top + 1, mask=right, other=0.0)
+        bottom_left = tl.load(bottom, mask=left, other=0.0)
+        bottom_right = tl.load(bottom + 1, mask=right, other=0.0)
     return top_left.to(tl.float32), top_right.to(tl.float32), bottom_left.to(tl.float32), bottom_right.to(tl.float32)
 
 
@@ -89,26 +95,24 @@ def _blend(top_left, top_right, bottom_left, bottom_right, row_fraction, col_fra
 
 
 @triton.jit
-def _read_output_grid(base, row, col, height, width, STRIDE_ROW: tl.constexpr, STRIDE_COL: tl.constexpr):
-    """Reads what output pixel (row / stride, col / stride) holds, zero where there is no such pixel."""
-    out_row = row
-    out_col = col
-    inside = (row >= 0) & (col >= 0)
-    if STRIDE_ROW > 1:
-        out_row = row // STRIDE_ROW
-        inside = inside & (out_row * STRIDE_ROW == row)
-    if STRIDE_COL > 1:
-        out_col = col // STRIDE_COL
-        inside = inside & (out_col * STRIDE_COL == col)
-    inside = inside & (out_row < height) & (out_col < width)
-    return tl.load(base + (out_row * width + out_col), mask=inside, other=0.0).to(tl.float32)
+def _output_place(place, size, STRIDE: tl.constexpr):
+    """Row (or col) of the output whose samples start at a row of the input, and whether there is one."""
+    # Unsigned, so that one comparison finds negative rows too.
+    unsigned = place.to(tl.uint32, bitcast=True)
+    quotient = unsigned // STRIDE
+    inside = (quotient < size.to(tl.uint32, bitcast=True)) & (quotient * STRIDE == unsigned)
+    return quotient.to(tl.int32, bitcast=True), inside
 
 
 @triton.jit
 def _gather_adjoint(
     base,
+    start,
+    flat,
     row,
     col,
+    row_shift,
+    col_shift,
     row_fraction,
     col_fraction,
     height,
@@ -118,14 +122,35 @@ def _gather_adjoint(
 ):
     """The exact adjoint of :func:`_blend` at shifted reads: what input pixels get from the samples next to them.
 
-    ``row`` and ``col`` are those of the input pixels minus the shift: the sample there has the pixel as its top left
-    corner, the one a row up has it as its bottom left corner, and so on.
+    The sample at an input pixel minus the shift has the pixel as its top left corner, the one a row up has it as its
+    bottom left corner, and so on. With stride 1 ``flat`` is the pixel's place in the output, ``start`` its image's.
     """
-    top = _read_output_grid(base, row, col, height, width, STRIDE_ROW, STRIDE_COL) * (1 - col_fraction)
-    top += _read_output_grid(base, row, col - 1, height, width, STRIDE_ROW, STRIDE_COL) * col_fraction
-    bottom = _read_output_grid(base, row - 1, col, height, width, STRIDE_ROW, STRIDE_COL) * (1 - col_fraction)
-    bottom += _read_output_grid(base, row - 1, col - 1, height, width, STRIDE_ROW, STRIDE_COL) * col_fraction
-    return top * (1 - row_fraction) + bottom * row_fraction
+    row = row - row_shift
+    col = col - col_shift
+    top_row, top = _output_place(row, height, STRIDE_ROW)
+    bottom_row, bottom = _output_place(row - 1, height, STRIDE_ROW)
+    left_col, left = _output_place(col, width, STRIDE_COL)
+    right_col, right = _output_place(col - 1, width, STRIDE_COL)
+    if STRIDE_ROW == 1 and STRIDE_COL == 1:
+        # The same addresses as below, in fewer instructions.
+        index = flat - (row_shift * width + col_shift)
+        top_left = base + index
+        top_right = top_left - 1
+        bottom_left = base - width + index
+        bottom_right = bottom_left - 1
+    else:
+        top_left = base + (start + top_row * width + left_col)
+        top_right = base + (start + top_row * width + right_col)
+        bottom_left = base + (start + bottom_row * width + left_col)
+        bottom_right = base + (start + bottom_row * width + right_col)
+    return _blend(
+        tl.load(top_left, mask=top & left, other=0.0).to(tl.float32),
+        tl.load(top_right, mask=top & right, other=0.0).to(tl.float32),
+        tl.load(bottom_left, mask=bottom & left, other=0.0).to(tl.float32),
+        tl.load(bottom_right, mask=bottom & right, other=0.0).to(tl.float32),
+        row_fraction,
+        col_fraction,
+    )
 
 
 @triton.jit(do_not_specialize=["channels", "height", "width", "pitch", "plane_size"])
@@ -214,8 +239,8 @@ def columns_kernel(
 ):
     """Makes columns [C * T, column_pitch * VECTOR] from planes [B, C]. Grid: C x blocks of pixels.
 
-    With GRADIENT ``columns`` holds the columns' gradient: the positions' gradient goes to ``partials`` [blocks, C, T, 2].
-    With STORE the columns are written, over their gradient if there is one.
+    With GRADIENT ``columns`` holds the columns' gradient: the positions' gradient goes to ``partials``
+    [blocks, C, T, 2]. With STORE the columns are written, over their gradient if there is one.
     """
     blocks = tl.cdiv(length, BLOCK)
     channel = tl.program_id(0) // blocks
@@ -226,14 +251,15 @@ def columns_kernel(
     in_row = number < column_pitch * VECTOR
     column = col * STRIDE_COL
     flat = row * (STRIDE_ROW * pitch) + column
-    base = planes + ((image * channels + channel) * plane_size + (pitch + 2))
+    base = planes + (channel.to(tl.int64) * plane_size + (pitch + 2))
+    start = image * (channels * plane_size)
     for tap in range(taps):
         owner = channel.to(tl.int64) * taps + tap
         row_shift, col_shift, row_fraction, col_fraction = _shift(
             positions, owner, origin_row, origin_col, bound_row, bound_col
         )
         top_left, top_right, bottom_left, bottom_right = _corners(
-            base, flat, column, row_shift, col_shift, height, width, pitch, last_free_shift
+            base, start, flat, column, row_shift, col_shift, height, width, pitch, last_free_shift
         )
         # VECTOR elements a lane are known to be aligned: it decides how wide a lane's stores are.
         target = columns + owner * (column_pitch.to(tl.int64) * VECTOR) + number
@@ -289,7 +315,8 @@ def input_gradient_kernel(
     blocks = tl.cdiv(length, BLOCK)
     channel = tl.program_id(0) // blocks
     number, image, pixel, row, col = _pixels(tl.program_id(0) % blocks, length, height * width, width, BLOCK)
-    base = grad_columns + image * (out_height * out_width)
+    start = image * (out_height * out_width)
+    flat = start + row * out_width + col
     total = tl.zeros([BLOCK], tl.float32)
     for tap in range(taps):
         owner = channel.to(tl.int64) * taps + tap
@@ -297,9 +324,13 @@ def input_gradient_kernel(
             positions, owner, origin_row, origin_col, bound_row, bound_col
         )
         total += _gather_adjoint(
-            base + owner * column_pitch,
-            row - row_shift,
-            col - col_shift,
+            grad_columns + owner * column_pitch,
+            start,
+            flat,
+            row,
+            col,
+            row_shift,
+            col_shift,
             row_fraction,
             col_fraction,
             out_height,
@@ -307,7 +338,7 @@ def input_gradient_kernel(
             STRIDE_ROW,
             STRIDE_COL,
         )
-    target = grad_planes + image * stride_image + channel.to(tl.int64) * (height * width) + pixel
+    target = grad_planes + image.to(tl.int64) * stride_image + channel.to(tl.int64) * (height * width) + pixel
     tl.store(target, total.to(grad_planes.dtype.element_ty), mask=number < length)
 
 
@@ -368,7 +399,8 @@ def direct_forward_kernel(
     flat = row * (STRIDE_ROW * pitch) + column
     channels = outputs // group_outputs * group_channels
     first = kernel // group_outputs * group_channels
-    base = planes + ((image * channels + first) * plane_size + (pitch + 2))
+    base = planes + (first.to(tl.int64) * plane_size + (pitch + 2))
+    start = image * (channels * plane_size)
     total = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
         total += tl.load(bias + kernel).to(tl.float32)
@@ -383,6 +415,7 @@ def direct_forward_kernel(
         )
         top_left, top_right, bottom_left, bottom_right = _corners(
             base + in_kernel.to(tl.int64) * plane_size,
+            start,
             flat,
             column,
             row_shift,
@@ -394,7 +427,7 @@ def direct_forward_kernel(
         )
         values = _blend(top_left, top_right, bottom_left, bottom_right, row_fraction, col_fraction)
         total += tl.load(weight + place).to(tl.float32) * values
-    target = output + (image * outputs + kernel) * size + pixel
+    target = output + (image.to(tl.int64) * outputs + kernel) * size + pixel
     tl.store(target, total.to(output.dtype.element_ty), mask=number < length)
 
 
@@ -446,7 +479,9 @@ def direct_input_gradient_kernel(
     channels = outputs // group_outputs * group_channels
     in_kernel = channel % group_channels
     first = channel // group_channels * group_outputs
-    base = grad_output + (image * outputs + first) * size
+    base = grad_output + first.to(tl.int64) * size
+    start = image * (outputs * size)
+    flat = start + row * out_width + col
     total = tl.zeros([BLOCK], tl.float32)
     for entry in range(group_outputs * taps):
         kernel = entry // taps
@@ -459,8 +494,12 @@ def direct_input_gradient_kernel(
         )
         values = _gather_adjoint(
             base + kernel.to(tl.int64) * size,
-            row - row_shift,
-            col - col_shift,
+            start,
+            flat,
+            row,
+            col,
+            row_shift,
+            col_shift,
             row_fraction,
             col_fraction,
             out_height,
@@ -469,7 +508,7 @@ def direct_input_gradient_kernel(
             STRIDE_COL,
         )
         total += tl.load(weight + place).to(tl.float32) * values
-    target = grad_planes + (image * channels + channel) * (height * width) + pixel
+    target = grad_planes + (image.to(tl.int64) * channels + channel) * (height * width) + pixel
     tl.store(target, total.to(grad_planes.dtype.element_ty), mask=number < length)
 
 
@@ -546,14 +585,16 @@ def direct_kernel_gradient_kernel(
         real = number < length
         column = col * STRIDE_COL
         flat = row * (STRIDE_ROW * pitch) + column
-        base = planes + ((image * channels + channel) * plane_size + (pitch + 2))
-        grad = tl.load(grad_output + (image * outputs + kernel) * size + pixel, mask=real, other=0.0).to(tl.float32)
+        base = planes + (channel.to(tl.int64) * plane_size + (pitch + 2))
+        start = image * (channels * plane_size)
+        place = image * (outputs * size) + pixel
+        grad = tl.load(grad_output + kernel.to(tl.int64) * size + place, mask=real, other=0.0).to(tl.float32)
         for tap in range(taps):
             row_shift, col_shift, row_fraction, col_fraction = _shift(
                 positions, owner.to(tl.int64) * taps + tap, origin_row, origin_col, bound_row, bound_col
             )
             top_left, top_right, bottom_left, bottom_right = _corners(
-                base, flat, column, row_shift, col_shift, height, width, pitch, last_free_shift
+                base, start, flat, column, row_shift, col_shift, height, width, pitch, last_free_shift
             )
             values = _blend(top_left, top_right, bottom_left, bottom_right, row_fraction, col_fraction)
             row_slope = (bottom_left - top_left) * (1 - col_fraction) + (bottom_right - top_right) * col_fraction
@@ -637,7 +678,7 @@ def fused_forward_kernel(
     number, image, pixel, row, col = _pixels(tl.program_id(0) % blocks, length, size, out_width, BLOCK_PIXELS)
     column = (col * STRIDE_COL)[:, None]
     flat = (row * (STRIDE_ROW * pitch) + col * STRIDE_COL)[:, None]
-    base = (planes + ((image * groups + group) * group_channels * plane_size + (pitch + 2)))[:, None]
+    start = (image * (groups * group_channels * plane_size))[:, None]
     kernels = tl.arange(0, BLOCK_OUTPUTS)
     entries = group_channels * taps
     total = tl.zeros([BLOCK_PIXELS, BLOCK_OUTPUTS], tl.float32)
@@ -654,15 +695,19 @@ def fused_forward_kernel(
         )
         index = flat + (row_shift * pitch + col_shift)[None, :]
         index = tl.minimum(tl.maximum(index, -pitch - 2), height * pitch)
-        pointer = base + ((known // taps).to(tl.int64) * plane_size)[None, :] + index
+        channel = first // taps
+        base = planes + ((group * group_channels + channel).to(tl.int64) * plane_size + (pitch + 2))
+        index += start + ((known // taps - channel) * plane_size)[None, :]
+        top = base + index
+        bottom = base + pitch + index
         moved = column + col_shift[None, :]
         left = (moved >= 0) & (moved < width)
         right = (moved >= -1) & (moved < width - 1)
         values = _blend(
-            tl.load(pointer, mask=left, other=0.0).to(tl.float32),
-            tl.load(pointer + 1, mask=right, other=0.0).to(tl.float32),
-            tl.load(pointer + pitch, mask=left, other=0.0).to(tl.float32),
-            tl.load(pointer + pitch + 1, mask=right, other=0.0).to(tl.float32),
+            tl.load(top, mask=left, other=0.0).to(tl.float32),
+            tl.load(top + 1, mask=right, other=0.0).to(tl.float32),
+            tl.load(bottom, mask=left, other=0.0).to(tl.float32),
+            tl.load(bottom + 1, mask=right, other=0.0).to(tl.float32),
             row_fraction[None, :],
             col_fraction[None, :],
         )
@@ -679,6 +724,7 @@ def fused_forward_kernel(
     used = kernels < group_outputs
     if HAS_BIAS:
         total += tl.load(bias + kernel, mask=used, other=0.0).to(tl.float32)[None, :]
-    target = output + split.to(tl.int64) * stride_split + image * stride_image + pixel.to(tl.int64) * stride_pixel
+    target = output + split.to(tl.int64) * stride_split
+    target += image.to(tl.int64) * stride_image + pixel.to(tl.int64) * stride_pixel
     target = target[:, None] + (kernel.to(tl.int64) * stride_output)[None, :]
     tl.store(target, total.to(output.dtype.element_ty), mask=(number < length)[:, None] & used[None, :])
