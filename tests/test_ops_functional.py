@@ -30,6 +30,7 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "positions with three coordinates": ({"positions": torch.zeros(4, 9, 3)}, "`positions`"),
     "positions per kernel of other kernels": ({"positions": torch.zeros(5, 4, 9, 2)}, "`positions`"),
     "bias": ({"bias": torch.zeros(4)}, "`bias`"),
+    "padding beyond what positions can tell apart": ({"padding": 2**24}, "at most 16777216 pixels a side"),
     "input smaller than the kernel": ({"input": torch.zeros(1, 4, 2, 9)}, "`input`"),
     "dilated kernel larger than the input": ({"dilation": (1, 5)}, "`input`"),
     "backend": ({"backend": "cuda"}, "`backend`"),
@@ -94,3 +95,14 @@ def test_the_message_says_what_is_allowed_and_what_came(change: dict[str, Any], 
 def test_equal_ways_to_say_the_same_padding(padding: Any) -> None:
     call = {**GOOD, "input": torch.randn(2, 4, 8, 9), "weight": torch.randn(6, 4, 3, 3)}
     assert torch.equal(icnn_zoo.irregular_conv2d(**call, padding=padding), icnn_zoo.irregular_conv2d(**call, padding=1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_positions_that_are_not_finite_are_an_error_while_anomalies_are_detected(value: float) -> None:
+    positions = GOOD["positions"].clone()
+    positions[1, 2, 0] = value
+    with (
+        torch.autograd.set_detect_anomaly(True),
+        pytest.raises(ValueError, match=rf"finite; got {value} at \[1, 2, 0\]"),
+    ):
+        icnn_zoo.irregular_conv2d(**GOOD | {"positions": positions})

@@ -1,6 +1,7 @@
 """What compilers, exporters and function transforms see of the operator."""
 
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -202,6 +203,12 @@ def test_automatic_choice_logs_the_same_words_at_debug_level(caplog: pytest.LogC
     with caplog.at_level(logging.DEBUG, logger="icnn_zoo"):
         icnn_zoo.irregular_conv2d(*arguments(requires_grad=False), padding=1, groups=2)
     assert "`backend`='triton' cannot run: it needs a CUDA device; the input is on cpu" in caplog.text
+
+
+def test_with_a_compiler_the_native_backend_runs_on_linux() -> None:
+    if sys.platform != "linux" or shutil.which("cc") is None:
+        pytest.skip("no Linux, or no C compiler")
+    assert operators.why_unavailable("native", torch.device("cpu"), torch.float32) is None
 
 
 def test_without_a_compiler_everything_works_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

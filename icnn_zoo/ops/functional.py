@@ -13,6 +13,9 @@ from icnn_zoo.ops import operators, reference
 BACKENDS = ("auto", *operators.BACKENDS, "reference")
 
 
+_LARGEST_SIZE = 2**24
+
+
 def irregular_conv2d(
     input: Tensor,
     weight: Tensor,
@@ -63,11 +66,12 @@ def irregular_conv2d(
     Note:
         Gradients exist for ``input``, ``weight``, ``positions`` and ``bias``, of any order (from the second on by
         standard operators that hold all columns in memory). Bilinear interpolation has kinks at integer positions,
-        where the derivative of the cell to the right/below is taken. A NaN or infinite position gives NaN outputs. Two
-        runs agree bit for bit. On a CPU the cost does not depend on how far positions moved, but for the torch
-        backend's depthwise layers and full version, which are drawn as dense kernels while these are small (time grows
-        with the box around all taps, up to that of gathered columns). The full version takes up to four multiply-adds
-        a tap where a convolution takes one, and holds no columns.
+        where the derivative of the cell to the right/below is taken. A NaN or infinite position gives NaN outputs, and
+        a ValueError while ``torch.autograd.set_detect_anomaly`` is on. Two runs agree bit for bit. On a CPU the cost
+        does not depend on how far positions moved, but for the torch backend's depthwise layers and full version, which
+        are drawn as dense kernels while these are small (time grows with the box around all taps, up to that of
+        gathered columns). The full version takes up to four multiply-adds a tap where a convolution takes one, and
+        holds no columns.
 
     Example:
         >>> import torch, icnn_zoo
@@ -94,6 +98,8 @@ def irregular_conv2d(
     _check_output_size(input, weight, stride, top_bottom_left_right, dilation)
     input, weight, bias = _autocast(input, weight, bias)
     _check_dtypes(input, weight, bias)
+    if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
+        _check_finite(positions)
     # A tap with one coordinate that is no number is nowhere: make both NaN, so that every gradient through it is NaN
     # too.
     positions = positions + (positions.detach() * 0).sum(-1, keepdim=True)
@@ -191,12 +197,27 @@ def _check_output_size(
 ) -> None:
     for axis, name in enumerate(("height", "width")):
         size = input.shape[2 + axis] + padding[2 * axis] + padding[2 * axis + 1]
+        if size > _LARGEST_SIZE:
+            raise ValueError(
+                f"`input` must have at most {_LARGEST_SIZE} pixels a side with its padding (float32 positions cannot "
+                f"tell pixels apart beyond); got padded {name} {size}. Split it into tiles."
+            )
         reach = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
         if size < reach:
             raise ValueError(
                 f"`input` must be at least as large as the kernel: padded {name} {size} is less than the kernel's "
                 f"{reach} (kernel {weight.shape[2 + axis]}, dilation {dilation[axis]}); add padding or a larger input."
             )
+
+
+def _check_finite(positions: Tensor) -> None:
+    unknown = (~positions.detach().isfinite()).nonzero()
+    if len(unknown):
+        first = unknown[0].tolist()
+        raise ValueError(
+            f"`positions` must be finite; got {positions[tuple(first)].item()} at {first}, {len(unknown)} of "
+            f"{positions.numel()} are not. A position learning rate that is too high does this."
+        )
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,7 +1,7 @@
 """The irregular convolution on CPUs by a small C kernel, compiled on first use where a C compiler is found.
 
-The C code (``native/``) makes columns where the matrix product wants them, in the cache, and walks depthwise layers and the full
-version as stencils of at most four cells a tap, so that no cost depends on how far positions moved. It runs on
+The C code (``native/``) makes columns where the matrix product wants them, in the cache, and walks depthwise layers and
+the full version as stencils of at most four cells a tap, so that no cost depends on how far positions moved. It runs on
 PyTorch's own threads (``torch.set_num_threads``). Without a compiler the torch backend does the same, slower.
 
 The compiled library is kept in ``$XDG_CACHE_HOME/icnn_zoo`` (``~/.cache/icnn_zoo``), named after its source, flags,
@@ -52,7 +52,11 @@ def _load() -> tuple[dict[torch.dtype, ctypes.CDLL], str | None]:
         libraries = {dtype: ctypes.CDLL(str(_compile(compiler, real))) for dtype, real in _REAL.items()}
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
-        return {}, f"compiling it with {compiler!r} failed: {output.strip().splitlines()[0]}"
+        lines = output.strip().splitlines() or ["no message"]
+        return (
+            {},
+            f"compiling it with {compiler!r} failed: {next((line for line in lines if 'error' in line), lines[0])}",
+        )
     for library in libraries.values():
         library.workspace_length.restype = ctypes.c_int64
     return libraries, None

@@ -312,7 +312,7 @@ static void scatter_column(const call_t *call, const REAL *plane, index_t index,
     memset(row_buffer, 0, round_up(count, LANES) * sizeof(REAL));
     for (index_t row = largest(first, tap->row_first); row < smallest(last, tap->row_last); row++) {
         /* With zeros after it, whole vectors do no harm to what follows in the frame. */
-        memcpy(row_buffer, column + (row - first) * width + tap->col_first, count * sizeof(REAL));
+        copy_row(row_buffer, column + (row - first) * width + tap->col_first, count);
         index_t left_at = tap->top_left + row * tap->row_step, right_at = tap->top_right + row * tap->row_step;
         if (total != NULL) {
             /* Left and right one after the other: with stride 1 they overlap. */

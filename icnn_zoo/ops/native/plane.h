@@ -12,8 +12,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The widest vectors that there are, and how many rows of them a matrix product keeps in registers. */
-#if defined(__AVX512F__)
+/* Length of a vector, and how many rows of two vectors a matrix product keeps in registers. The widest vectors are best
+ * for matrix products; where every read is unaligned (NARROW) half of it is, as fewer reads cross a cache line. */
+#if defined(__AVX512F__) && !defined(NARROW)
 enum { BYTES = 64, TILE_ROWS = 12 };
 #elif defined(__AVX__)
 enum { BYTES = 32, TILE_ROWS = 6 };
@@ -103,15 +104,26 @@ static inline index_t frame_length(const frame_t *frame) { return frame->rows * 
 
 static inline index_t frame_at(const frame_t *frame, index_t row, index_t col) {
     index_t column = col + frame->left;
+    if (frame->step == 1) return (row + frame->top) * frame->pitch + column;
     return (row + frame->top) * frame->pitch + floor_mod(column, frame->step) * frame->phase +
            floor_div(column, frame->step);
+}
+
+/* memcpy for a row of a plane: short, and its length not known to the compiler. */
+static inline void copy_row(REAL *to, const REAL *from, index_t count) {
+    if (count < LANES) {
+        for (index_t index = 0; index < count; index++) to[index] = from[index];
+        return;
+    }
+    for (index_t index = 0; index < count - LANES; index += LANES) store(to + index, load(from + index));
+    store(to + count - LANES, load(from + count - LANES));
 }
 
 static inline void fill_frame(const frame_t *frame, REAL *buffer, const REAL *plane, index_t height, index_t width) {
     memset(buffer, 0, frame_length(frame) * sizeof(REAL));
     for (index_t row = 0; row < height; row++) {
         if (frame->step == 1) {
-            memcpy(buffer + frame_at(frame, row, 0), plane + row * width, width * sizeof(REAL));
+            copy_row(buffer + frame_at(frame, row, 0), plane + row * width, width);
             continue;
         }
         for (index_t col = 0; col < width; col++) buffer[frame_at(frame, row, col)] = plane[row * width + col];
@@ -121,7 +133,7 @@ static inline void fill_frame(const frame_t *frame, REAL *buffer, const REAL *pl
 static inline void read_frame(const frame_t *frame, const REAL *buffer, REAL *plane, index_t height, index_t width) {
     for (index_t row = 0; row < height; row++) {
         if (frame->step == 1) {
-            memcpy(plane + row * width, buffer + frame_at(frame, row, 0), width * sizeof(REAL));
+            copy_row(plane + row * width, buffer + frame_at(frame, row, 0), width);
             continue;
         }
         for (index_t col = 0; col < width; col++) plane[row * width + col] = buffer[frame_at(frame, row, col)];

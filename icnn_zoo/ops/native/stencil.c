@@ -4,6 +4,7 @@
  * by the input is the same with the cells mirrored.
  */
 
+#define NARROW
 #include "plane.h"
 
 typedef struct {
@@ -97,61 +98,77 @@ static void fill_list(const stencil_t *task, index_t output, index_t member, lis
     }
 }
 
-/* rows x vectors outputs at once, kept in registers while the cells are walked. */
-static inline __attribute__((always_inline)) void tile(const int rows, const int vectors, const REAL *from,
-                                                       index_t row_step, const index_t *offset, const REAL *weight,
-                                                       index_t cells, REAL *to, index_t pitch, index_t count) {
+/* What a stencil reads and writes: to[r, c] (+)= start + sum over cells of weight * from[r * step + c + offset]. */
+typedef struct {
+    const REAL *from;
+    index_t step;
+    const index_t *offset;
+    const REAL *weight;
+    index_t cells;
+    REAL *to;
+    index_t rows, cols;
+    REAL start;
+    int add; /* to what is there */
+} apply_t;
+
+/* rows x vectors outputs at once, kept in registers while the cells are walked; the last `count` lanes are valid. */
+static inline __attribute__((always_inline)) void tile(const apply_t *task, const int rows, const int vectors,
+                                                       index_t row_first, index_t col_first, index_t count) {
+    const REAL *from = task->from + row_first * task->step + col_first;
+    REAL *to = task->to + row_first * task->cols + col_first;
     vector total[4][4];
     for (int row = 0; row < rows; row++)
-        for (int part = 0; part < vectors; part++) total[row][part] = all(0);
-    for (index_t cell = 0; cell < cells; cell++) {
-        const REAL *at = from + offset[cell];
-        vector scale = all(weight[cell]);
+        for (int part = 0; part < vectors; part++) total[row][part] = all(task->start);
+    for (index_t cell = 0; cell < task->cells; cell++) {
+        const REAL *at = from + task->offset[cell];
+        vector scale = all(task->weight[cell]);
         for (int row = 0; row < rows; row++)
             for (int part = 0; part < vectors; part++)
-                total[row][part] += scale * load(at + row * row_step + part * LANES);
+                total[row][part] += scale * load(at + row * task->step + part * LANES);
     }
     for (int row = 0; row < rows; row++) {
         for (int part = 0; part < vectors; part++) {
-            REAL *place = to + row * pitch + part * LANES;
-            index_t left = count - part * LANES;
-            if (left >= LANES) {
-                store(place, load(place) + total[row][part]);
+            REAL *place = to + row * task->cols + part * LANES;
+            if (count >= LANES) {
+                if (task->add) total[row][part] += load(place);
+                store(place, total[row][part]);
             } else {
                 vector old = all(0);
-                memcpy(&old, place, left * sizeof(REAL));
-                store_part(place, old + total[row][part], left);
+                if (task->add) memcpy(&old, place, count * sizeof(REAL));
+                store_part(place, old + total[row][part], count);
             }
         }
     }
 }
 
-/* to[r, c] += sum over cells of weight * from[r * row_step + c + offset], for rows x cols outputs. */
-static void apply(const REAL *from, index_t row_step, const index_t *offset, const REAL *weight, index_t cells,
-                  REAL *to, index_t rows, index_t cols) {
-    for (index_t col = 0; col < cols;) {
-        index_t count = smallest(cols - col, 4 * LANES), vectors = (count + LANES - 1) / LANES, row = 0;
-        for (; row < rows;) {
-            const REAL *at = from + row * row_step + col;
-            REAL *place = to + row * cols + col;
-            int pair = row + 2 <= rows, four = row + 4 <= rows && vectors <= 2;
-#define TILE(R, V) tile(R, V, at, row_step, offset, weight, cells, place, cols, count)
-            switch (vectors * 8 + (four ? 4 : pair ? 2 : 1)) {
-            case 12: TILE(4, 1); break;
-            case 10: TILE(2, 1); break;
-            case 9: TILE(1, 1); break;
-            case 20: TILE(4, 2); break;
-            case 18: TILE(2, 2); break;
-            case 17: TILE(1, 2); break;
-            case 26: TILE(2, 3); break;
-            case 25: TILE(1, 3); break;
-            case 34: TILE(2, 4); break;
-            default: TILE(1, 4); break;
+static void apply(const apply_t *task) {
+    for (index_t col = 0; col < task->cols;) {
+        index_t left = task->cols - col, vectors = largest(smallest(left / LANES, 4), 1);
+        if (left < LANES && !task->add && task->cols >= LANES) { /* some outputs twice is faster than a part of a vector */
+            col = task->cols - LANES;
+            left = LANES;
+        }
+        for (index_t row = 0; row < task->rows;) {
+            index_t rows = task->rows - row >= 4 ? 4 : task->rows - row >= 2 ? 2 : 1;
+#define TILE(R, V) case V * 8 + R: tile(task, R, V, row, col, left); break
+            switch (vectors * 8 + rows) {
+            TILE(4, 1);
+            TILE(2, 1);
+            TILE(1, 1);
+            TILE(4, 2);
+            TILE(2, 2);
+            TILE(1, 2);
+            TILE(4, 3);
+            TILE(2, 3);
+            TILE(1, 3);
+            TILE(4, 4);
+            TILE(2, 4);
+            TILE(1, 4);
             }
 #undef TILE
-            row += four ? 4 : pair ? 2 : 1;
+            row += rows;
         }
-        col += count;
+        col += smallest(left, vectors * LANES);
     }
 }
 
@@ -210,8 +227,6 @@ static void stencil_work(const void *data, index_t output, REAL *scratch) {
     REAL *plane = scratch + list_length(task), *to = task->output + output * out_area;
     index_t image_step = task->outputs * out_area;
     REAL bias = task->bias == NULL ? 0 : task->bias[output];
-    for (index_t image = 0; image < task->images; image++)
-        for (index_t pixel = 0; pixel < out_area; pixel++) to[image * image_step + pixel] = bias;
     for (index_t member = 0; member < group_channels; member++) {
         index_t channel = output / (task->outputs / task->groups) * group_channels + member;
         fill_list(task, output, member, &list);
@@ -219,8 +234,9 @@ static void stencil_work(const void *data, index_t output, REAL *scratch) {
         for (index_t image = 0; image < task->images; image++) {
             fill_frame(&call->input, plane, task->input + (image * task->channels + channel) * in_area, sizes->height,
                        sizes->width);
-            apply(plane, sizes->stride_row * call->input.pitch, list.offset, list.weight, list.count,
-                  to + image * image_step, sizes->out_height, sizes->out_width);
+            apply(&(apply_t){plane, sizes->stride_row * call->input.pitch, list.offset, list.weight, list.count,
+                             to + image * image_step, sizes->out_height, sizes->out_width, member == 0 ? bias : 0,
+                             member > 0});
             spread_unknown(list.unknown, to + image * image_step, out_area);
         }
     }
@@ -238,7 +254,8 @@ static void stencil_input_work(const void *data, index_t channel, REAL *scratch)
     list_t list = make_list(task, scratch);
     REAL *plane = scratch + list_length(task), *phase = plane + frame_length(&call->grad);
     REAL *selected = phase + in_area;
-    for (index_t image = 0; image < task->images; image++)
+    int several = group_outputs > 1;
+    for (index_t image = 0; image < task->images && (strided || several); image++)
         memset(task->grad_input + (image * task->channels + channel) * in_area, 0, in_area * sizeof(REAL));
     for (index_t output = group * group_outputs; output < (group + 1) * group_outputs; output++) {
         fill_list(task, output, member, &list);
@@ -246,7 +263,6 @@ static void stencil_input_work(const void *data, index_t channel, REAL *scratch)
             REAL *to = task->grad_input + (image * task->channels + channel) * in_area;
             fill_frame(&call->grad, plane, task->grad_output + (image * task->outputs + output) * out_area,
                        sizes->out_height, sizes->out_width);
-            spread_unknown(list.unknown, to, in_area);
             for (index_t down = 0; down < smallest(sizes->stride_row, sizes->height); down++) {
                 for (index_t right = 0; right < smallest(sizes->stride_col, sizes->width); right++) {
                     index_t count = 0;
@@ -261,17 +277,18 @@ static void stencil_input_work(const void *data, index_t channel, REAL *scratch)
                     index_t rows = (sizes->height - down + sizes->stride_row - 1) / sizes->stride_row;
                     index_t cols = (sizes->width - right + sizes->stride_col - 1) / sizes->stride_col;
                     if (!strided) {
-                        apply(plane, call->grad.pitch, list.offset, selected, count, to, rows, cols);
+                        apply(&(apply_t){plane, call->grad.pitch, list.offset, selected, count, to, rows, cols, 0,
+                                         several});
                         continue;
                     }
-                    memset(phase, 0, rows * cols * sizeof(REAL));
-                    apply(plane, call->grad.pitch, list.offset, selected, count, phase, rows, cols);
+                    apply(&(apply_t){plane, call->grad.pitch, list.offset, selected, count, phase, rows, cols, 0, 0});
                     for (index_t row = 0; row < rows; row++)
                         for (index_t col = 0; col < cols; col++)
                             to[(row * sizes->stride_row + down) * sizes->width + col * sizes->stride_col + right] +=
                                 phase[row * cols + col];
                 }
             }
+            spread_unknown(list.unknown, to, in_area);
         }
     }
 }
@@ -298,7 +315,7 @@ static void stencil_weight_work(const void *data, index_t unit, REAL *scratch) {
                    sizes->width);
         const REAL *from = task->grad_output + (image * task->outputs + output) * out_area;
         for (index_t row = 0; row < sizes->out_height; row++)
-            memcpy(grad + row * padded, from + row * sizes->out_width, sizes->out_width * sizeof(REAL));
+            copy_row(grad + row * padded, from + row * sizes->out_width, sizes->out_width);
         for (index_t cell = 0; cell < list.count; cell += 4) {
             index_t last = list.count - 1;
             const REAL *at[4];
