@@ -26,6 +26,9 @@ _BLOCK_ELEMENTS = 2**21
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
+# Outputs of a group from which products into [L, N / G] beat those into [N / G, L] (two CPU cores, MKL and oneDNN).
+_MANY_OUTPUTS = 64
+
 # Images smaller than this together make one slab, so that matrix products stay large on small maps.
 _SLAB_AREA = 2048
 
@@ -69,17 +72,13 @@ def forward(maker: WindowColumns, input: Tensor, weight: Tensor, bias: Tensor | 
     output = input.new_empty(input.shape[0], num_outputs, height, width)
     start = input.new_zeros(num_outputs, 1) if bias is None else bias[:, None]
     start = start.to(maker.dtype).unflatten(0, (geometry.groups, -1))  # [G, N / G, 1]
-    compact = (maker.rows, maker.pitch) == (height, width) and maker.dtype == input.dtype
     slab, total = slice(0, 0), output
     for block in _blocks(geometry, output, group_channels, maker.rows * maker.pitch * taps):
         if block.images != slab:
             _write_slab(output, slab, total, maker)
             slab = block.images
-            images = slab.stop - slab.start
-            if compact and images == 1:
-                total = output[slab].view(*start.shape[:2], -1).copy_(start)
-            else:
-                total = start.repeat(1, 1, images * maker.rows * maker.pitch)
+            length = (slab.stop - slab.start) * maker.rows * maker.pitch
+            total = _zeros(geometry.groups, start.shape[1], length, start) + start
         columns = maker.columns(block)
         _add_product(
             total[block.groups, :, : columns.shape[1]],
@@ -91,12 +90,19 @@ def forward(maker: WindowColumns, input: Tensor, weight: Tensor, bias: Tensor | 
 
 
 def _write_slab(output: Tensor, slab: slice, total: Tensor, maker: WindowColumns) -> None:
-    """Copies the flat rows of a slab [G, N / G, L] to its images of the output, unless they are the same memory."""
-    if slab.stop == slab.start or total.data_ptr() == output[slab].data_ptr():
-        return
-    height, width = output.shape[-2:]
-    rows = total.flatten(0, 1).unflatten(-1, (slab.stop - slab.start, maker.rows, maker.pitch))
-    output[slab] = rows[..., :height, :width].transpose(0, 1)
+    """Copies the flat rows of a slab [G, N / G, L] to its images of the output."""
+    images = slab.stop - slab.start
+    if images > 0:
+        height, width = output.shape[-2:]
+        rows = total.unflatten(-1, (images, maker.rows, maker.pitch))[..., :height, :width]  # [G, N / G, S, Ho, Wo]
+        output[slab].unflatten(1, total.shape[:2]).copy_(rows.movedim(2, 0))
+
+
+def _zeros(groups: int, outputs: int, length: int, like: Tensor) -> Tensor:
+    """Zeros [G, N / G, L]; where there are many outputs, their axis varies fastest: 10 to 20 % faster products."""
+    if outputs < _MANY_OUTPUTS:
+        return like.new_zeros(groups, outputs, length)
+    return like.new_zeros(groups, length, outputs).transpose(1, 2)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -137,7 +143,9 @@ def backward(
     num_outputs, group_channels, taps = weight.shape
     grouped = weight.unflatten(0, (geometry.groups, -1))
     grad_input = torch.zeros_like(input, memory_format=torch.contiguous_format) if needs_input else None
-    grad_weight = torch.zeros_like(grouped.flatten(2), dtype=maker.dtype) if needs_weight else None
+    grad_weight = None
+    if needs_weight:
+        grad_weight = _zeros(*grouped.shape[:2], group_channels * taps, weight.new_empty(0, dtype=maker.dtype))
     grad_shift = positions.new_zeros(positions.shape[0] * taps, 2, dtype=maker.dtype) if needs_positions else None
     height, width = geometry.output_size
     slab, grad_rows = slice(0, 0), grad_output
