@@ -185,6 +185,12 @@ def _kernels() -> ModuleType:
     return importlib.import_module("icnn_zoo.ops.triton_kernels")
 
 
+def _launch(name: str, programs: int, *args: Any, **options: Any) -> None:
+    """Runs a kernel as so many programs."""
+    # Fusing is said, since Triton's default is about to change: its versions should give the same results.
+    getattr(_kernels(), name)[(programs,)](*args, **options, enable_fp_fusion=True)
+
+
 def _blocks(elements: int, block: int) -> int:
     return -(-elements // block)
 
@@ -234,8 +240,6 @@ class _Call:
             "bound_col": bounds[1],
             "STRIDE_ROW": geometry.stride[0],
             "STRIDE_COL": geometry.stride[1],
-            # Said, since Triton's default is about to change: results should not differ between its versions.
-            "enable_fp_fusion": True,
         }
         self.gathering: dict[str, Any] = shared
         self.fused: dict[str, Any] = {**shared, "pitch": pitch, "plane_size": plane_size}
@@ -252,9 +256,11 @@ class _Call:
         num_images, num_channels = source.shape[:2]
         planes = source.new_empty(num_images, num_channels, self.plane_size)
         channels_last = source.stride(1) == 1 and num_channels > 1
-        channel_block, pixel_block = (64, 64) if channels_last else (1, _block_size(self.plane_size, 1024))
+        channel_block, pixel_block = (32, 64) if channels_last else (1, _block_size(self.plane_size, 1024))
         grid = num_images * _blocks(num_channels, channel_block) * _blocks(self.plane_size, pixel_block)
-        _kernels().planes_kernel[(grid,)](
+        _launch(
+            "planes_kernel",
+            grid,
             source,
             planes,
             num_channels,
@@ -391,7 +397,9 @@ def _launch_columns(
     vector = 4 // columns.element_size()
     blocks = _blocks(length, block)
     partials = planes.new_empty((blocks, channels, call.taps, 2), dtype=torch.float32) if gradient else None
-    _kernels().columns_kernel[(channels * blocks,)](
+    _launch(
+        "columns_kernel",
+        channels * blocks,
         planes,
         call.positions[part.planes],
         columns,
@@ -445,7 +453,9 @@ def _columns_input_gradient(call: _Call, images: slice, part: _Part, grad_column
     num_images, channels, height, width = target.shape
     length = num_images * height * width
     block = _block_size(length, 512)
-    _kernels().input_gradient_kernel[(channels * _blocks(length, block),)](
+    _launch(
+        "input_gradient_kernel",
+        channels * _blocks(length, block),
         grad_columns,
         call.positions[part.planes],
         planes,
@@ -478,7 +488,9 @@ def _fused_forward(call: _Call, bias: Tensor | None, output: Tensor) -> None:
         target = output[images]
         out = target if splits == 1 else planes.new_empty((splits, *target.shape), dtype=torch.float32)
         strides = (0, *out.stride()) if splits == 1 else out.stride()
-        _kernels().fused_forward_kernel[(splits * programs,)](
+        _launch(
+            "fused_forward_kernel",
+            splits * programs,
             planes,
             call.weight,
             call.positions,
@@ -494,7 +506,6 @@ def _fused_forward(call: _Call, bias: Tensor | None, output: Tensor) -> None:
             stride_pixel=strides[4],
             **call.fused,
             HAS_BIAS=bias is not None and splits == 1,
-            UPCAST=planes.device.type == "cpu",  # the interpreter multiplies the bits of a bfloat16
             BLOCK_PIXELS=pixels,
             BLOCK_OUTPUTS=16 if call.group_outputs <= 16 else _FUSED_OUTPUTS,
             BLOCK_ENTRIES=step,
@@ -516,7 +527,9 @@ def _direct_forward(call: _Call, bias: Tensor | None, output: Tensor) -> None:
         out = _empty_like(target, torch.contiguous_format)
         length = planes.shape[0] * call.out_pixels
         block = _block_size(length, 1024)
-        _kernels().direct_forward_kernel[(call.num_outputs * _blocks(length, block),)](
+        _launch(
+            "direct_forward_kernel",
+            call.num_outputs * _blocks(length, block),
             planes,
             call.weight,
             call.positions,
@@ -560,7 +573,9 @@ def _direct_input_gradient(call: _Call, grad_output: Tensor, target: Tensor) -> 
     num_images, channels, height, width = target.shape
     length = num_images * height * width
     block = _block_size(length, 512)
-    _kernels().direct_input_gradient_kernel[(channels * _blocks(length, block),)](
+    _launch(
+        "direct_input_gradient_kernel",
+        channels * _blocks(length, block),
         grad_output,
         call.weight,
         call.positions,
@@ -586,7 +601,9 @@ def _direct_kernel_gradient(call: _Call, grad_output: Tensor, planes: Tensor) ->
     splits = _blocks(blocks, split_blocks)
     shape = (splits, call.num_outputs, call.group_channels, call.taps, 3)
     partials = planes.new_empty(shape, dtype=torch.float32)
-    _kernels().direct_kernel_gradient_kernel[(splits * pairs,)](
+    _launch(
+        "direct_kernel_gradient_kernel",
+        splits * pairs,
         grad_output,
         planes,
         call.positions,

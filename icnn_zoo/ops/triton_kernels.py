@@ -18,6 +18,9 @@ Every sum has a fixed order and there are no atomics.
 import triton
 import triton.language as tl
 
+# The interpreter's `tl.dot` multiplies the bits of bfloat16 numbers: it gets float32.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def _shift(positions, tap, origin_row, origin_col, bound_row, bound_col):
@@ -662,7 +665,6 @@ def fused_forward_kernel(
     STRIDE_ROW: tl.constexpr,
     STRIDE_COL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    UPCAST: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
@@ -716,7 +718,7 @@ def fused_forward_kernel(
         used = (entry < entries)[:, None] & (kernels < group_outputs)[None, :]
         place = (group * group_outputs + kernels).to(tl.int64)[None, :] * entries + entry[:, None]
         factors = tl.load(weight + place, mask=used, other=0.0)
-        if UPCAST:
+        if _INTERPRETED:
             total = tl.dot(values.to(tl.float32), factors.to(tl.float32), total, input_precision="ieee")
         else:
             total = tl.dot(values, factors, total, input_precision="ieee")
