@@ -12,6 +12,12 @@ from torch import Tensor, nn
 import icnn_zoo
 from icnn_zoo.ops import native_backend, operators
 
+# torch 2.11 warns of itself while it traces and exports.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+]
+
 SIZES = ((1, 1), (1, 1, 1, 1), (1, 1), 2)
 
 

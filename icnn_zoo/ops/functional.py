@@ -171,11 +171,11 @@ def _check_tensors(input: Tensor, weight: Tensor, positions: Tensor, bias: Tenso
             f"{positions.dtype}. Keep them in float32: `positions.float()`."
         )
     taps = kernel[0] * kernel[1]
-    shapes = [channels, taps, 2], [num_outputs, group_channels, taps, 2]
-    if list(positions.shape) not in shapes:
+    shared, per_kernel = (channels, taps, 2), (num_outputs, group_channels, taps, 2)
+    if tuple(positions.shape) != (per_kernel if positions.dim() == 4 else shared):
         raise ValueError(
-            f"`positions` must have shape {shapes[0]} (C, kh * kw, 2) or {shapes[1]} (N, C / groups, kh * kw, 2) for "
-            f"the full version; got {list(positions.shape)}."
+            f"`positions` must have shape {[*shared]} (C, kh * kw, 2) or {[*per_kernel]} (N, C / groups, kh * kw, 2) "
+            f"for the full version; got {list(positions.shape)}."
         )
     if bias is not None and list(bias.shape) != [num_outputs]:
         raise ValueError(
