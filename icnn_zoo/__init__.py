@@ -7,6 +7,7 @@ name: this module needs neither Lightning nor albumentations.
 
 from icnn_zoo._version import __version__
 from icnn_zoo.conversion import ConversionPlan, convert, irregular_layers, plan
+from icnn_zoo.deployment import deploy
 from icnn_zoo.layers import IrregularConv2d
 from icnn_zoo.ops import irregular_conv2d
 from icnn_zoo.optim import bound_positions, freeze_norm, parameter_groups, poly_policy
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "bound_positions",
     "convert",
+    "deploy",
     "freeze_norm",
     "irregular_conv2d",
     "irregular_layers",

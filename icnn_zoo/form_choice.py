@@ -1,0 +1,196 @@
+"""What the standard forms of a layer cost, and the choice among them: boxes, outliers, and the cheapest form.
+
+Letters used in shapes: N outputs, C inputs, G groups, T taps, n = N / G, c = C / G.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Costs are in multiply-adds of a wide convolution, for one output pixel. The two constants fit the forms' times in
+# PyTorch 2.15 and onnxruntime 1.32, float32, on one core of an AMD EPYC (benchmarks of both agree within a factor 2;
+# these are in between): writing an element of a plane, and one multiply-add of a depthwise convolution.
+PLANE_COST = 80.0
+DEPTHWISE_COST = 4.5
+# One more operator in the graph, spread over the pixels of a 41x41 map.
+NODE_COST = 200.0
+
+# Taps further than this from the regular kernel are always outliers: zero padding up to there would be materialised.
+MAX_REACH = 64
+# Taps further than this read zeros from every map there is, and are left out.
+MAX_DISTANCE = 2**16
+
+
+class Box(NamedTuple):
+    """Cells of a kernel, as offsets from the input pixel at (r * stride, c * stride)."""
+
+    row: int
+    col: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layer without its padding: output (r, c) reads taps at (r * stride, c * stride) + offset, zeros outside."""
+
+    weight: Tensor
+    """[G, n, c, T] in float64."""
+    bias: Tensor | None
+    offsets: Tensor
+    """[G, 1 or n, c, T, 2] in float64."""
+    first: tuple[int, int]
+    """Offset of the regular kernel's first tap."""
+    surplus: tuple[int, int]
+    """An input of H rows has (H + surplus) // stride + 1 output rows, columns alike."""
+    kernel_size: tuple[int, int]
+    dilation: tuple[int, int]
+    stride: tuple[int, int]
+    like: Tensor
+
+    @property
+    def groups(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def num_outputs(self) -> int:
+        return self.weight.shape[0] * self.weight.shape[1]
+
+    @property
+    def group_inputs(self) -> int:
+        return self.weight.shape[2]
+
+    @property
+    def num_inputs(self) -> int:
+        return self.weight.shape[0] * self.weight.shape[2]
+
+    @property
+    def taps(self) -> int:
+        return self.weight.shape[3]
+
+    @property
+    def is_shared(self) -> bool:
+        return self.offsets.shape[1] == 1
+
+    def grid(self) -> Tensor:
+        """Offsets of the regular taps from the first one [T, 2]."""
+        sizes = zip(self.kernel_size, self.dilation, strict=True)
+        return (
+            torch.cartesian_prod(*(torch.arange(size) * step for size, step in sizes))
+            .reshape(-1, 2)
+            .to(self.like.device)
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Boxes of a form, the pairs that do not go into them [G, 1 or n, c, T], and the cost of it all."""
+
+    boxes: list[Box]
+    outliers: Tensor
+    cost: float
+
+
+def conv_cost(outputs: int, group_inputs: int, cells: int) -> float:
+    """Cost of a convolution with ``cells`` cells in its kernel."""
+    return outputs * (PLANE_COST + cells * max(group_inputs, DEPTHWISE_COST))
+
+
+def _outlier_cost(layout: Layout, count: int, digits: int) -> float:
+    if count == 0:
+        return 0.0
+    planes = conv_cost(count, layout.num_inputs, 1) + digits * conv_cost(count, 1, 9)
+    mixed = conv_cost(count, 1, 9) + conv_cost(layout.num_outputs, count, 1) + layout.num_outputs * PLANE_COST
+    return planes * math.prod(layout.stride) + mixed + (5 + digits) * NODE_COST
+
+
+def plans(layout: Layout) -> list[tuple[str, Plan]]:
+    """The forms that can compute a layer, each with the boxes and outliers that make it cheapest."""
+    offsets, outputs, inputs = layout.offsets, layout.num_outputs, layout.group_inputs
+    relative = offsets - torch.tensor(layout.first, device=offsets.device)
+    far = ((relative < -MAX_REACH) | (relative > layout.grid()[-1] + MAX_REACH)).any(-1)
+    digits = count_digits(offsets)
+
+    def dense_cost(cells: int) -> float:
+        return conv_cost(outputs, inputs, cells) + NODE_COST
+
+    def stacked_cost(cells: int) -> float:
+        first = conv_cost(layout.taps * outputs, inputs, cells) * math.prod(layout.stride)
+        return first + conv_cost(outputs, layout.taps, layout.taps) + 2 * NODE_COST
+
+    def tap_cost(cells: int) -> float:
+        crop = layout.num_inputs * PLANE_COST * math.prod(layout.stride)
+        mixed = conv_cost(outputs, inputs, 1) + outputs * PLANE_COST
+        return crop + conv_cost(layout.num_inputs, 1, cells) + mixed + 4 * NODE_COST
+
+    def single(cost: Callable[[int], float], offsets: Tensor) -> Plan:
+        box, outliers = _choose_box(
+            offsets, far, lambda cells, count: cost(cells) + _outlier_cost(layout, count, digits)
+        )
+        total = cost(box.height * box.width) + _outlier_cost(layout, int(outliers.sum()), digits)
+        return Plan([box], outliers, total)
+
+    plans = [("dense", single(dense_cost, offsets)), ("stacked", single(stacked_cost, offsets - layout.grid()))]
+    if layout.is_shared and inputs > 1:
+        # Outliers of different taps share a branch: its fixed costs are counted once, below.
+        per_pair = _outlier_cost(layout, 1024, digits) / 1024
+        chosen = [
+            _choose_box(offsets[..., tap, :], far[..., tap], lambda cells, count: tap_cost(cells) + per_pair * count)
+            for tap in range(layout.taps)
+        ]
+        boxes, outliers = [box for box, _ in chosen], torch.stack([mask for _, mask in chosen], dim=-1)
+        cost = sum(tap_cost(box.height * box.width) for box in boxes)
+        plans.append(("taps", Plan(boxes, outliers, cost + _outlier_cost(layout, int(outliers.sum()), digits))))
+    return plans
+
+
+def count_digits(offsets: Tensor) -> int:
+    """Binary digits of the largest distance, of those that are not left out."""
+    return int(offsets.abs().max().clamp(max=MAX_DISTANCE).ceil()).bit_length()
+
+
+def _choose_box(offsets: Tensor, far: Tensor, cost: Callable[[int, int], float]) -> tuple[Box, Tensor]:
+    """Finds the box that makes ``cost(cells, pairs outside)`` least.
+
+    Starting from the box around all near pairs, the side whose removal frees most cells for a lost pair is moved
+    inwards, down to one cell; the best box on the way is taken.
+
+    Args:
+        offsets: Offsets [..., 2].
+        far: Pairs that have to stay outside [...].
+        cost: Cost of a box and of the pairs outside.
+
+    Returns:
+        The box, and which pairs are outside [...].
+    """
+    bounds = torch.cat([offsets.floor(), -offsets.ceil()], dim=-1).flatten(0, -2)[~far.flatten()].long()
+    if len(bounds) == 0:
+        return Box(0, 0, 1, 1), far
+    # Rows of `bounds`: top, left, -bottom, -right, so that each side is moved inwards by growing.
+    kinds, counts = bounds.unique(dim=0, return_counts=True)
+    inside = torch.ones(len(kinds), dtype=torch.bool, device=kinds.device)
+    best, best_cost = kinds.amin(0), math.inf
+    while inside.any():
+        sides = kinds[inside].amin(0)
+        height, width = (int(1 - sides[axis] - sides[axis + 2]) for axis in range(2))
+        total = cost(height * width, int(far.sum()) + int(counts[~inside].sum()))
+        if total < best_cost:
+            best, best_cost = sides, total
+        gains = []
+        for side in range(4):
+            goes = inside & (kinds[:, side] == sides[side])
+            remaining = kinds[inside & ~goes]
+            step = int(remaining[:, side].amin() - sides[side]) if len(remaining) else 1
+            freed = step * (width if side % 2 == 0 else height)
+            gains.append((freed / int(counts[goes].sum()), goes))
+        inside = inside & ~max(gains, key=lambda gain: gain[0])[1]
+    top, left, bottom, right = (int(value) for value in best * torch.tensor([1, 1, -1, -1], device=best.device))
+    low, high = offsets.floor(), offsets.ceil()
+    outside = (low < best[:2]).any(-1) | (high > -best[2:]).any(-1)
+    return Box(top, left, bottom - top + 1, right - left + 1), outside | far
