@@ -145,7 +145,9 @@ def backward(
     grad_input = torch.zeros_like(input, memory_format=torch.contiguous_format) if needs_input else None
     grad_weight = None
     if needs_weight:
-        grad_weight = _zeros(*grouped.shape[:2], group_channels * taps, weight.new_empty(0, dtype=maker.dtype))
+        grad_weight = _zeros(
+            geometry.groups, grouped.shape[1], group_channels * taps, weight.new_empty(0, dtype=maker.dtype)
+        )
     grad_shift = positions.new_zeros(positions.shape[0] * taps, 2, dtype=maker.dtype) if needs_positions else None
     height, width = geometry.output_size
     slab, grad_rows = slice(0, 0), grad_output

@@ -38,6 +38,11 @@ def unavailable(device: torch.device) -> str | None:
     return _load()[1]
 
 
+def supports(dtype: torch.dtype) -> bool:
+    """Whether this backend computes in a dtype: in all floating ones, half precision by float32."""
+    return dtype.is_floating_point
+
+
 @functools.cache
 def _load() -> tuple[dict[torch.dtype, ctypes.CDLL], str | None]:
     """The kernel's libraries by dtype, and why there are none."""

@@ -7,7 +7,7 @@ break an exported node into standard operators: ``exported.run_decompositions(DE
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 from collections.abc import Sequence
 from types import ModuleType
@@ -43,14 +43,10 @@ def _module(name: str) -> ModuleType:
 
 def why_unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot compute on a device in a dtype, or None if it can."""
-    if name == "triton":
-        if device.type != "cuda":
-            return f"it needs a CUDA device; the input is on {device}"
-        if importlib.util.find_spec("triton") is None:
-            return "it needs the package triton (pip install triton)"
-        if dtype == torch.float64:
-            return "it computes float16, bfloat16 and float32; the input is float64"
-    reason: str | None = _module(name).unavailable(device)
+    module = _module(name)
+    reason: str | None = module.unavailable(device)
+    if reason is None and not module.supports(dtype):
+        reason = f"it does not compute {dtype}"
     return reason
 
 

@@ -27,6 +27,11 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def supports(dtype: torch.dtype) -> bool:
+    """Whether this backend computes in a dtype: in all floating ones."""
+    return dtype.is_floating_point
+
+
 def forward(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """Computes the irregular convolution of checked arguments.
 
