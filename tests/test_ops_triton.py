@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from icnn_zoo.ops.geometry import Geometry, memory_format
 
 # The interpreter takes the place of the compiler in a whole process: this file runs once more in one of its own.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 Pair = tuple[int, int]
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
 
@@ -131,6 +133,19 @@ PER_KERNEL = [
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FORMS = ["columns", "fused", "direct"]
+FORMS_AND_LAYOUTS = [
+    ("columns", torch.contiguous_format),
+    ("columns", torch.channels_last),
+    ("fused", torch.channels_last),
+    ("direct", torch.channels_last),
+]
+# The interpreter takes a second for a direct case: those that the form is for, and every third of the others.
+EACH_CASE = [
+    (case, form)
+    for number, case in enumerate(CASES)
+    for form in FORMS
+    if form != "direct" or number % 3 == 0 or case.groups > 1
+]
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
@@ -174,8 +189,7 @@ class TestInterpreted:
 
     __test__ = INTERPRETED
 
-    @pytest.mark.parametrize("form", FORMS)
-    @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+    @pytest.mark.parametrize(("case", "form"), EACH_CASE, ids=lambda value: getattr(value, "name", value))
     def test_equals_the_reference(self, case: Case, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
         force(monkeypatch, form)
         guard(monkeypatch)
@@ -224,8 +238,7 @@ class TestInterpreted:
         tensors = (strided, weight, positions.double(), bias, twisted)
         assert_close(case.run(tensors), case.expected(tensors))
 
-    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize(("form", "layout"), FORMS_AND_LAYOUTS)
     def test_small_chunks(self, form: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
         """One image at a time; a part of a group's channels at a time."""
         force(monkeypatch, form)
@@ -243,7 +256,7 @@ class TestInterpreted:
         assert_close([case.forward(tensors)], case.expected(tensors)[:1])
 
     @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-    @pytest.mark.parametrize("form", [*FORMS, "per kernel"])
+    @pytest.mark.parametrize("form", ["columns", "direct", "per kernel"])
     def test_positions_that_are_no_numbers(self, form: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
         """They give NaN to what they feed and to nothing else, and read nothing out of bounds."""
         force(monkeypatch, form)
@@ -257,8 +270,7 @@ class TestInterpreted:
             assert result.isnan().equal(truth.isnan())
         assert_close(results, expected)
 
-    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize(("form", "layout"), FORMS_AND_LAYOUTS)
     def test_infinite_pixels(self, form: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
         """A pixel that is infinite or NaN shows exactly where the equations say, the last one and its gap included."""
         force(monkeypatch, form)
@@ -274,7 +286,7 @@ class TestInterpreted:
             torch.testing.assert_close(result.double()[finite], truth[finite], rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", ["columns", "direct"])
     def test_gradients_alone(self, form: str, needs: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
         force(monkeypatch, form)
         case = Case()
@@ -392,14 +404,35 @@ LOOP_LIMITS = {
     "direct_input_gradient_kernel": 240,
     "direct_kernel_gradient_kernel": 960,
 }
+OLDER_COMPILER = 1.0 if RELEASE >= (3, 9) else 1.4  # Triton 3.6 makes more of the same code
 COLUMNS_BACKWARD = {"columns_kernel with sums", "input_gradient_kernel"}
 DIRECT = {"direct_forward_kernel", "direct_input_gradient_kernel", "direct_kernel_gradient_kernel"}
+
+
+def test_where_it_can_run() -> None:
+    assert triton_backend.unavailable(torch.device("cpu")) == "it needs a CUDA device; the input is on cpu"
+    assert triton_backend.supports(torch.bfloat16)
+    assert not triton_backend.supports(torch.float64)
+
+
+def test_importing_the_backend_imports_no_kernels() -> None:
+    code = "import sys, icnn_zoo.ops.triton_backend; assert 'icnn_zoo.ops.triton_kernels' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_too_large_images_are_refused() -> None:
+    input = torch.empty(1, 1, 1, 1).expand(1, 1, 2**15, 2**15)
+    geometry = Geometry.of(input.shape[2:], (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    with pytest.raises(ValueError, match="`input` is too large"):
+        triton_backend._Call(input, torch.ones(1, 1, 1), torch.zeros(1, 1, 2), geometry)
 
 
 def test_in_the_interpreter() -> None:
     """Runs the tests of `TestInterpreted`."""
     if INTERPRETED:
         return
+    if RELEASE < (3, 9) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 5):
+        pytest.skip("the interpreter of Triton before 3.9 needs NumPy before 2.5")
     options = ["-p", "no:cacheprovider", "--noconftest"]
     command = [sys.executable, "-m", "pytest", *options, f"{__file__}::TestInterpreted"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -438,6 +471,6 @@ class TestCompiled:
             name = kernel.full_name
             assert kernel.stack_bytes == 0, f"{name} spills"
             assert kernel.num_registers <= 128, name
-            assert kernel.loop_instructions <= LOOP_LIMITS[name], name
+            assert kernel.loop_instructions <= LOOP_LIMITS[name] * OLDER_COMPILER, name
             if name == "fused_forward_kernel" and dtype != torch.float32:
                 assert kernel.count("HGMMA" if capability == 90 else "HMMA") > 0
