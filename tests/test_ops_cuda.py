@@ -74,8 +74,9 @@ def test_error_is_at_most_twice_that_of_plain_operators(
     tensors = on_gpu(case)
     truth, plain = differentiate(case, tensors, torch.float64), differentiate(case, tensors, dtype)
     for result, other, exact in zip(case.run(tensors), plain, truth, strict=True):
-        assert (result - exact).norm() <= 2 * (other - exact).norm()
-        assert (result - exact).abs().max() <= 2 * (other - exact).abs().max()
+        rounding = torch.finfo(torch.float32).eps * exact.abs().max()  # in float32 a single error is luck
+        assert (result - exact).norm() <= 2 * (other - exact).norm() + rounding
+        assert (result - exact).abs().max() <= 2 * (other - exact).abs().max() + rounding
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

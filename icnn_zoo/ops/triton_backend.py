@@ -72,6 +72,8 @@ def unavailable(device: torch.device) -> str | None:
         return f"it needs a CUDA device; the input is on {device}"
     if importlib.util.find_spec("triton") is None:
         return "it needs the package triton (pip install triton)"
+    if torch.version.hip is not None:
+        return "it was made for NVIDIA's GPUs; this PyTorch is for AMD's"
     capability = torch.cuda.get_device_capability(device)
     if capability < _CAPABILITY:
         needed, given = (".".join(map(str, version)) for version in (_CAPABILITY, capability))
