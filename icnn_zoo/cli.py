@@ -63,7 +63,33 @@ def _plan(arguments: Sequence[str]) -> None:
     print(plan(model, options.start))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": _prepare, "plan": _plan}
+def _export(arguments: Sequence[str]) -> None:
+    """Writes a network as ONNX in standard convolutions, checks it against onnxruntime, and times both."""
+    parser = argparse.ArgumentParser(
+        prog="icnn-zoo export",
+        description=f"{_export.__doc__} Input: RGB images [B, 3, H, W] in 0..255; output: logits at the output stride.",
+    )
+    parser.add_argument("source", type=Path, help="checkpoint of a run (.ckpt), or a config (.yaml)")
+    parser.add_argument("--to", type=Path, required=True, help="file to write, such as model.onnx")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(257, 321),
+        metavar=("H", "W"),
+        help="image size to check and time with; the file takes any (default: 257 321)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    options = parser.parse_args(arguments)
+
+    from icnn_zoo.onnx_export import PixelsToLogits, export_onnx
+    from icnn_zoo.sources import load_task
+
+    network = PixelsToLogits(load_task(options.source).model)
+    print(export_onnx(network, options.to, (3, *options.size), overwrite=options.force))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": _prepare, "plan": _plan, "export": _export}
 
 
 def _run_lightning(args: ArgsType) -> Any:

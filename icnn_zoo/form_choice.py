@@ -13,12 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Costs are in multiply-adds of a wide convolution, for one output pixel. The two constants fit the forms' times in
-# PyTorch 2.15 and onnxruntime 1.32, float32, on one core of an AMD EPYC (benchmarks of both agree within a factor 2;
-# these are in between): writing an element of a plane, and one multiply-add of a depthwise convolution.
-PLANE_COST = 80.0
-DEPTHWISE_COST = 4.5
-# One more operator in the graph, spread over the pixels of a 41x41 map.
+# Costs are in multiply-adds of a wide convolution, for one output pixel. The constants lie between what PyTorch 2.15
+# and onnxruntime 1.32 take for the forms of eleven layers (64 to 2048 channels, float32, one core of an AMD EPYC).
+# Writing an element of a convolution's output, copying one, and the multiple that outputs are rounded up to:
+PLANE_COST = 75.0
+COPY_COST = 25.0
+OUTPUT_BLOCK = 16
+# A multiply-add of a depthwise convolution, and of one with many inputs and one output a group:
+DEPTHWISE_COST = 3.0
+NARROW_COST = 25.0
+# Time over the sum of the parts: many small operators (taps), sparse dilated kernels (outliers).
+TAPS_FACTOR = 1.25
+OUTLIERS_FACTOR = 2.0
+# One more operator in the graph, spread over the pixels of a 41x41 map:
 NODE_COST = 200.0
 
 # Taps further than this from the regular kernel are always outliers: zero padding up to there would be materialised.
@@ -99,15 +106,16 @@ class Plan:
 
 def conv_cost(outputs: int, group_inputs: int, cells: int) -> float:
     """Cost of a convolution with ``cells`` cells in its kernel."""
-    return outputs * (PLANE_COST + cells * max(group_inputs, DEPTHWISE_COST))
+    blocks = -(-outputs // OUTPUT_BLOCK) * OUTPUT_BLOCK
+    return blocks * (PLANE_COST + cells * max(group_inputs, DEPTHWISE_COST))
 
 
 def _outlier_cost(layout: Layout, count: int, digits: int) -> float:
     if count == 0:
         return 0.0
     planes = conv_cost(count, layout.num_inputs, 1) + digits * conv_cost(count, 1, 9)
-    mixed = conv_cost(count, 1, 9) + conv_cost(layout.num_outputs, count, 1) + layout.num_outputs * PLANE_COST
-    return planes * math.prod(layout.stride) + mixed + (5 + digits) * NODE_COST
+    mixed = conv_cost(count, 1, 9) + conv_cost(layout.num_outputs, count, 1) + layout.num_outputs * COPY_COST
+    return OUTLIERS_FACTOR * (planes * math.prod(layout.stride) + mixed) + (5 + digits) * NODE_COST
 
 
 def plans(layout: Layout) -> list[tuple[str, Plan]]:
@@ -122,12 +130,12 @@ def plans(layout: Layout) -> list[tuple[str, Plan]]:
 
     def stacked_cost(cells: int) -> float:
         first = conv_cost(layout.taps * outputs, inputs, cells) * math.prod(layout.stride)
-        return first + conv_cost(outputs, layout.taps, layout.taps) + 2 * NODE_COST
+        return first + outputs * (PLANE_COST + layout.taps**2 * NARROW_COST) + 2 * NODE_COST
 
     def tap_cost(cells: int) -> float:
-        crop = layout.num_inputs * PLANE_COST * math.prod(layout.stride)
-        mixed = conv_cost(outputs, inputs, 1) + outputs * PLANE_COST
-        return crop + conv_cost(layout.num_inputs, 1, cells) + mixed + 4 * NODE_COST
+        crop = layout.num_inputs * COPY_COST * math.prod(layout.stride)
+        mixed = conv_cost(outputs, inputs, 1) + outputs * COPY_COST
+        return TAPS_FACTOR * (crop + conv_cost(layout.num_inputs, 1, cells) + mixed) + 4 * NODE_COST
 
     def single(cost: Callable[[int], float], offsets: Tensor) -> Plan:
         box, outliers = _choose_box(
