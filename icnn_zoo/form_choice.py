@@ -144,7 +144,7 @@ def plans(layout: Layout) -> list[tuple[str, Plan]]:
         total = cost(box.height * box.width) + _outlier_cost(layout, int(outliers.sum()), digits)
         return Plan([box], outliers, total)
 
-    plans = [("dense", single(dense_cost, offsets)), ("stacked", single(stacked_cost, offsets - layout.grid()))]
+    found = [("dense", single(dense_cost, offsets)), ("stacked", single(stacked_cost, offsets - layout.grid()))]
     if layout.is_shared and inputs > 1:
         # Outliers of different taps share a branch: its fixed costs are counted once, below.
         per_pair = _outlier_cost(layout, 1024, digits) / 1024
@@ -154,8 +154,8 @@ def plans(layout: Layout) -> list[tuple[str, Plan]]:
         ]
         boxes, outliers = [box for box, _ in chosen], torch.stack([mask for _, mask in chosen], dim=-1)
         cost = sum(tap_cost(box.height * box.width) for box in boxes)
-        plans.append(("taps", Plan(boxes, outliers, cost + _outlier_cost(layout, int(outliers.sum()), digits))))
-    return plans
+        found.append(("taps", Plan(boxes, outliers, cost + _outlier_cost(layout, int(outliers.sum()), digits))))
+    return found
 
 
 def count_digits(offsets: Tensor) -> int:

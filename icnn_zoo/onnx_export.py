@@ -158,8 +158,10 @@ def _trace_friendly(model: nn.Module) -> nn.Module:
     rules = padding_rules()
     replacements: dict[int, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and rules.get(type(module)) is dynamic_same_padding:
-            # A regular layer is an irregular one with epsilon 0.
+        if not isinstance(module, nn.Conv2d) or module.dilation != (1, 1):
+            continue
+        if rules.get(type(module)) is dynamic_same_padding:
+            # A regular layer is an irregular one with epsilon 0: its dense form is the same convolution.
             layer = IrregularConv2d.from_conv2d(module, epsilon=0.0)
             replacements[id(module)] = standard_form(layer, layer.weight, layer.bias).module.eval()
     return replace_modules(model, replacements)

@@ -29,6 +29,10 @@ from icnn_zoo.form_choice import MAX_DISTANCE, Box, Layout, Plan, conv_cost, cou
 from icnn_zoo.layers import IrregularConv2d, dynamic_same_padding
 from icnn_zoo.ops.functional import resolve_padding
 
+# Larger depthwise kernels get their zeros from a module of its own: PyTorch 2.15 takes 10 times longer on a CPU
+# when the convolution pads (measured from 15x15 on).
+MAX_PADDED_KERNEL = 13
+
 _PADDING_MODULES = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d, "circular": nn.CircularPad2d}
 
 
@@ -113,13 +117,15 @@ def _convolution(
     Margins are (left, right, top, bottom); negative ones crop.
     """
     left, right, top, bottom = margins
-    symmetric = left == right >= 0 and top == bottom >= 0
+    pads_itself = left == right >= 0 and top == bottom >= 0
+    if groups > 1 and max(weight.shape[2:]) > MAX_PADDED_KERNEL:
+        pads_itself = False
     conv = nn.Conv2d(
         weight.shape[1] * groups,
         weight.shape[0],
         (weight.shape[2], weight.shape[3]),
         (stride[0], stride[1]),
-        (top, left) if symmetric else 0,
+        (top, left) if pads_itself else 0,
         (dilation[0], dilation[1]),
         groups,
         bias=bias is not None,
@@ -128,7 +134,7 @@ def _convolution(
     conv.weight = nn.Parameter(weight.to(layout.like).contiguous(), requires_grad=False)
     if bias is not None:
         conv.bias = nn.Parameter(bias.to(layout.like), requires_grad=False)
-    return [conv] if symmetric else [*_padding(margins), conv]
+    return [conv] if pads_itself else [*_padding(margins), conv]
 
 
 def _padding(margins: Sequence[int]) -> list[nn.Module]:
@@ -316,7 +322,10 @@ def _join(layer: IrregularConv2d, main: nn.Module, outliers: list[nn.Module]) ->
         parts = [*before, *main]
         return parts[0] if len(parts) == 1 else nn.Sequential(*parts)
     joined = _Join(layer, before, main, outliers)
-    return fx.GraphModule(joined, fx.Tracer().trace(joined), "StandardConvolutions")
+    graph = fx.Tracer().trace(joined)
+    for node in graph.nodes:
+        node.type = None  # an annotation as a string, which older PyTorch cannot pickle
+    return fx.GraphModule(joined, graph, "StandardConvolutions")
 
 
 def _static_padding(layer: IrregularConv2d) -> tuple[int, int, int, int]:
