@@ -364,6 +364,23 @@ def test_autocast_gives_bfloat16_outputs_and_leaves_positions_float32(backend: s
 
 
 @pytest.mark.parametrize(
+    "case", [PLAIN, Case("depthwise", channels=(4, 4), groups=4), Case("per kernel", per_kernel=True)]
+)
+@pytest.mark.usefixtures("path")
+def test_autocast_changes_no_bit_of_what_bfloat16_tensors_give(case: Case) -> None:
+    """Nothing inside the operator is cast a second time."""
+    tensors = case.tensors(torch.float32)
+    half = [tensors[0].bfloat16(), tensors[1].bfloat16(), tensors[2], tensors[3].bfloat16()]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = case.run(tensors)
+        grads = gradients(output, tensors)
+    expected = case.run(half)
+    assert torch.equal(output, expected)
+    for grad, other in zip(grads, gradients(expected, tensors), strict=True):
+        assert torch.equal(grad, other)
+
+
+@pytest.mark.parametrize(
     "case",
     [
         Case("shared", size=(40, 40), channels=(8, 8), spread=3.0),

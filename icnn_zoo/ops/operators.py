@@ -82,7 +82,8 @@ def _forward(
 ) -> Tensor:
     geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
     module = choose_backend(backend, input.device, input.dtype)
-    output: Tensor = module.forward(input, weight.flatten(2), positions, bias, geometry)
+    with torch.autocast(input.device.type, enabled=False):  # dtypes are settled; it would cast what is inside
+        output: Tensor = module.forward(input, weight.flatten(2), positions, bias, geometry)
     return output
 
 
@@ -117,7 +118,8 @@ def _backward(
     geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
     module = choose_backend(backend, input.device, input.dtype)
     needs = (output_mask[0], output_mask[1], output_mask[2])
-    grads = module.backward(grad_output, input, weight.flatten(2), positions, geometry, needs)
+    with torch.autocast(input.device.type, enabled=False):
+        grads = module.backward(grad_output, input, weight.flatten(2), positions, geometry, needs)
     by_input, by_weight, by_positions = (
         like.new_empty(0) if grad is None else grad
         for grad, like in zip(grads, (input, weight, positions), strict=True)
