@@ -55,7 +55,7 @@ def _load() -> tuple[dict[torch.dtype, ctypes.CDLL], str | None]:
         return {}, "PyTorch's OpenMP library offers no GOMP_parallel"
     try:
         libraries = {dtype: ctypes.CDLL(str(_compile(compiler, real))) for dtype, real in _REAL.items()}
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
         output = getattr(error, "stderr", None) or str(error)
         lines = output.strip().splitlines() or ["no message"]
         return (
