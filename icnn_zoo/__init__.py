@@ -1,8 +1,7 @@
 """Convolutions with learnable shapes: the operator, the layer, and the converter for any network.
 
 Training, data and pictures live in ``icnn_zoo.task``, ``icnn_zoo.data`` and ``icnn_zoo.analysis``, which are imported
-by
-name: this module needs neither Lightning nor albumentations.
+by name: this module needs neither Lightning nor albumentations.
 """
 
 from icnn_zoo._version import __version__
