@@ -99,7 +99,7 @@ def _write_slab(output: Tensor, slab: slice, total: Tensor, maker: WindowColumns
 
 
 def _zeros(groups: int, outputs: int, length: int, like: Tensor) -> Tensor:
-    """Zeros [G, N / G, L]; where there are many outputs, their axis varies fastest: 10 to 20 % faster products."""
+    """Zeros [G, N / G, L]; where there are many outputs, their axis varies fastest, which makes faster products."""
     if outputs < _MANY_OUTPUTS:
         return like.new_zeros(groups, outputs, length)
     return like.new_zeros(groups, length, outputs).transpose(1, 2)
