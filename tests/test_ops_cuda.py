@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_ops_triton import CASES, DTYPES, FORMS, INTERPRETED, PER_KERNEL, Case, Tensors, assert_close, force, guard
 from torch import Tensor
+from triton_cases import CASES, DTYPES, FORMS, INTERPRETED, PER_KERNEL, Case, Tensors, assert_close, force, guard
 
 from icnn_zoo.ops import operators, triton_backend
+from icnn_zoo.ops.triton_backend import call, columns
 
 REASON = triton_backend.unavailable(torch.device("cuda")) if torch.cuda.is_available() else "it needs a CUDA device"
 if REASON is not None or INTERPRETED:
@@ -98,8 +99,8 @@ def test_chunks_do_not_matter(case: Case, layout: torch.memory_format, monkeypat
     case = replace(case, layout=layout)
     tensors = on_gpu(case)
     whole = case.run(tensors)
-    monkeypatch.setattr(triton_backend, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(triton_backend, "_IMAGE_BYTES", 2**20)
+    monkeypatch.setattr(call, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(columns, "_IMAGE_BYTES", 2**20)
     for result, same in zip(case.run(tensors), whole, strict=True):
         torch.testing.assert_close(result, same, rtol=1e-4, atol=1e-5 * same.abs().max().item())
 

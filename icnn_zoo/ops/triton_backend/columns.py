@@ -1,0 +1,271 @@
+"""Dense layers on CUDA by columns and matrix products, and layers with few outputs by both at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from icnn_zoo.ops.geometry import Geometry, memory_format
+from icnn_zoo.ops.triton_backend import columns_kernels
+from icnn_zoo.ops.triton_backend.call import (
+    GAP,
+    MAX_INT,
+    PROGRAMS,
+    Call,
+    GradientSums,
+    block_size,
+    empty_like,
+    launch,
+    num_blocks,
+)
+
+# Columns of a single image above which its channels are taken in parts.
+_IMAGE_BYTES = 128 * 2**20
+
+# Rows of columns start at multiples of this many elements: vector stores, and fast kernels in cuBLAS.
+_COLUMN_ALIGNMENT = 16
+
+# Most outputs of a group for which columns are made in registers.
+FUSED_OUTPUTS = 32
+
+# Pixels and entries (channels times taps) of a tile of columns there: 128 registers a thread, so 16 warps at once.
+_FUSED_TILE = (64, 16)
+
+
+def fits_fused(weight: Tensor, geometry: Geometry) -> bool:
+    """Whether columns are multiplied as they are made: few outputs, and pixels that 32 bits can number in a tile."""
+    largest = MAX_INT // ((_FUSED_TILE[1] + 2) * 4)
+    small = (geometry.input_size[0] + 2) * (geometry.input_size[1] + GAP) <= largest
+    return small and weight.shape[0] // geometry.groups <= FUSED_OUTPUTS
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Channels whose columns are made at once: several whole groups, or some of the channels of a single group."""
+
+    groups: slice
+    channels: slice
+    """Channels within a group."""
+    planes: slice
+    """Channels within the input."""
+
+
+def _column_chunks(call: Call) -> Iterator[tuple[slice, list[list[_Part]]]]:
+    """Walks chunks of images; for each, parts that have groups in common stand in one list, to be summed."""
+    channel_bytes = call.taps * call.out_pixels * call.input.element_size()
+    image_bytes = channel_bytes * call.groups * call.group_channels
+    if image_bytes <= _IMAGE_BYTES:
+        channels = call.groups * call.group_channels
+    else:
+        channels = max(1, _IMAGE_BYTES // channel_bytes)
+    step_groups = max(1, channels // call.group_channels)
+    step_channels = min(channels, call.group_channels)
+    parts: list[list[_Part]] = []
+    for group in range(0, call.groups, step_groups):
+        groups = slice(group, min(group + step_groups, call.groups))
+        parts.append([])
+        for channel in range(0, call.group_channels, step_channels):
+            within = slice(channel, min(channel + step_channels, call.group_channels))
+            first = groups.start * call.group_channels + within.start
+            last = (groups.stop - 1) * call.group_channels + within.stop
+            parts[-1].append(_Part(groups, within, slice(first, last)))
+    for images in call.image_slabs(image_bytes):
+        yield images, parts
+
+
+def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
+    """Fills the output [B, N, Ho, Wo] by a matrix product with stored columns."""
+    weight = call.weight.unflatten(0, (call.groups, -1))  # [G, N / G, C / G, T]
+    start = None if bias is None else bias.view(call.groups, -1, 1)
+    channels_last = memory_format(call.input) == torch.channels_last
+    for images, parts in _column_chunks(call):
+        num_images = images.stop - images.start
+        target = output[images].transpose(0, 1).unflatten(0, (call.groups, -1))  # [G, N / G, S, Ho, Wo]
+        for summed in parts:
+            groups = summed[0].groups
+            rows = target[groups]
+            bias_rows = None if start is None else start[groups]
+            if len(summed) == 1:
+                columns = _make_columns(call, images, summed[0])
+                factors = weight[groups].flatten(2)
+                # The rows of channels_last outputs are what the product writes: pixels at one stride.
+                out = rows.flatten(2) if channels_last else columns.new_empty(*factors.shape[:2], columns.shape[2])
+                length = num_images * call.out_pixels
+                product = out[:, :, :length]
+                if bias_rows is None:
+                    torch.bmm(factors, columns[:, :, :length], out=product)
+                else:
+                    torch.baddbmm(bias_rows, factors, columns[:, :, :length], out=product)
+                if channels_last:
+                    continue
+            else:
+                product = _sum_parts(call, images, summed, weight)
+                product = product if bias_rows is None else product + bias_rows
+            rows.copy_(product.unflatten(2, rows.shape[2:]))
+
+
+def _sum_parts(call: Call, images: slice, parts: list[_Part], weight: Tensor) -> Tensor:
+    """Sums the products of the channels of one group in float32 [1, N / G, L]."""
+    total = None
+    for part in parts:
+        columns = _make_columns(call, images, part)[:, :, : (images.stop - images.start) * call.out_pixels]
+        product = _product_float32(weight[part.groups, :, part.channels].flatten(2), columns)
+        total = product if total is None else total.add_(product)
+    assert total is not None
+    return total
+
+
+def _product_float32(left: Tensor, right: Tensor) -> Tensor:
+    """Batched matrix product with a float32 result, whatever the dtype of its factors."""
+    if left.dtype == torch.float32:
+        return torch.bmm(left, right)
+    if left.device.type == "cuda":
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())  # `out_dtype` is for CUDA; the kernels' tests run on a CPU
+
+
+def _empty_columns(call: Call, images: slice, part: _Part) -> Tensor:
+    """Memory for the columns of a part [g, c * T, L], L rounded up."""
+    length = num_blocks((images.stop - images.start) * call.out_pixels, _COLUMN_ALIGNMENT) * _COLUMN_ALIGNMENT
+    entries = (part.channels.stop - part.channels.start) * call.taps
+    return call.input.new_empty(part.groups.stop - part.groups.start, entries, length)
+
+
+def _make_columns(call: Call, images: slice, part: _Part) -> Tensor:
+    columns = _empty_columns(call, images, part)
+    _launch_columns(call, images, part, columns, gradient=False, store=True)
+    return columns
+
+
+def _launch_columns(
+    call: Call, images: slice, part: _Part, columns: Tensor, *, gradient: bool, store: bool
+) -> Tensor | None:
+    """Runs ``columns_kernel``; returns the positions' gradient [c, T, 2] of a part with ``gradient``."""
+    planes = call.planes(images, part.planes)
+    length, channels = planes.shape[0] * call.out_pixels, planes.shape[1]
+    # With a sum over each block one warp works alone: no barrier for each tap.
+    block, warps = (block_size(length, 256), 1) if gradient else (block_size(length, 1024), 4)
+    # Stores of 32 bits a lane: wider ones would spread a warp's reads over more cache lines.
+    vector = 4 // columns.element_size()
+    blocks = num_blocks(length, block)
+    partials = planes.new_empty((blocks, channels, call.taps, 2), dtype=torch.float32) if gradient else None
+    launch(
+        columns_kernels.columns_kernel,
+        channels * blocks,
+        planes,
+        call.positions[part.planes],
+        columns,
+        planes if partials is None else partials,
+        channels,
+        call.taps,
+        length,
+        columns.shape[2] // vector,
+        **call.sampling,
+        GRADIENT=gradient,
+        STORE=store,
+        VECTOR=vector,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return None if partials is None else partials.sum(0)
+
+
+def backward(call: Call, grad_output: Tensor, grads: GradientSums) -> None:
+    """Fills the gradients that are asked for."""
+    weight = call.weight.unflatten(0, (call.groups, -1))  # [G, N / G, C / G, T]
+    # Pixels as rows: what a channels_last gradient is; others are copied.
+    grad_rows = grad_output.permute(0, 2, 3, 1).reshape(-1, call.num_outputs)
+    grad_rows = grad_rows.t().unflatten(0, (call.groups, -1))  # [G, N / G, B * Ho * Wo]
+    grad_weight = None if grads.weight is None else grads.weight.unflatten(0, (call.groups, -1))
+    for images, groups_parts in _column_chunks(call):
+        span = slice(images.start * call.out_pixels, images.stop * call.out_pixels)
+        for part in (part for summed in groups_parts for part in summed):
+            grad_part = grad_rows[part.groups, :, span]
+            columns = _empty_columns(call, images, part)
+            if grads.input is not None or grads.positions is not None:
+                factors = weight[part.groups, :, part.channels].flatten(2)
+                torch.bmm(factors.transpose(1, 2), grad_part, out=columns[:, :, : grad_part.shape[2]])
+            if grads.input is not None:
+                _input_gradient(call, images, part, columns, grads.input)
+            if grads.positions is None and grad_weight is None:
+                continue
+            by_position = _launch_columns(
+                call, images, part, columns, gradient=grads.positions is not None, store=grad_weight is not None
+            )
+            if grads.positions is not None and by_position is not None:
+                grads.positions[part.planes] += by_position
+            if grad_weight is not None:
+                product = _product_float32(grad_part, columns[:, :, : grad_part.shape[2]].transpose(1, 2))
+                grad_weight[part.groups, :, part.channels] += product.unflatten(2, (-1, call.taps))
+
+
+def _input_gradient(call: Call, images: slice, part: _Part, grad_columns: Tensor, grad_input: Tensor) -> None:
+    target = grad_input[images, part.planes]
+    in_place = memory_format(call.input) == torch.contiguous_format
+    planes = target if in_place else empty_like(target, torch.contiguous_format)
+    num_images, channels, height, width = target.shape
+    length = num_images * height * width
+    block = block_size(length, 512)
+    launch(
+        columns_kernels.input_gradient_kernel,
+        channels * num_blocks(length, block),
+        grad_columns,
+        call.positions[part.planes],
+        planes,
+        call.taps,
+        length,
+        grad_columns.shape[2],
+        planes.stride(0),
+        **call.gathering,
+        BLOCK=block,
+        num_warps=4,
+    )
+    if not in_place:
+        target.copy_(planes)
+
+
+def fused_forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
+    """Fills the output [B, N, Ho, Wo] by columns that are multiplied as they are made."""
+    entries = call.group_channels * call.taps
+    pixels, step = _FUSED_TILE
+    for images in call.image_slabs():
+        planes = call.planes(images, slice(None))
+        length = planes.shape[0] * call.out_pixels
+        programs = call.groups * num_blocks(length, pixels)
+        # Few pixels: several programs share the sum over the entries, at least 16 steps each.
+        splits = max(1, min(PROGRAMS // programs, entries // (16 * step)))
+        share = num_blocks(num_blocks(entries, splits), step) * step
+        splits = num_blocks(entries, share)
+        target = output[images]
+        out = target if splits == 1 else planes.new_empty((splits, *target.shape), dtype=torch.float32)
+        strides = (0, *out.stride()) if splits == 1 else out.stride()
+        launch(
+            columns_kernels.fused_forward_kernel,
+            splits * programs,
+            planes,
+            call.weight,
+            call.positions,
+            call.weight if bias is None else bias,
+            out,
+            call.groups,
+            **call.grouping,
+            length=length,
+            split_entries=share,
+            stride_split=strides[0],
+            stride_image=strides[1],
+            stride_output=strides[2],
+            stride_pixel=strides[4],
+            **call.fused,
+            HAS_BIAS=bias is not None and splits == 1,
+            BLOCK_PIXELS=pixels,
+            BLOCK_OUTPUTS=16 if call.group_outputs <= 16 else FUSED_OUTPUTS,
+            BLOCK_ENTRIES=step,
+            num_warps=4,  # eight are known to be miscompiled in loops like this one
+            num_stages=1,  # prefetching into shared memory, element by element, spills registers
+        )
+        if splits > 1:
+            total = out.sum(0)
+            target.copy_(total if bias is None else total + bias[:, None, None])

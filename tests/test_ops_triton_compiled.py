@@ -1,0 +1,164 @@
+"""The Triton backend's kernels, compiled ahead of time for GPUs that need not be there."""
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
+
+import triton
+from triton_cases import INTERPRETED, RELEASE, Case
+
+from icnn_zoo.ops.triton_backend import columns_kernels, direct_kernels
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as compiled, and what its machine code says."""
+
+    name: str
+    num_registers: int
+    stack_bytes: int
+    lines: list[tuple[int, str]]
+
+    def count(self, operation: str) -> int:
+        return sum(re.match(rf"(?:@!?U?P\w+\s+)?{operation}\b", line) is not None for _, line in self.lines)
+
+    @property
+    def full_name(self) -> str:
+        """The kernel's name; the columns' has a variant that also sums over pixels."""
+        sums = self.name == "columns_kernel" and self.count("SHFL") > 0
+        return f"{self.name} with sums" if sums else self.name
+
+    @property
+    def loop_instructions(self) -> int:
+        """Length of the longest loop."""
+        loops = [0]
+        for address, line in self.lines:
+            jump = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", line)
+            if jump and int(jump[1], 16) < address:
+                loops.append((address - int(jump[1], 16)) // 16 + 1)
+        return max(loops)
+
+
+class _Driver:
+    """Stands in for a GPU's driver: enough for a launch to be compiled."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> object:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _read_machine_code(kernel: object, folder: Path) -> Compiled:
+    path = folder / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+
+    def dump(option: str) -> str:
+        command = [triton.knobs.nvidia.cuobjdump.path, option, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage"))
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", dump("-sass"), re.MULTILINE)
+    code = [(int(address, 16), line.replace("   ", "").strip()) for address, line in lines]
+    return Compiled(kernel.metadata.name, int(usage[1]), int(usage[2]), code)
+
+
+Compile = Callable[[Case, int], list[Compiled]]
+
+
+@pytest.fixture
+def compile_launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Compile]:
+    """Compiles what forward and backward of a case would launch on a GPU, with the very arguments of the launches."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    run = triton.runtime.jit.JITFunction.run
+    launched: dict[int, object] = {}
+
+    def compile_only(self: object, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launched[id(kernel)] = kernel
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", compile_only)
+    previous = triton.runtime.driver._active
+
+    def compile_launches(case: Case, capability: int) -> list[Compiled]:
+        launched.clear()
+        triton.runtime.driver.set_active(_Driver(capability))
+        for kernel in [*vars(columns_kernels).values(), *vars(direct_kernels).values()]:
+            if isinstance(kernel, triton.runtime.jit.JITFunction):
+                kernel.device_caches.clear()
+        case.run(case.tensors())
+        return [_read_machine_code(kernel, tmp_path) for kernel in launched.values()]
+
+    yield compile_launches
+    triton.runtime.driver.set_active(previous)
+
+
+DENSE = Case("dense", batch=1, size=(41, 41), channels=(16, 64), kernel=(3, 3), bias=False)
+CLASSIFIER = replace(DENSE, name="classifier", channels=(64, 21), dilation=(12, 12), padding=(12, 12))
+DEPTHWISE = replace(DENSE, name="depthwise", channels=(8, 8), groups=8, kernel=(5, 5), padding=(2, 2))
+FULL = replace(DENSE, name="full version", channels=(4, 4), per_kernel=True)
+
+# Most instructions in the longest loop. A pass handles 8 elements a thread, the gathers of the input's gradient 4; slow
+# branches and, where there are two, the inner loop are counted too. A change of a layout or mask shows here first.
+LOOP_LIMITS = {
+    "planes_kernel": 0,
+    "columns_kernel": 340,
+    "columns_kernel with sums": 570,
+    "input_gradient_kernel": 190,
+    "fused_forward_kernel": 650,
+    "direct_forward_kernel": 400,
+    "direct_input_gradient_kernel": 240,
+    "direct_kernel_gradient_kernel": 960,
+}
+OLDER_COMPILER = 1.0 if RELEASE >= (3, 9) else 1.4  # Triton 3.6 makes more of the same code
+COLUMNS_BACKWARD = {"columns_kernel with sums", "input_gradient_kernel"}
+DIRECT = {"direct_forward_kernel", "direct_input_gradient_kernel", "direct_kernel_gradient_kernel"}
+
+
+class TestCompiled:
+    """Ahead-of-time compilation for GPUs that need not be there."""
+
+    __test__ = not INTERPRETED
+
+    @pytest.mark.parametrize(
+        ("case", "launched", "dtype", "capability"),
+        [
+            (DENSE, {"columns_kernel"} | COLUMNS_BACKWARD, torch.float32, 90),
+            (DENSE, {"columns_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 80),
+            (DENSE, {"columns_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 90),
+            (CLASSIFIER, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.float32, 90),
+            (CLASSIFIER, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 80),
+            (CLASSIFIER, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.float16, 90),
+            (DEPTHWISE, DIRECT, torch.float32, 80),
+            (DEPTHWISE, DIRECT, torch.bfloat16, 90),
+            (FULL, DIRECT, torch.bfloat16, 90),
+        ],
+        ids=lambda value: (
+            getattr(value, "name", str(value).removeprefix("torch.")) if not isinstance(value, set) else ""
+        ),
+    )
+    def test_registers_and_instructions(
+        self, case: Case, launched: set[str], dtype: torch.dtype, capability: int, compile_launches: Compile
+    ) -> None:
+        kernels = compile_launches(replace(case, dtype=dtype, layout=torch.channels_last), capability)
+        assert {kernel.full_name for kernel in kernels} == {"planes_kernel"} | launched
+        for kernel in kernels:
+            name = kernel.full_name
+            assert kernel.stack_bytes == 0, f"{name} spills"
+            assert kernel.num_registers <= 128, name
+            assert kernel.loop_instructions <= LOOP_LIMITS[name] * OLDER_COMPILER, name
+            if name == "fused_forward_kernel" and dtype != torch.float32:
+                assert kernel.count("HGMMA" if capability == 90 else "HMMA") > 0
