@@ -18,199 +18,25 @@ resident size (VmHWM, reset before the call; below 1 MiB it says little), otherw
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import datetime
-import gc
-import importlib.metadata
 import json
-import logging
-import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import torchvision
 from torch import Tensor
-
-import icnn_zoo
-from icnn_zoo.ops import operators
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_step
+from measuring import TOLERANCE, distance, environment, measured, timed
+from peers import PEERS, REGULAR, SHAPES, Case, Dcls, Operator, Shape, conv2d, deform_conv2d, irregular
 
-SEED = 0
-LINUX = sys.platform == "linux"
 MEASUREMENT_S = 0.05  # a quick call is repeated for about this long
 SLOW_S, SLOW_ROUNDS = 5.0, 3  # slower calls take part in the first rounds only
-OFF_INTEGER = 0.01  # distance of positions from integers, where bilinear interpolation has kinks
 COMPARED = ("output", "input gradient", "weight gradient", "position gradient")
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # largest difference / largest value
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one case: B, C, N, H = W; positions are the regular grid + uniform(-spread, spread) pixels."""
-
-    batch: int
-    channels: int
-    outputs: int
-    size: int
-    kernel: int = 3
-    dilation: int = 1
-    groups: int = 1
-    stride: int = 1
-    spread: float = 0.75
-    per_kernel: bool = False
-
-    def shrunk(self) -> Shape:
-        """The same kind of shape with about 16 channels on an 11 x 11 map."""
-        scale = max(1, self.channels // 16)
-        groups = self.channels // scale if self.groups == self.channels else max(1, self.groups // scale)
-        outputs = groups if self.groups == self.outputs else max(2, self.outputs // scale)
-        return replace(self, batch=1, channels=self.channels // scale, outputs=outputs, groups=groups, size=11)
-
-    @property
-    def geometry(self) -> dict[str, Any]:
-        """Keyword arguments of conv2d but for groups; the padding keeps the size at stride 1."""
-        return {"stride": self.stride, "padding": self.dilation * (self.kernel // 2), "dilation": self.dilation}
-
-    def __str__(self) -> str:
-        words = f"B{self.batch} C{self.channels} N{self.outputs} {self.size}x{self.size}"
-        words += f" k{self.kernel} d{self.dilation} g{self.groups} s{self.stride} ±{self.spread:g} px"
-        return words + (" per kernel" if self.per_kernel else "")
-
-
-SHAPES = {
-    "layer3": Shape(2, 256, 256, 41),
-    "layer3-d2": Shape(2, 256, 256, 41, dilation=2),
-    "layer3-d4": Shape(2, 256, 256, 41, dilation=4),
-    "layer4": Shape(1, 512, 512, 41, dilation=4),
-    "classifier": Shape(1, 2048, 21, 41, dilation=12),
-    "depthwise5": Shape(4, 672, 672, 20, kernel=5, groups=672),
-    "convnext7": Shape(4, 384, 384, 20, kernel=7, groups=384),
-    "grouped": Shape(2, 256, 256, 41, groups=32),
-    "stride2": Shape(2, 256, 256, 41, stride=2),
-    "spread8": Shape(2, 256, 256, 41, spread=8.0),
-    "full": Shape(1, 64, 64, 41, per_kernel=True),
-}
-
-
-class Case:
-    """Float32 tensors of a shape, drawn on the CPU so that every device gets the same; ``grad`` is of the output."""
-
-    def __init__(self, shape: Shape, device: str) -> None:
-        generator = torch.Generator().manual_seed(SEED)
-        self.shape = shape
-        fan_in, taps = shape.channels // shape.groups, shape.kernel**2
-        steps = (torch.arange(shape.kernel) - (shape.kernel - 1) // 2) * float(shape.dilation)
-        self.grid = torch.cartesian_prod(steps, steps).to(device)
-        lead = (shape.outputs, fan_in) if shape.per_kernel else (shape.channels,)
-        moved = self.grid.cpu() + (torch.rand(*lead, taps, 2, generator=generator) * 2 - 1) * shape.spread
-        self.positions = (moved.floor() + (moved % 1).clamp(OFF_INTEGER, 1 - OFF_INTEGER)).to(device)
-        out = (shape.size - 1) // shape.stride + 1
-        self.input = torch.randn(shape.batch, shape.channels, shape.size, shape.size, generator=generator).to(device)
-        weight = torch.randn(shape.outputs, fan_in, shape.kernel, shape.kernel, generator=generator)
-        self.weight = weight.to(device) / (fan_in * taps) ** 0.5
-        self.grad = torch.randn(shape.batch, shape.outputs, out, out, generator=generator).to(device)
-
-    def leaves(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Fresh leaves input, weight and positions that require gradients."""
-        input, weight, positions = (t.clone().requires_grad_() for t in (self.input, self.weight, positions))
-        return input, weight, positions
-
-
-def conv2d(input: Tensor, weight: Tensor, positions: Tensor, case: Case) -> Tensor:
-    """The baseline: taps on the regular grid."""
-    return F.conv2d(input, weight, **case.shape.geometry, groups=case.shape.groups)
-
-
-def irregular(input: Tensor, weight: Tensor, positions: Tensor, case: Case) -> Tensor:
-    """This package's operator."""
-    return icnn_zoo.irregular_conv2d(input, weight, positions, **case.shape.geometry, groups=case.shape.groups)
-
-
-def irregular_torch(input: Tensor, weight: Tensor, positions: Tensor, case: Case) -> Tensor:
-    """This package's operator in standard PyTorch operators."""
-    geometry = case.shape.geometry
-    return icnn_zoo.irregular_conv2d(input, weight, positions, **geometry, groups=case.shape.groups, backend="torch")
-
-
-def deform_conv2d(input: Tensor, weight: Tensor, positions: Tensor, case: Case) -> Tensor:
-    """torchvision's, offsets constant over space; the full version copies the input channels for every output."""
-    shape = case.shape
-    if shape.per_kernel:
-        per_group, fan_in = shape.outputs // shape.groups, shape.channels // shape.groups
-        channels = torch.arange(shape.outputs) // per_group * fan_in
-        input = input[:, (channels[:, None] + torch.arange(fan_in)).flatten().to(input.device)]
-    offsets = (positions - case.grid).reshape(1, -1, 1, 1).expand(input.shape[0], -1, *case.grad.shape[-2:])
-    return torchvision.ops.deform_conv2d(input, offsets, weight, **shape.geometry)
-
-
-def unfold_gemm(input: Tensor, weight: Tensor, positions: Tensor, case: Case) -> Tensor:
-    """The regular convolution as im2col and a matrix product, for scale."""
-    shape = case.shape
-    columns = F.unfold(input, shape.kernel, **shape.geometry).unflatten(1, (shape.groups, -1))
-    output = weight.flatten(1).unflatten(0, (shape.groups, -1)) @ columns
-    return output.flatten(1, 2).unflatten(-1, case.grad.shape[-2:])
-
-
-class Dcls:
-    """DCLS v1 (bilinear): dense kernels with room for every tap, where its normalisation divides by one."""
-
-    def __init__(self, case: Case) -> None:
-        shape = case.shape
-        reach = math.ceil(case.positions.abs().max().item())
-        side = 2 * reach + 1
-        # Per weight and cell: two coordinates and about as much again for products, masks and the backward.
-        need = 12 * 2 * 4 * side**2 * case.weight.numel()
-        free = counter("meminfo", "MemAvailable") if LINUX else need
-        free = torch.cuda.mem_get_info()[0] if case.input.is_cuda else free
-        if need > free:
-            raise MemoryError(f"dense {side}x{side} kernels need about {need >> 30} GiB, {free >> 30} GiB are free")
-        from DCLS.construct.modules import Dcls2d
-
-        sizes = {"stride": shape.stride, "padding": reach, "dilated_kernel_size": side, "groups": shape.groups}
-        logging.disable(logging.WARNING)  # which kernel it uses
-        module = Dcls2d(shape.channels, shape.outputs, shape.kernel**2, bias=False, version="v1", **sizes)
-        logging.disable(logging.NOTSET)
-        positions = case.positions
-        if not shape.per_kernel:
-            positions = positions.unflatten(0, (shape.groups, 1, -1))
-            positions = positions.expand(-1, shape.outputs // shape.groups, -1, -1, -1).flatten(0, 1)
-        module.weight.data = case.weight.flatten(2).clone()
-        module.P.data = positions.permute(3, 0, 1, 2).flip(0).contiguous()  # DCLS puts columns first
-        self.module = module.to(case.input.device)
-
-    def __call__(self, input: Tensor, weight: Tensor, positions: Tensor, case: Case) -> Tensor:
-        """Uses the module's own weight and positions."""
-        return self.module(input)
-
-
-Operator = Callable[[Tensor, Tensor, Tensor, Case], Tensor]
-PEERS: dict[str, Callable[[Case], Operator]] = {
-    "conv2d": lambda case: conv2d,
-    "icnn_zoo": lambda case: irregular,
-    "icnn_zoo torch": lambda case: irregular_torch,
-    "deform_conv2d": lambda case: deform_conv2d,
-    "DCLS": Dcls,
-    "unfold+GEMM": lambda case: unfold_gemm,
-}
-REGULAR = (conv2d, unfold_gemm)
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference relative to the largest expected value; NaN where there is one."""
-    return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
 
 
 def gate(name: str, shape: Shape, device: str) -> list[tuple[str, float]]:
@@ -227,39 +53,6 @@ def gate(name: str, shape: Shape, device: str) -> list[tuple[str, float]]:
             if expected is not None:  # conv2d has no positions
                 rows.append((f"{name}: {what} against {reference.__name__}", distance(actual, expected)))
     return rows
-
-
-def counter(file: str, field: str) -> int:
-    """A Linux counter in bytes."""
-    lines = Path("/proc", file).read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-
-def timed(call: Callable[[], Any], device: str, calls: int = 1) -> float:
-    """Seconds per call."""
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    synchronize()
-    return (time.perf_counter() - start) / calls
-
-
-def measured(call: Callable[[], Any], device: str) -> tuple[float, float | None]:
-    """Seconds and peak extra MiB (None where it cannot be measured) of one call."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return timed(call, device), (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed memory that stays resident would hide an allocation
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not Linux with glibc, or not allowed
-        return timed(call, device), None
-    before = counter("self/status", "VmRSS")
-    return timed(call, device), (counter("self/status", "VmHWM") - before) / 2**20
 
 
 def make_call(operator: Operator, case: Case, args: argparse.Namespace, backward: bool) -> Callable[[], Tensor]:
@@ -320,30 +113,6 @@ def run_shape(name: str, shape: Shape, args: argparse.Namespace) -> dict[str, An
         record["ratios"] = [mine / other for mine, other in pairs if mine is not None and other is not None]
         record.pop("call", None)
     return {"name": name, "shape": asdict(shape), "text": str(shape), "records": records}
-
-
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions, date, seed and settings."""
-    versions = {"python": platform.python_version(), "icnn_zoo": icnn_zoo.__version__}
-    for package in ("torch", "torchvision", "timm", "DCLS"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    backend = operators.choose_backend("auto", device, dtype).__name__.rpartition(".")[2].removesuffix("_backend")
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        versions["git"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    info = Path("/proc/cpuinfo").read_text().splitlines() if LINUX else []
-    cpu = next((line.partition(": ")[2] for line in info if line.startswith("model name")), platform.processor())
-    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-    return {
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
-        "versions": versions,
-        "backend": backend,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seed": SEED,
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-    }
 
 
 def table(result: dict[str, Any], markdown: bool) -> Iterator[str]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from icnn_zoo.data import VOC_CLASSES
 from icnn_zoo.data.drawn_voc import FORMAT
+from icnn_zoo.ops import columns, dense, operators, torch_backend
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # tests are small: a second thread costs more than it gives
@@ -43,6 +44,23 @@ def waken():
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["dense kernels", "columns", "columns in small blocks", "native", "native in small blocks"])
+def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Force each way to compute: tiny sizes would take the first wherever it exists."""
+    name = str(request.param)
+    backend = "native" if "native" in name else "torch"
+    if backend == "native" and (reason := operators.why_unavailable("native", torch.device("cpu"), torch.float32)):
+        pytest.skip(reason)
+    monkeypatch.setattr(operators, "BACKENDS", (backend, "torch"))
+    monkeypatch.setattr(dense, "MAX_CELLS_PER_TAP", 10**9 if name == "dense kernels" else 0)
+    if "small blocks" in name:
+        monkeypatch.setattr(columns, "_BLOCK_ELEMENTS", 500)
+        monkeypatch.setattr(torch_backend, "_COPIED_ELEMENTS", 500)
+    else:
+        monkeypatch.setattr(dense, "_KERNEL_ELEMENTS", 500)
+    return name
 
 
 @pytest.fixture(scope="session")
