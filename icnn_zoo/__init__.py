@@ -5,6 +5,7 @@ by name: this module needs neither Lightning nor albumentations.
 """
 
 from icnn_zoo._version import __version__
+from icnn_zoo.conv_rules import ConvRules, register_conv_rules
 from icnn_zoo.conversion import ConversionPlan, convert, irregular_layers, plan
 from icnn_zoo.deployment import deploy
 from icnn_zoo.layers import IrregularConv2d
@@ -12,6 +13,7 @@ from icnn_zoo.ops import irregular_conv2d
 from icnn_zoo.optim import bound_positions, freeze_norm, parameter_groups, poly_policy
 
 __all__ = [
+    "ConvRules",
     "ConversionPlan",
     "IrregularConv2d",
     "__version__",
@@ -24,4 +26,5 @@ __all__ = [
     "parameter_groups",
     "plan",
     "poly_policy",
+    "register_conv_rules",
 ]

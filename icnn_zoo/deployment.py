@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from icnn_zoo.conversion import irregular_layers
+from icnn_zoo.guards import unguard
 from icnn_zoo.layers import IrregularConv2d
-from icnn_zoo.standard_forms import standard_form
+from icnn_zoo.standard_forms import has_standard_form, standard_form
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def deploy(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: The network has no irregular layer; a position is not finite; an irregular layer carries hooks,
-            which the copy would lose.
+            which the copy would lose, or pads by a rule of a person's own.
 
     Example:
         >>> import timm, torch, icnn_zoo
@@ -102,12 +103,13 @@ def rewrite(model: nn.Module) -> Deployment:
     """
     _check(model)
     result = copy.deepcopy(model).eval().requires_grad_(False)
+    unguard(result)
     layers = irregular_layers(result)
     norms = _foldable_norms(result)
     replacements: dict[int, nn.Module] = {}
     report = []
     for name, layer in layers.items():
-        weight, bias = layer.weight.double(), None if layer.bias is None else layer.bias.double()
+        weight, bias = layer.weight_rule(layer).double(), None if layer.bias is None else layer.bias.double()
         norm_name = norms.get(name)
         if norm_name is not None:
             norm = result.get_submodule(norm_name)
@@ -132,6 +134,11 @@ def _check(model: nn.Module) -> None:
             raise ValueError(
                 f"Positions must be finite to be deployed; layer {name!r} has {int((~finite).sum())} that are not, of "
                 f"{finite.numel()}."
+            )
+        if not has_standard_form(layer):
+            raise ValueError(
+                f"Layer {name!r} pads its input by {layer.padding_rule.__name__}, which has no standard form; "
+                "static_padding and dynamic_same_padding of icnn_zoo.conv_rules have one."
             )
         attached = _attached(layer)
         if attached:

@@ -3,42 +3,14 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from icnn_zoo.ops.functional import irregular_conv2d, pad_with_mode, pair, resolve_padding
-
-Padding = tuple[int, int, int, int]
-PaddingRule = Callable[["IrregularConv2d", Tensor], Padding]
-
-
-def static_padding(layer: IrregularConv2d, input: Tensor) -> Padding:
-    """Padding (top, bottom, left, right) of nn.Conv2d: the same for every input size."""
-    return resolve_padding(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
-
-
-def dynamic_same_padding(layer: IrregularConv2d, input: Tensor) -> Padding:
-    """Padding of timm's Conv2dSame (TensorFlow's SAME): by input size, the extra one at the bottom and right."""
-    rows, cols = (
-        max((math.ceil(size / stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
-        for size, kernel, stride, dilation in zip(
-            input.shape[-2:], layer.kernel_size, layer.stride, layer.dilation, strict=True
-        )
-    )
-    return rows // 2, rows - rows // 2, cols // 2, cols - cols // 2
-
-
-def padding_rules() -> dict[type[nn.Module], PaddingRule]:
-    """How each convertible class pads its input. A subclass that is not listed may do anything in its forward."""
-    rules: dict[type[nn.Module], PaddingRule] = {nn.Conv2d: static_padding}
-    timm_same = sys.modules.get("timm.layers.conv2d_same")  # whoever has such a layer has imported timm; we need not
-    if timm_same is not None:
-        rules[timm_same.Conv2dSame] = dynamic_same_padding
-    return rules
+from icnn_zoo.conv_rules import ConvRules, conv_rules, plain_weight, reason_to_refuse, static_padding
+from icnn_zoo.ops.functional import irregular_conv2d, pad_with_mode, pair
 
 
 class IrregularConv2d(nn.Module):
@@ -85,6 +57,16 @@ class IrregularConv2d(nn.Module):
         torch.Size([8, 9, 2])
     """
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     regular_grid: Tensor
 
     def __init__(
@@ -120,7 +102,7 @@ class IrregularConv2d(nn.Module):
             device="meta",
             dtype=dtype,
         )
-        self._adopt_attributes(regular, epsilon, per_kernel)
+        self._adopt(regular, ConvRules(), epsilon, per_kernel)
         self.weight = nn.Parameter(torch.empty_like(regular.weight, device=device))
         self.bias = None if regular.bias is None else nn.Parameter(torch.empty_like(regular.bias, device=device))
         self._add_displacement(self.weight)
@@ -128,10 +110,15 @@ class IrregularConv2d(nn.Module):
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, *, epsilon: float = 1e-3, per_kernel: bool = False) -> IrregularConv2d:
-        """Makes an irregular layer of a regular one; weight and bias are the same Parameter objects.
+        """Makes an irregular layer of a regular one, with everything it holds.
+
+        Weight, bias and other parameters are the same Parameter objects; buffers, hooks (their handles stay valid),
+        training mode and the attributes that other code reads or has set come along. ``conv`` itself stays as it is.
 
         Args:
-            conv: An nn.Conv2d or timm Conv2dSame of any kernel size.
+            conv: An nn.Conv2d, timm's Conv2dSame, StdConv2d, ScaledStdConv2d and their Same versions, a subclass of
+                these without a forward of its own, or a class given to :func:`icnn_zoo.register_conv_rules`; of any
+                kernel size.
             epsilon: Initial displacement in pixels.
             per_kernel: Whether every kernel gets a shape of its own.
 
@@ -141,35 +128,35 @@ class IrregularConv2d(nn.Module):
 
         Raises:
             TypeError: ``conv`` is of another class; its forward may do more than a convolution.
+            ValueError: ``epsilon`` is not finite, or ``conv`` is not a plain module now: see
+                :func:`icnn_zoo.convert`.
         """
-        if type(conv) not in padding_rules():
-            known = ", ".join(kind.__name__ for kind in padding_rules())
-            raise TypeError(f"`conv` must be exactly one of {known}, not a subclass; got {type(conv).__name__}.")
+        rules, reason = conv_rules(conv), reason_to_refuse(conv)
+        if rules is None:
+            raise TypeError(f"`conv`: {reason}.")
+        if reason is not None:
+            raise ValueError(f"`conv`: {reason}.")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt_attributes(conv, epsilon, per_kernel)
-        layer.weight, layer.bias = cast(nn.Parameter, conv.weight), cast(nn.Parameter | None, conv.bias)
+        layer._adopt(conv, rules, epsilon, per_kernel)
         layer._add_displacement(conv.weight)
         layer.displacement.requires_grad_(conv.weight.requires_grad)
-        return layer.train(conv.training)
+        return layer
 
-    def _adopt_attributes(self, conv: nn.Conv2d, epsilon: float, per_kernel: bool) -> None:
-        if not math.isfinite(epsilon):
+    def _adopt(self, conv: nn.Conv2d, rules: ConvRules, epsilon: float, per_kernel: bool) -> None:
+        if not (isinstance(epsilon, (int, float)) and math.isfinite(epsilon)):
             raise ValueError(f"`epsilon` must be a finite number of pixels; got {epsilon!r}.")
-        self.in_channels: int = conv.in_channels
-        self.out_channels: int = conv.out_channels
-        self.kernel_size: tuple[int, int] = (conv.kernel_size[0], conv.kernel_size[1])
-        self.stride: tuple[int, int] = (conv.stride[0], conv.stride[1])
-        self.padding: tuple[int, ...] | str = conv.padding
-        self.dilation: tuple[int, int] = (conv.dilation[0], conv.dilation[1])
-        self.transposed = False
-        self.output_padding = conv.output_padding
-        self.groups: int = conv.groups
-        self.padding_mode: str = conv.padding_mode
-        self.epsilon = epsilon
+        if not isinstance(per_kernel, bool):
+            raise TypeError(f"`per_kernel` must be True or False; got {per_kernel!r}.")
+        # Hooks stay the very same dictionaries, which their handles point to; what gets new members is copied.
+        vars(self).update(vars(conv))
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            vars(self)[name] = vars(conv)[name].copy()
+        self.epsilon = float(epsilon)
         self.per_kernel = per_kernel
         self.backend = "auto"
-        self.padding_rule = padding_rules()[type(conv)]
+        self.padding_rule = rules.padding
+        self.weight_rule = rules.weight
 
     def _add_displacement(self, weight: Tensor) -> None:
         taps = self.kernel_size[0] * self.kernel_size[1]
@@ -203,6 +190,10 @@ class IrregularConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves [B, C, H, W] or [C, H, W] to the size nn.Conv2d gives."""
+        traced: Any = input
+        if isinstance(traced, fx.Proxy):  # any tracer keeps the layer whole, as torch.fx does with torch.nn's own
+            tracer: Any = traced.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
         padding: int | Sequence[int] | str = self.padding
         if self.padding_rule is not static_padding or self.padding_mode != "zeros":
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -210,7 +201,7 @@ class IrregularConv2d(nn.Module):
             padding = 0
         return irregular_conv2d(
             input,
-            self.weight,
+            self.weight_rule(self),
             self.positions,
             self.bias,
             self.stride,
@@ -240,4 +231,6 @@ class IrregularConv2d(nn.Module):
                 text += f", {name}={getattr(self, name)}"
         if self.padding_rule is not static_padding:
             text += f", padding_rule={self.padding_rule.__name__}"
+        if self.weight_rule is not plain_weight:
+            text += f", weight_rule={self.weight_rule.__name__}"
         return text if self.bias is not None else text + ", bias=False"

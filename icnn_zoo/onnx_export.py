@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from icnn_zoo.conv_rules import conv_rules, dynamic_same_padding
 from icnn_zoo.deployment import Deployment, replace_modules, rewrite
-from icnn_zoo.layers import IrregularConv2d, dynamic_same_padding, padding_rules
+from icnn_zoo.layers import IrregularConv2d
 from icnn_zoo.models import SegmentationModel
 from icnn_zoo.standard_forms import standard_form
 
@@ -155,15 +156,15 @@ def _require(*names: str) -> None:
 def _trace_friendly(model: nn.Module) -> nn.Module:
     """A copy whose regular layers that pad by input size are rewritten: in timm's words an export takes minutes."""
     model = copy.deepcopy(model)
-    rules = padding_rules()
     replacements: dict[int, nn.Module] = {}
     for module in model.modules():
         if not isinstance(module, nn.Conv2d) or module.dilation != (1, 1):
             continue
-        if rules.get(type(module)) is dynamic_same_padding:
+        rules = conv_rules(module)
+        if rules is not None and rules.padding is dynamic_same_padding:
             # A regular layer is an irregular one with epsilon 0: its dense form is the same convolution.
             layer = IrregularConv2d.from_conv2d(module, epsilon=0.0)
-            replacements[id(module)] = standard_form(layer, layer.weight, layer.bias).module.eval()
+            replacements[id(module)] = standard_form(layer, layer.weight_rule(layer), layer.bias).module.eval()
     return replace_modules(model, replacements)
 
 

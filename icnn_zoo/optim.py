@@ -150,17 +150,21 @@ def bound_positions(optimizer: torch.optim.Optimizer, model: nn.Module, *, bound
         A handle whose ``remove()`` takes the bound off.
 
     Raises:
-        ValueError: ``bound_epsilon`` is not positive, or ``optimizer`` holds none of the network's displacements (it
-            was made before converting).
+        ValueError: ``bound_epsilon`` is not positive, or ``optimizer`` lacks a displacement that requires a gradient
+            (it was made before converting), or holds none.
     """
     if not bound_epsilon > 0:
         raise ValueError(f"`bound_epsilon` must be positive, or positions on integers never move; got {bound_epsilon}.")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    layers = [layer for layer in irregular_layers(model).values() if id(layer.displacement) in held]
-    if not layers:
+    every = irregular_layers(model)
+    layers = [layer for layer in every.values() if id(layer.displacement) in held]
+    lacking = [name for name, layer in every.items() if layer.displacement.requires_grad and layer not in layers]
+    if lacking or not layers:
+        names = ", ".join(map(repr, lacking[:3])) or "every layer"
         raise ValueError(
-            "`optimizer` holds no displacement of `model`: convert the network first, then make the optimizer from its "
-            "parameters (icnn_zoo.parameter_groups)."
+            f"`optimizer` lacks the displacement of {names}{' and others' if len(lacking) > 3 else ''}: convert the "
+            "network first, then make the optimizer from its parameters (icnn_zoo.parameter_groups). A displacement "
+            "that is not to be trained has requires_grad False."
         )
     last: list[Tensor] = []
 

@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from icnn_zoo.conv_rules import dynamic_same_padding, static_padding
 from icnn_zoo.form_choice import MAX_DISTANCE, Box, Layout, Plan, conv_cost, count_digits, plans
-from icnn_zoo.layers import IrregularConv2d, dynamic_same_padding
+from icnn_zoo.layers import IrregularConv2d
 from icnn_zoo.ops.functional import resolve_padding
 
 # Larger depthwise kernels get their zeros from a module of its own: PyTorch 2.15 takes 10 times longer on a CPU
@@ -50,12 +51,17 @@ class StandardForm(NamedTuple):
     """Modelled time over that of the regular convolution."""
 
 
+def has_standard_form(layer: IrregularConv2d) -> bool:
+    """Whether it is known how to pad for this layer: a rule of a person's own could do anything."""
+    return layer.padding_rule in (static_padding, dynamic_same_padding)
+
+
 def standard_form(layer: IrregularConv2d, weight: Tensor, bias: Tensor | None) -> StandardForm:
     """Rewrites a layer, in the form that costs least.
 
     Args:
         layer: The layer, all its positions finite.
-        weight: Its weight, or one with a normalisation folded in, [N, C / G, kh, kw].
+        weight: The weight it convolves with, or one with a normalisation folded in, [N, C / G, kh, kw].
         bias: Its bias, likewise.
 
     Returns:
@@ -88,7 +94,7 @@ def standard_form(layer: IrregularConv2d, weight: Tensor, bias: Tensor | None) -
     outliers = _outlier_branch(layout, plan.outliers)
     box = (max(box.height for box in plan.boxes), max(box.width for box in plan.boxes))
     regular = conv_cost(layout.num_outputs, layout.group_inputs, layout.taps)
-    module = _join(layer, main, outliers)
+    module = _with_attributes(_join(layer, main, outliers), layer)
     return StandardForm(module, form, box, int(plan.outliers.sum()), plan.cost / regular)
 
 
@@ -261,6 +267,18 @@ def _outlier_branch(layout: Layout, outliers: Tensor) -> list[nn.Module]:
         groups=count,
     )
     return parts + _convolution(layout, mix.flatten(0, 1)[..., None, None])
+
+
+def _with_attributes(module: nn.Module, layer: IrregularConv2d) -> nn.Module:
+    """Gives a form the attributes of the layer that a network's own code may read (timm's davit does)."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups")
+    if isinstance(module, nn.Conv2d) and all(getattr(module, name) == getattr(layer, name) for name in names):
+        return module
+    # On a container of their own: a convolution has true ones that exporters read, and a graph loses them in a copy.
+    container = nn.Sequential(module)
+    for name in (*names, "padding", "padding_mode"):
+        setattr(container, name, getattr(layer, name))
+    return container
 
 
 class _Sum(nn.Module):

@@ -1,11 +1,11 @@
 """The contract of icnn_zoo.convert."""
 
 import copy
+import json
 
 import pytest
 import timm
 import torch
-from timm.layers import Conv2dSame
 from torch import nn
 
 import icnn_zoo
@@ -103,21 +103,6 @@ def test_a_root_convolution_is_returned_converted():
     assert layer.weight is conv.weight
 
 
-def test_unique_suffix_names_the_start():
-    model = nn.ModuleDict({"backbone": timm.create_model("resnet18")})
-    assert plan(model, "layer4.1").start == "backbone.layer4.1"
-
-
-def test_ambiguous_suffix_is_refused_with_the_candidates():
-    with pytest.raises(ValueError, match=r"several modules.*layer1\.0\.conv1"):
-        plan(timm.create_model("resnet18"), "0.conv1")
-
-
-def test_unknown_start_lists_the_nearest_names():
-    with pytest.raises(ValueError, match=r"names no module.*layer4"):
-        convert(timm.create_model("resnet18"), "layer44")
-
-
 def test_zero_conversions_is_an_error_that_names_the_last_candidate():
     model = timm.create_model("resnet18")
     with pytest.raises(ValueError, match=r"no convolution to convert.*layer4\.1\.conv2"):
@@ -130,38 +115,6 @@ def test_filter_narrows_the_choice():
     assert list(irregular_layers(model)) == ["0", "3"]
 
 
-def test_unknown_subclasses_are_left_alone_and_reported():
-    class Odd(nn.Conv2d):
-        def forward(self, x):
-            return super().forward(x) * 2
-
-    model = nn.Sequential(Odd(3, 3, 3), nn.Conv2d(3, 3, 3), nn.ConvTranspose2d(3, 3, 2))
-    convert(model, "")
-    assert type(model[0]) is Odd
-    skipped = {layer.name: layer.reason for layer in plan(model, "").skipped}
-    assert "forward of its own" in skipped["0"]
-    assert "2" in skipped
-
-
-@pytest.mark.parametrize("size", [(32, 48), (33, 47)])
-def test_dynamic_same_padding_is_kept(size):
-    conv = Conv2dSame(4, 6, 5, stride=2).double()
-    image = torch.randn(2, 4, *size, dtype=torch.double)
-    layer = IrregularConv2d.from_conv2d(conv, epsilon=0.0)
-    torch.testing.assert_close(layer(image), conv(image))
-
-
-def test_hooks_and_parametrisations_are_refused_and_the_model_is_unchanged():
-    model = small_net()
-    model[3].register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"'3' carries forward_hooks"):
-        convert(model, "0")
-    assert not irregular_layers(model)
-    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3)))
-    with pytest.raises(ValueError, match="parametri"):
-        convert(normed, "")
-
-
 def test_plan_changes_nothing_and_counts_what_convert_adds():
     model = small_net()
     untouched = copy.deepcopy(model)
@@ -171,6 +124,30 @@ def test_plan_changes_nothing_and_counts_what_convert_adds():
     convert(model, "0")
     assert sum(p.numel() for p in model.parameters()) - before == result.added_parameters
     assert "3 converted" in str(result)
+
+
+def test_a_plan_is_data_and_a_table():
+    result = plan(timm.create_model("resnet18"), "layer4")
+    data = json.loads(json.dumps(result.to_dict()))
+    assert [layer["name"] for layer in data["converted"]] == [layer.name for layer in result.converted]
+    assert data["added_parameters"] == result.added_parameters
+    assert data["skipped"][0] == {
+        "name": "layer4.0.downsample.0",
+        "kind": "Conv2d",
+        "reason": "1x1 kernels stay as they are",
+    }
+    lines = str(result).splitlines()
+    assert lines[0] == "layer4.0.conv1         Conv2d 3x3  +4,608"
+    assert lines[-2] == "layer4.0.downsample.0  Conv2d      skipped: 1x1 kernels stay as they are"
+    assert lines[-1].startswith("From 'layer4' on: 4 converted, 1 skipped, 0 refused; +32,256 parameters (0.28% of")
+
+
+def test_a_network_on_the_meta_device_is_planned_but_not_converted():
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    assert len(plan(model, "layer4").converted) == 4
+    with pytest.raises(ValueError, match=r"'layer4\.0\.conv1' is on the meta device"):
+        convert(model, "layer4")
 
 
 def test_plan_counts_the_full_version():

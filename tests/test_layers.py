@@ -294,7 +294,8 @@ def test_from_conv2d_does_not_draw_random_numbers() -> None:
 
 def test_from_conv2d_refuses_a_subclass_with_a_forward_of_its_own() -> None:
     class Standardised(nn.Conv2d):
-        pass
+        def forward(self, input):
+            return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
 
     for wrong in (make(Standardised), nn.Linear(2, 2), make(nn.ConvTranspose2d)):
         with pytest.raises(TypeError, match=type(wrong).__name__):
