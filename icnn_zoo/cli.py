@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ArgsType = Sequence[str] | None
+ORDERS = ("registration", "execution")  # those of icnn_zoo.plan, which is not imported to print a help text
 
 
 def lightning_main(args: ArgsType = None) -> None:
@@ -48,8 +49,15 @@ def _plan(arguments: Sequence[str]) -> None:
     """Shows what converting a timm network would change."""
     parser = argparse.ArgumentParser(prog="icnn-zoo plan", description=_plan.__doc__)
     parser.add_argument("backbone", help="timm name, such as resnet101")
-    parser.add_argument("--start", required=True, help="first module to convert, such as layer3.11")
+    parser.add_argument("--start", required=True, help="first module to convert, such as layer3.11; '' for all")
+    parser.add_argument("--per-kernel", action="store_true", help="count one shape per kernel, not per input channel")
+    parser.add_argument("--features-only", action="store_true", help="as a feature extractor, without classifier")
+    parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), help="dilate the feature extractor")
+    parser.add_argument("--order", choices=ORDERS, default="registration", help="what comes after --start")
+    parser.add_argument("--json", action="store_true", help="print the plan as data")
     options = parser.parse_args(arguments)
+
+    import json
 
     import timm
     import torch
@@ -58,9 +66,18 @@ def _plan(arguments: Sequence[str]) -> None:
     from icnn_zoo.models import check_backbone
 
     check_backbone(options.backbone)
+    kwargs: dict[str, Any] = {"features_only": True} if options.features_only or options.output_stride else {}
+    if options.output_stride:
+        kwargs["output_stride"] = options.output_stride
     with torch.device("meta"):
-        model = timm.create_model(options.backbone)
-    print(plan(model, options.start))
+        try:
+            model = timm.create_model(options.backbone, **kwargs)
+        except (TypeError, AssertionError) as error:
+            raise ValueError(f"timm cannot build {options.backbone} with {kwargs}: {error}") from error
+        runs = options.order == "execution"
+        images = torch.zeros(1, *timm.get_pretrained_cfg(options.backbone).input_size) if runs else None
+    result = plan(model, options.start, per_kernel=options.per_kernel, order=options.order, example_input=images)
+    print(json.dumps(result.to_dict(), indent=2) if options.json else result)
 
 
 def _export(arguments: Sequence[str]) -> None:

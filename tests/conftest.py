@@ -13,8 +13,8 @@ import cv2
 import matplotlib
 import numpy as np
 import pytest
+import timm_check
 import torch
-from torch import nn
 
 from icnn_zoo.data import VOC_CLASSES
 from icnn_zoo.data.drawn_voc import FORMAT
@@ -24,21 +24,9 @@ matplotlib.use("agg")
 torch.set_num_threads(1)  # tests are small: a second thread costs more than it gives
 
 
-def wake(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Randomises constant parameters and statistics (zero-initialised norms hide the layers before them), in place."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "displacement" in name or not tensor.is_floating_point() or tensor.numel() == 0:
-                continue
-            if tensor.max() == tensor.min():
-                tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) * 0.5 + 0.75)
-    return model
-
-
 @pytest.fixture
 def waken():
-    return wake
+    return timm_check.wake
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """The command line, the configs and what the README says of them."""
 
 import csv
+import json
 import re
 import shutil
 import signal
@@ -94,11 +95,21 @@ def test_missing_weights_name_the_command_that_fetches_them(tmp_path, monkeypatc
 
 def test_plan_prints_the_table_and_the_nearest_names(capsys):
     zoo_main(["plan", "resnet18", "--start", "layer4"])
-    assert "4 converted from 'layer4'" in capsys.readouterr().out
+    assert "From 'layer4' on: 4 converted" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="nearest are"):
         zoo_main(["plan", "resnet18", "--start", "layer9"])
     with pytest.raises(SystemExit, match=r"nearest are .*resnet18"):
         zoo_main(["plan", "resnt18", "--start", "layer4"])
+
+
+def test_plan_as_data_of_a_dilated_feature_extractor_in_execution_order(capsys):
+    zoo_main(["plan", "convnext_atto", "--start", "stages.3", "--output-stride", "8", "--order", "execution", "--json"])
+    data = json.loads(capsys.readouterr().out)
+    assert data["start"] == "stages_3"
+    assert data["order"] == "execution"
+    assert [layer["kind"] for layer in data["converted"]] == 3 * ["Conv2d"]
+    with pytest.raises(SystemExit, match=r"timm cannot build vgg11 with .*output_stride"):
+        zoo_main(["plan", "vgg11", "--start", "features", "--output-stride", "8"])
 
 
 def test_unknown_things_to_prepare_are_refused_with_the_choices(capsys):
