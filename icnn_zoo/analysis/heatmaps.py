@@ -1,0 +1,189 @@
+"""Which input pixels one output pixel depends on: Figure 5 of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from torch import Tensor, nn
+
+Pixel = tuple[int, int]
+
+
+def input_gradient(
+    network: nn.Module, image: Tensor, pixels: Sequence[Pixel], class_indices: Sequence[int | None] | None = None
+) -> Tensor:
+    """Derivatives of output pixels with respect to the input image.
+
+    The output is what the network says at image size: scores of a lower resolution are interpolated as the network
+    does it (``upsample``), so a pixel has the same coordinates in image and output.
+
+    Args:
+        network: Takes images [B, 3, H, W] and gives scores [B, classes, H', W']. It runs in eval mode, as batch
+            statistics would tie every pixel to every other; its mode is put back.
+        image: RGB image [3, H, W], in the range that the network takes (0 to 255 for a SegmentationTask).
+        pixels: P output pixels (row, col).
+        class_indices: For each pixel the class whose score is derived; None, for one or for all, sums over classes.
+
+    Returns:
+        Derivatives [P, 3, H, W], float32. Positions of the irregular layers are held as they are.
+
+    Raises:
+        ValueError: A pixel outside the image, or a class that the network does not have.
+
+    Example:
+        >>> import torch
+        >>> from icnn_zoo.analysis import input_gradient
+        >>> network = torch.nn.Conv2d(3, 2, 3, padding=1, bias=False)
+        >>> gradient = input_gradient(network, torch.rand(3, 9, 9), [(4, 5)], [1])
+        >>> bool((gradient[0, :, 3:6, 4:7] == network.weight[1]).all())
+        True
+    """
+    height, width = image.shape[-2:]
+    for pixel in pixels:
+        check_pixel(pixel, (height, width))
+    device = next((parameter.device for parameter in network.parameters()), image.device)
+    images = image.to(device, torch.float32).expand(len(pixels), *image.shape).contiguous().requires_grad_()
+    with _evaluating(network), torch.enable_grad():
+        scores = image_scores(network, images)
+        total = scores.new_zeros(())
+        for index, (row, col) in enumerate(pixels):
+            chosen = None if class_indices is None else class_indices[index]
+            if chosen is not None and not 0 <= chosen < scores.shape[1]:
+                raise ValueError(f"`class_indices` must be from 0 to {scores.shape[1] - 1}; got {chosen}.")
+            at_pixel = scores[index, :, row, col]
+            total = total + (at_pixel.sum() if chosen is None else at_pixel[chosen])
+        # Images of a batch do not see each other in eval mode, so one backward serves all pixels.
+        (gradient,) = torch.autograd.grad(total, images)
+    return gradient.detach()
+
+
+def heatmap(
+    network: nn.Module, image: Tensor, pixels: Sequence[Pixel], class_indices: Sequence[int | None] | None = None
+) -> Tensor:
+    """How much every input pixel counts for output pixels: absolute derivatives, summed over the colours.
+
+    Args:
+        network: See :func:`input_gradient`, as for the other arguments.
+        image: RGB image [3, H, W].
+        pixels: P output pixels (row, col).
+        class_indices: For each pixel the class, None for the sum over classes.
+
+    Returns:
+        Heatmaps [P, H, W], float32, at least 0; exactly 0 where the output does not depend on the input.
+
+    Raises:
+        ValueError: See :func:`input_gradient`.
+    """
+    return input_gradient(network, image, pixels, class_indices).abs().sum(dim=1)
+
+
+def image_scores(network: nn.Module, images: Tensor) -> Tensor:
+    """Scores of a network at image size [B, classes, H, W], by its own ``upsample`` if it has one."""
+    scores = network(images).float()
+    if scores.shape[-2:] == images.shape[-2:]:
+        return scores
+    upsample: Any = getattr(getattr(network, "model", network), "upsample", None)
+    if upsample is not None:
+        return upsample(scores, images.shape[-2:])
+    return F.interpolate(scores, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def check_pixel(pixel: Sequence[int], size: Sequence[int]) -> None:
+    """Checks that a pixel (row, col) lies in an image of a size (H, W).
+
+    Raises:
+        ValueError: It does not; the message has the nearest one that does.
+    """
+    if all(0 <= place < extent for place, extent in zip(pixel, size, strict=True)):
+        return
+    nearest = [min(max(place, 0), extent - 1) for place, extent in zip(pixel, size, strict=True)]
+    raise ValueError(
+        f"`pixel` must be a (row, col) inside the image of {size[0]} rows and {size[1]} columns; got "
+        f"{tuple(pixel)}. The nearest inside is {tuple(nearest)}."
+    )
+
+
+def plot_heatmaps(
+    image: np.ndarray, maps: Mapping[str, np.ndarray | Tensor], pixel: Pixel, *, smoothing: float | None = None
+) -> Figure:
+    """Lays heatmaps of one output pixel over the image, one panel per network (Figure 5 of the paper).
+
+    Every map is divided by its own sum, so that networks whose scores differ in scale can be compared, and all panels
+    share one colour scale, which ends at the highest 0.5 % of pixels.
+
+    Args:
+        image: RGB image uint8 [H, W, 3].
+        maps: For each panel its title and the heatmap [H, W] of :func:`heatmap`.
+        pixel: The output pixel (row, col), marked by a cross in a ring.
+        smoothing: Standard deviation in pixels of a Gaussian blur of what is drawn, as networks that step over pixels
+            give speckled gradients; None for 1 % of the shorter side, 0 for none.
+
+    Returns:
+        A figure with the image, one overlay per map and a colour bar, apart from pyplot.
+
+    Raises:
+        ValueError: A pixel outside the image.
+    """
+    check_pixel(pixel, image.shape[:2])
+    height, width = image.shape[:2]
+    sigma = min(height, width) / 100 if smoothing is None else smoothing
+    shares = {name: _share(np.asarray(values, dtype=np.float64), sigma) for name, values in maps.items()}
+    # A map that is zero almost everywhere has its quantile at zero.
+    top = max(float(np.quantile(share, 0.995)) or float(share.max()) for share in shares.values()) or 1.0
+    side = 3.3
+    figure = Figure(figsize=(side * (1 + len(shares)) + 0.7, side * height / width + 0.45), layout="constrained")
+    panels = [figure.add_subplot(1, 1 + len(shares), index + 1) for index in range(1 + len(shares))]
+    panels[0].imshow(image)
+    panels[0].set_title("image", fontsize=9)
+    # The image stays recognisable in grey below, and colour means gradient only.
+    grey = image.astype(np.float64) @ (0.299, 0.587, 0.114) / 255
+    drawn = None
+    for axes, (name, share) in zip(panels[1:], shares.items(), strict=True):
+        strength = np.clip(share / top, 0, 1)
+        axes.imshow(0.15 + 0.6 * grey, cmap="gray", vmin=0, vmax=1)
+        drawn = axes.imshow(strength, cmap="inferno", vmin=0, vmax=1, alpha=np.clip(2 * strength, 0, 0.92))
+        axes.set_title(name, fontsize=9)
+    for axes in panels:
+        _mark(axes, pixel)
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    if drawn is not None:
+        bar = figure.colorbar(drawn, ax=panels[-1], shrink=0.9, pad=0.03)
+        bar.set_ticks([0.0, 0.5, 1.0], labels=["0", f"{0.5 * top:.0e}", f"{top:.0e}"])
+        bar.ax.tick_params(labelsize=6.5)
+        bar.set_label("share of the gradient per pixel", fontsize=7)
+    return figure
+
+
+def _share(values: np.ndarray, smoothing: float) -> np.ndarray:
+    blurred: np.ndarray = cv2.GaussianBlur(values, (0, 0), smoothing) if smoothing > 0 else values
+    return blurred / (blurred.sum() or 1.0)
+
+
+def _mark(axes: Any, pixel: Pixel) -> None:
+    outline = [withStroke(linewidth=3, foreground="black")]  # to be seen on any image
+    for marker, size in (("o", 11), ("+", 7)):
+        axes.plot(
+            pixel[1], pixel[0], marker, ms=size, mfc="none", mec="#7df9ff", mew=1.3, path_effects=outline, label="pixel"
+        )
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode for a while, every module's own mode put back afterwards."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
