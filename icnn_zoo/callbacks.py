@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from icnn_zoo.analysis.displacement import InputSizes, displacement_statistics
+from icnn_zoo.loggers import log_picture
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -142,6 +143,8 @@ class ScoreTable(Callback):
 class SamplePictures(Callback):
     """Writes pictures of image, truth and prediction side by side into ``pictures/`` of the run folder.
 
+    Loggers that take pictures (Weights & Biases, TensorBoard) get them too, as ``pictures/<image name>``.
+
     Args:
         num_samples: Images of the first validation or test batches to show, one picture each.
     """
@@ -180,7 +183,10 @@ class SamplePictures(Callback):
             images = torch.from_numpy(image)[None].to(pl_module.device)
             prediction = pl_module.predict_step({"image": images}, 0)[0].cpu().numpy()
             panels = [image.transpose(1, 2, 0), colour(mask, palette), colour(prediction, palette)]
-            Image.fromarray(np.concatenate(panels, axis=1)).save(folder / f"{prefix}_{Path(name).name}.png")
+            path = folder / f"{prefix}_{Path(name).name}.png"
+            Image.fromarray(np.concatenate(panels, axis=1)).save(path)
+            for logger in trainer.loggers:
+                log_picture(logger, f"pictures/{Path(name).name}", path, trainer.global_step)
         self._kept.clear()
 
 

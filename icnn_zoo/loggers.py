@@ -1,4 +1,4 @@
-"""Weights & Biases without prompts."""
+"""Weights & Biases without prompts, and pictures for any logger."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.loggers import WandbLogger as _WandbLogger
+from PIL import Image
 
 
 class WandbLogger(_WandbLogger):
@@ -58,3 +61,19 @@ def has_key() -> bool:
                     f"cannot look for a wandb key: {error}; mend the file or set WANDB_MODE=offline."
                 ) from error
     return False
+
+
+def log_picture(logger: Logger, key: str, picture: Path, step: int) -> None:
+    """Gives a picture to a logger that takes pictures: Weights & Biases and TensorBoard; others are left as they are.
+
+    Args:
+        logger: Any of Lightning's.
+        key: Name in the log.
+        picture: File of the picture.
+        step: Optimizer step.
+    """
+    if isinstance(logger, _WandbLogger):
+        logger.log_image(key, [str(picture)], step=step)
+    elif isinstance(logger, TensorBoardLogger):
+        with Image.open(picture) as image:
+            logger.experiment.add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")

@@ -116,16 +116,16 @@ def _draw_flat(axes: Axes, shapes: LayerShapes, half: float) -> None:
     least, greatest = shapes.grid.min(axis=0) - 0.5, shapes.grid.max(axis=0) + 0.5
     height, width = greatest - least
     axes.add_patch(Rectangle((least[1], least[0]), width, height, fill=False, ls="--", lw=0.8, ec=INK, alpha=0.7))
-    axes.scatter(shapes.grid[:, 1], shapes.grid[:, 0], marker="+", s=36, c="black", linewidths=0.9, label="regular grid")
+    rows, cols = shapes.grid.T
+    axes.scatter(cols, rows, marker="+", s=36, c="black", linewidths=0.9, label="regular grid")
     if num_shapes > 1:
         axes.add_collection(_ellipses(axes, shapes, colors))
     axes.set(xlim=(-half, half), ylim=(half, -half), aspect="equal", xlabel="column (px)", ylabel="row (px)")
     axes.set_title(_title(shapes, len(shown.positions)), fontsize=8)
     away = int((abs(points) > half).any(axis=-1).sum())
     if away:
-        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-        corner = {"transform": axes.transAxes, "ha": "right", "va": "bottom", "fontsize": 6.5, "color": INK}
-        axes.text(0.985, 0.015, f"{away} farther away", bbox=box, **corner)
+        text = axes.text(0.985, 0.015, f"{away} farther away", transform=axes.transAxes, ha="right", va="bottom")
+        text.set(fontsize=6.5, color=INK, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
     _quiet(axes)
 
 
@@ -187,8 +187,8 @@ def _title(shapes: LayerShapes, drawn: int) -> str:
 def _quiet(axes: Axes) -> None:
     """Leaves only what tells something."""
     axes.tick_params(labelsize=7, length=2, color=INK)
-    axes.xaxis.label.set_size(7)
-    axes.yaxis.label.set_size(7)
+    axes.xaxis.label.set_fontsize(7)
+    axes.yaxis.label.set_fontsize(7)
     for spine in axes.spines.values():
         spine.set_color("#c5ccd3")
     axes.grid(True, color="#e9ecef", linewidth=0.6)
