@@ -75,7 +75,8 @@ def _plan(arguments: Sequence[str]) -> None:
         except (TypeError, AssertionError) as error:
             raise ValueError(f"timm cannot build {options.backbone} with {kwargs}: {error}") from error
         runs = options.order == "execution"
-        images = torch.zeros(1, *timm.get_pretrained_cfg(options.backbone).input_size) if runs else None
+        size: tuple[int, ...] = getattr(timm.get_pretrained_cfg(options.backbone), "input_size", (3, 224, 224))
+        images = torch.zeros(1, *size) if runs else None
     result = plan(model, options.start, per_kernel=options.per_kernel, order=options.order, example_input=images)
     print(json.dumps(result.to_dict(), indent=2) if options.json else result)
 
