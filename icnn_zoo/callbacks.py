@@ -210,7 +210,7 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         folder = run_folder(trainer) / "predictions"
         palette = trainer.datamodule.palette  # type: ignore[attr-defined]
-        for labels, name, padding in zip(prediction, batch["name"], batch["padding"], strict=True):
+        for labels, name, padding in zip(prediction["labels"], prediction["name"], batch["padding"], strict=True):
             if padding:
                 continue
             picture = Image.fromarray(labels.cpu().numpy(), mode="P")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from icnn_zoo.callbacks import DisplacementMonitor, GeneratorStates
 from icnn_zoo.conversion import convert
+from icnn_zoo.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits
 from icnn_zoo.models import SegmentationModel, shrink_labels
 from icnn_zoo.optim import bound_positions, parameter_groups, poly_policy
 
@@ -40,6 +42,8 @@ class SegmentationTask(pl.LightningModule):
         head: "largefov".
         head_dilation: Dilation of the head; None for 12 at output stride 8 and 6 at 16. Smaller for feature maps that
             its taps would not meet.
+        dilation_rule: "caffe" as in the paper's baseline or "timm"; see
+            :class:`icnn_zoo.models.SegmentationModel`.
         pretrained: True for timm's default backbone weights, a path for a local file, False for none. Loaded when
             training begins, so that a checkpoint can be loaded without them.
         freeze_norm: Freezes norm layers' statistics and affine parameters.
@@ -55,6 +59,12 @@ class SegmentationTask(pl.LightningModule):
         bound_epsilon: How far one step may carry a position across its cell's border, in pixels (Eq. 7).
         loss_resolution: "logits" shrinks labels to the logit grid (the paper; image sizes of 8k + 1), "image" upsamples
             the logits.
+        evaluation: "whole" runs an image in one forward, "sliding" in overlapping windows; for validate, test and
+            predict.
+        window: Side of the windows in pixels, 8k + 1. They lie two thirds of it apart.
+        window_batch: Windows that the network gets at once; more is faster where memory allows.
+        flip: Averages the logits with those of the mirrored image.
+        scales: Factors of image size in evaluation, probabilities averaged; [1.0] for none.
         channels_last: Runs the network in the channels_last memory format.
         compile: Compiles the network with torch.compile.
 
@@ -74,6 +84,7 @@ class SegmentationTask(pl.LightningModule):
         output_stride: int = 8,
         head: str = "largefov",
         head_dilation: int | None = None,
+        dilation_rule: Literal["caffe", "timm"] = "timm",
         pretrained: bool | str = False,
         freeze_norm: bool = False,
         mean: Sequence[float] | None = None,
@@ -87,6 +98,11 @@ class SegmentationTask(pl.LightningModule):
         poly_power: float = 0.9,
         bound_epsilon: float = 1e-3,
         loss_resolution: Literal["logits", "image"] = "logits",
+        evaluation: Literal["whole", "sliding"] = "whole",
+        window: int = 713,
+        window_batch: int = 1,
+        flip: bool = False,
+        scales: Sequence[float] = (1.0,),
         channels_last: bool = False,
         compile: bool = False,
     ) -> None:
@@ -96,6 +112,7 @@ class SegmentationTask(pl.LightningModule):
             raise ValueError(f"`optimizer` must be sgd or adamw; got {optimizer!r}.")
         if loss_resolution not in ("logits", "image"):
             raise ValueError(f"`loss_resolution` must be logits or image; got {loss_resolution!r}.")
+        check_evaluation(evaluation, window, scales, window_batch)
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"`class_names` must have num_classes = {num_classes} names; got {len(class_names)}.")
         self.ignore_index = ignore_index
@@ -111,6 +128,11 @@ class SegmentationTask(pl.LightningModule):
         self.poly_power = poly_power
         self.bound_epsilon = bound_epsilon
         self.loss_resolution = loss_resolution
+        self.evaluation = evaluation
+        self.window = window
+        self.window_batch = window_batch
+        self.flip = flip
+        self.scales = tuple(scales)
         self.channels_last = channels_last
         self.compile_network = compile
         self.model = SegmentationModel(
@@ -119,6 +141,7 @@ class SegmentationTask(pl.LightningModule):
             output_stride=output_stride,
             head=head,
             head_dilation=head_dilation,
+            dilation_rule=dilation_rule,
             freeze_norm=freeze_norm,
             mean=mean,
             std=std,
@@ -169,7 +192,9 @@ class SegmentationTask(pl.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """RGB images [B, 3, H, W] in 0..255 to logits at the output stride."""
-        images = self.model.preprocess(images)
+        return self._logits(self.model.preprocess(images))
+
+    def _logits(self, images: Tensor) -> Tensor:
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.model(images)
@@ -195,9 +220,24 @@ class SegmentationTask(pl.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Label maps [B, H, W] at image size, uint8."""
-        return self._predict(batch["image"]).to(torch.uint8)
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor | dict[str, list[Any]]:
+        """Predicts label maps.
+
+        Args:
+            batch: "image" [B, 3, H, W] and perhaps "name", list of str, and "size", the (height, width) of each image
+                before it was padded at the right and bottom.
+            batch_idx: Unused.
+
+        Returns:
+            With names "labels", a list of uint8 label maps [height, width] at the image's own size, and "name", the
+            list of names; without names one uint8 tensor [B, H, W].
+        """
+        labels = self._predict(batch["image"]).to(torch.uint8)
+        if "name" not in batch:
+            return labels
+        sizes = batch.get("size", [labels.shape[-2:]] * len(labels))
+        maps = [of_image[: int(height), : int(width)] for of_image, (height, width) in zip(labels, sizes, strict=True)]
+        return {"labels": maps, "name": list(batch["name"])}
 
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
@@ -206,7 +246,20 @@ class SegmentationTask(pl.LightningModule):
         self._log_scores("test")
 
     def _predict(self, images: Tensor) -> Tensor:
-        return self.model.upsample(self(images).float(), images.shape[-2:]).argmax(dim=1)
+        if self.evaluation == "sliding":
+            logits = partial(
+                sliding_logits,
+                self._full_logits,
+                window=self.window,
+                flip=self.flip,
+                window_batch=self.window_batch,
+            )
+        else:
+            logits = partial(whole_logits, self._full_logits, flip=self.flip)
+        return multi_scale(logits, self.model.preprocess(images), self.scales).argmax(dim=1)
+
+    def _full_logits(self, images: Tensor) -> Tensor:
+        return self.model.upsample(self._logits(images).float(), images.shape[-2:])
 
     def _evaluate(self, batch: Batch) -> None:
         self.confusion.update(self._predict(batch["image"]), batch["mask"])
