@@ -1,4 +1,4 @@
-"""What a run keeps and shows: generator states, displacement statistics, tables, pictures and predictions."""
+"""What a run keeps and shows: its last state, displacement statistics, tables, pictures and predictions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -76,6 +76,22 @@ def _set_generator_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"].cpu())
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"].cpu())
+
+
+class LastCheckpoint(Callback):
+    """Saves ``last.ckpt`` after step ``max_steps``, beside every ModelCheckpoint that has ``save_last``.
+
+    ModelCheckpoint itself saves it with each validation, hence not the last steps of a run whose length is no multiple
+    of ``val_check_interval``.
+    """
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        # Not when training ends: by then Lightning counts the epoch as over, and resuming would begin the next one.
+        if trainer.global_step != trainer.max_steps:
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.dirpath:
+                trainer.save_checkpoint(Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}.ckpt")
 
 
 class DisplacementMonitor(Callback):

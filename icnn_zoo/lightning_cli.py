@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from icnn_zoo.callbacks import PredictionWriter, SamplePictures, ScoreTable, run_folder
+from icnn_zoo.callbacks import LastCheckpoint, PredictionWriter, SamplePictures, ScoreTable, run_folder
 from icnn_zoo.data import SegmentationDataModule
 from icnn_zoo.task import SegmentationTask
 
@@ -24,7 +24,10 @@ class ZooCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [ScoreTable(), PredictionWriter()], "use_distributed_sampler": False},
+            trainer_defaults={
+                "callbacks": [LastCheckpoint(), ScoreTable(), PredictionWriter()],
+                "use_distributed_sampler": False,
+            },
             parser_kwargs={"prog": "lightning", "description": "Trains and evaluates networks with learnable shapes."},
             args=None if args is None else list(args),
         )
