@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from icnn_zoo.analysis.displacement import InputSizes, displacement_statistics
+from icnn_zoo.data.files import write_picture
 
 
 def run_folder(trainer: pl.Trainer) -> Path:
@@ -209,7 +210,11 @@ def colour(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes predicted label maps as palette PNGs, ``predictions/<image name>.png`` in the run folder."""
+    """Writes predicted label maps as PNGs below ``predictions/`` in the run folder, without what padding added.
+
+    The data module says under which name and in which code: :meth:`SegmentationDataModule.prediction_file` and
+    :meth:`SegmentationDataModule.encode_labels`. VOC and Cityscapes give what their evaluation servers take.
+    """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
@@ -224,13 +229,8 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        folder = run_folder(trainer) / "predictions"
-        palette = trainer.datamodule.palette  # type: ignore[attr-defined]
+        folder, data = run_folder(trainer) / "predictions", trainer.datamodule  # type: ignore[attr-defined]
         for labels, name, padding in zip(prediction["labels"], prediction["name"], batch["padding"], strict=True):
             if padding:
                 continue
-            picture = Image.fromarray(labels.cpu().numpy(), mode="P")
-            picture.putpalette(palette.astype(np.uint8).tobytes())
-            path = (folder / name).with_suffix(".png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            write_picture(data.encode_labels(labels.cpu().numpy()), folder / data.prediction_file(name))
