@@ -151,7 +151,7 @@ class ScoreTable(Callback):
             table.add_row(name, "absent" if np.isnan(value) else f"{value:.3f}")
         table.add_section()
         table.add_row("mIoU", f"{float(metrics[f'{split}/mIoU']):.3f}")
-        first = pl_module.class_names[0]  # type: ignore[index, union-attr]
+        first = pl_module.class_names[0]  # type: ignore[index]
         table.add_row(f"mIoU of {first} everywhere", f"{float(metrics[f'{split}/mIoU_background']):.3f}")
         table.add_row("pixel accuracy", f"{float(metrics[f'{split}/pixel_accuracy']):.3f}")
         Console().print(table)
