@@ -35,13 +35,14 @@ def zoo_main(args: ArgsType = None) -> None:
 
 def _prepare(arguments: Sequence[str]) -> None:
     """Fetches a dataset or pretrained weights and stores them ready for training."""
-    from icnn_zoo.prepare import DATASETS
+    from icnn_zoo.prepare import DATASETS, OPTIONS, prepare
 
     parser = argparse.ArgumentParser(prog="icnn-zoo prepare", description=_prepare.__doc__)
     parser.add_argument("name", choices=sorted(DATASETS), help="what to prepare")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder to store it in (default: data)")
-    options = parser.parse_args(arguments)
-    print(f"Ready: {DATASETS[options.name](options.root)}")
+    for option, explanation in OPTIONS.items():
+        parser.add_argument(f"--{option.replace('_', '-')}", action="store_true", help=explanation)
+    print(prepare(**vars(parser.parse_args(arguments))))
 
 
 def _plan(arguments: Sequence[str]) -> None:
