@@ -7,6 +7,7 @@ Python and PyTorch included) is its own. Both are the network of ``configs/citys
 stride 8, irregular from layer3.11 on, frozen norms, 19 classes. "train" is forward, loss at logit resolution, backward,
 the optimizer's step and the bound of Eq. 7, on one crop; "evaluate" is logits of all windows, averaged, and the argmax.
 "idle" has the network and its imports alone, and no step: what the others' memory begins with.
+torch is imported within functions, as a child's peak begins with the memory of the process that started it.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -37,6 +38,10 @@ class ZooCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.ignore_index", "model.ignore_index", apply_on="instantiate")
         parser.link_arguments("data.classes", "model.class_names", apply_on="instantiate")
+
+    def predict(self, model: pl.LightningModule, **kwargs: Any) -> None:
+        """Predicts without keeping label maps: PredictionWriter has written them, and a set's would be gigabytes."""
+        self.trainer.predict(model, **{**kwargs, "return_predictions": False})
 
     def after_fit(self) -> None:
         _print_run_folder(self.trainer)

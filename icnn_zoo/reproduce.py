@@ -2,7 +2,7 @@
 
 Every run is a subprocess of the command line in a folder of its own, ``OUT/TABLE/ROW/seed_N``, which gets
 
-- ``request.json`` when it begins: what it is, so that a folder never mixes two experiments;
+- ``request.json`` when it begins: what it is, so that a table never mixes two experiments;
 - ``attempt_K``: config, metrics and checkpoints of each start; a run goes on from the last checkpoint of them all;
 - ``result.json`` when it has been evaluated: metrics, config, versions. A folder that has it is never run again.
 """
@@ -116,8 +116,7 @@ def reproduce(
     folder = out / name
     # Seed by seed: after the first seed the table has all its rows.
     runs = [_Run(experiment, row, seed, folder, config, tuple(overrides)) for seed in seeds for row in chosen]
-    for run in runs:
-        run.check()
+    _check_folder(folder, runs[0])
     table = write_table(name, out)
     for number, run in enumerate(runs, start=1):
         if run.result.is_file():
@@ -156,20 +155,6 @@ class _Run:
             "config": yaml.safe_load(self.config.read_text(encoding="utf-8")),  # without its comments
             "overrides": list(self.overrides),
         }
-
-    def check(self) -> None:
-        """Raises ValueError where the folder was begun with another config or other overrides."""
-        file = self.folder / "request.json"
-        if not file.is_file():
-            return
-        before, now = json.loads(file.read_text(encoding="utf-8")), self.request
-        for key, value in now.items():
-            if before.get(key) != value:
-                shown = "another file" if key == "config" else f"{before.get(key)}, now {value}"
-                raise ValueError(
-                    f"{str(self.folder)!r} was begun with another experiment: its {key} is {shown}. Repeat that, or "
-                    "give another `--out`."
-                )
 
     def __call__(self) -> None:
         """Trains from where the last attempt ended, evaluates, and writes the result."""
@@ -244,6 +229,19 @@ class _Run:
             raise ValueError("reproduce needs the length of a run as trainer.max_steps.")
         state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
         return state["global_step"] >= trainer["max_steps"]
+
+
+def _check_folder(folder: Path, run: _Run) -> None:
+    """Raises ValueError where any run of a table was begun with another config or other overrides."""
+    for file in sorted(folder.glob("*/seed_*/request.json")):
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("config", "overrides"):
+            if before[key] != run.request[key]:
+                shown = "another file" if key == "config" else f"{before[key]}, now {run.request[key]}"
+                raise ValueError(
+                    f"{str(file.parent)!r} was begun with another experiment: its {key} is {shown}. One table holds "
+                    "one experiment: repeat that, or give another `--out`."
+                )
 
 
 def write_table(name: str, out: Path) -> Path:

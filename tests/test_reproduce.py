@@ -108,6 +108,9 @@ def test_overrides_reach_every_run_and_another_experiment_is_refused_in_the_same
     assert "| regular | 50.00 | - | 0 |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"its overrides is .*give another `--out`"):
         zoo_main([*command, "--trainer.max_steps", "5"])
+    with pytest.raises(SystemExit, match=r"give another `--out`"):  # nor in another row of the same table
+        zoo_main(["reproduce", "table1", "--rows", "layer4", "--out", str(tmp_path)])
+    assert {pairs["--model.start"] for _, pairs in runs.calls} == {"null"}
     record = json.loads((tmp_path / "table1" / "regular" / "seed_0" / "result.json").read_text())
     assert record["metrics"] == {"val/mIoU": 0.5}
     assert record["overrides"] == ["--trainer.max_steps", "4"]
