@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from icnn_zoo.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits, window_starts
@@ -68,6 +69,26 @@ def test_overlapping_windows_are_averaged_by_their_number():
     for window_batch in (1, 5, 100):
         found = sliding_logits(blur, image, window=window, window_batch=window_batch)
         torch.testing.assert_close(found, total / number)
+
+
+def test_windows_and_argmax_hold_the_logits_of_the_image_once():
+    class Storages(TorchDispatchMode):
+        """Notes the storages of results that are as large as the image's logits."""
+
+        def __init__(self):
+            super().__init__()
+            self.found = {}
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes() >= 4 * 19 * 64 * 128:
+                self.found[result.untyped_storage().data_ptr()] = result  # kept, so that no address comes twice
+            return result
+
+    with Storages() as storages, torch.no_grad():
+        logits = sliding_logits(lambda part: part[:, :1].repeat(1, 19, 1, 1), torch.randn(1, 3, 64, 128), window=33)
+        logits.argmax(dim=1)
+    assert len(storages.found) == 1
 
 
 def test_images_smaller_than_the_window_are_padded_with_the_mean_at_right_and_bottom():
