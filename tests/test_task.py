@@ -133,7 +133,8 @@ def test_two_processes_score_a_set_that_does_not_divide_exactly_as_one_does(tmp_
     for devices in (1, 2):
         folder = tmp_path / str(devices)
         folder.mkdir()
-        task = waken(make_task(evaluation="sliding", window=25, flip=True))  # spread logits: no prediction is a tie
+        task = make_task(evaluation="sliding", window=25, flip=True)
+        waken(task.model.backbone)  # spread logits: no prediction is a tie
         trainer = make_trainer(folder, Keep(folder), devices=devices, strategy="ddp_spawn" if devices == 2 else "auto")
         trainer.validate(task, make_data(num_val=5), verbose=False)
         metrics += [torch.load(folder / f"{rank}.pt")["metrics"] for rank in range(devices)]
