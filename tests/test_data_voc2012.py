@@ -155,8 +155,13 @@ def test_missing_folders_and_lists_are_named_with_what_to_do(tmp_path):
         voc(tmp_path).make_dataset("train")
     assert len(voc(tmp_path, train_set="train").make_dataset("train")) == 3
     (folder / "ImageSets/Segmentation/val.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"there is no list .*val.txt"):
+    with pytest.raises(FileNotFoundError, match=r"there is no list .*val.txt'\. `icnn-zoo prepare voc2012"):
         voc(tmp_path).make_dataset("val")
+    (folder / "ImageSets/Segmentation/test.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no list .*test.txt'\. .*evaluation server"):
+        voc(tmp_path, predict_split="test").make_dataset("predict")
+    with pytest.raises(FileNotFoundError, match=r"no list .*mine.txt'\. `train_list` must be a file"):
+        voc(tmp_path, train_list="mine.txt").make_dataset("train")
 
 
 def test_missing_files_are_counted_and_named(root):

@@ -71,9 +71,9 @@ def class_table(classes: Mapping[int, int]) -> np.ndarray:
         classes: Class index (or the ignore index), 0 to 255, of each value that may occur.
 
     Returns:
-        int16 [largest value + 1]: the class index, or -1 for a value that must not occur.
+        int16 [256, or more for larger values]: the class index, or -1 for a value that must not occur.
     """
-    table = np.full(max(classes) + 1, -1, dtype=np.int16)
+    table = np.full(max(256, *(value + 1 for value in classes)), -1, dtype=np.int16)
     for value, index in classes.items():
         table[value] = index
     return table
@@ -93,15 +93,20 @@ def read_classes(path: Path, table: np.ndarray) -> np.ndarray:
         ValueError: As :func:`read_labels`, or it holds a value without a meaning; the message names file and values.
     """
     labels = read_labels(path)
-    values = np.unique(labels)
-    wrong = [value for value in values.tolist() if not 0 <= value < len(table) or table[value] < 0]
-    if wrong:
-        raise ValueError(f"{str(path)!r}: label values must be {_ranges(table)}; got {wrong[:10]}.")
-    return table[labels].astype(np.uint8)
+    if labels.min() >= 0 and labels.max() < len(table):
+        classes = table[labels]
+        if classes.min() >= 0:
+            return classes.astype(np.uint8)
+    wrong = [value for value in np.unique(labels).tolist() if not 0 <= value < len(table) or table[value] < 0]
+    raise ValueError(f"{str(path)!r}: label values must be {_ranges(table)}; got {wrong[:10]}.")
 
 
-def read_list(path: Path) -> list[tuple[str, str | None]]:
+def read_list(path: Path, advice: str = "") -> list[tuple[str, str | None]]:
     """The entries of a list of images: an id a line, or DeepLab's two columns of an image's and a label file's path.
+
+    Args:
+        path: The list.
+        advice: What to do if there is none, for the error.
 
     Returns:
         Ids (names without folder and ending), each once and in order, with the label file's path or None.
@@ -111,7 +116,7 @@ def read_list(path: Path) -> list[tuple[str, str | None]]:
         ValueError: It is empty, or a line is neither form.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no list {str(path)!r}.")
+        raise FileNotFoundError(f"there is no list {str(path)!r}. {advice}".rstrip())
     entries: dict[str, str | None] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         columns = line.split()
@@ -121,7 +126,9 @@ def read_list(path: Path) -> list[tuple[str, str | None]]:
             raise ValueError(
                 f"{str(path)!r}, line {number}: expected an id, or paths of an image and a label file; got {line!r}."
             )
-        entries[Path(columns[0]).stem if "/" in columns[0] else columns[0]] = columns[1] if len(columns) > 1 else None
+        image = Path(columns[0])
+        name = image.stem if image.suffix in (".jpg", ".png") else image.name
+        entries[name] = columns[1] if len(columns) > 1 else None
     if not entries:
         raise ValueError(f"the list {str(path)!r} is empty.")
     return list(entries.items())

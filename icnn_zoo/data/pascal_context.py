@@ -167,7 +167,8 @@ def has_voc(root: Path) -> bool:
 def context_ids(voc: Path, name: str) -> list[str]:
     """The ids of "train" or "val"."""
     lists = [voc / folder / f"{name}.txt" for folder in _LISTS]
-    return [key for key, _ in read_list(next((path for path in lists if path.is_file()), lists[-1]))]
+    path = next((path for path in lists if path.is_file()), lists[-1])
+    return [key for key, _ in read_list(path, "It comes with VOC 2010 (VOCtrainval_03-May-2010.tar).")]
 
 
 def raw_folder(root: Path) -> Path | None:

@@ -27,6 +27,10 @@ _AUG_LISTS = (
     "ImageSets/Segmentation/trainaug.txt",
     "ImageSets/Segmentation/aug.txt",
 )
+_TEST_ADVICE = (
+    "The test images are an archive of their own, which VOC's evaluation server (host.robots.ox.ac.uk) gives after "
+    "registration; unpack it beside VOCdevkit, so that its files join those of VOCdevkit/VOC2012."
+)
 LABEL_TABLE = class_table({**{index: index for index in range(len(VOC_CLASSES))}, 255: 255})
 
 
@@ -110,7 +114,7 @@ class VOC2012DataModule(FileDataModule):
         if name == "train":
             labels = dict(self._train_labels(voc))
         else:
-            ids = voc_ids(voc, name)
+            ids = voc_ids(voc, name, self.advice if name != "test" else _TEST_ADVICE)
             labels = {key: None if name == "test" else voc / "SegmentationClass" / f"{key}.png" for key in ids}
         if split == "predict":
             labels = dict.fromkeys(labels)
@@ -124,7 +128,8 @@ class VOC2012DataModule(FileDataModule):
 
     def _train_labels(self, voc: Path) -> dict[str, Path]:
         if self.train_list is not None:
-            listed = read_list(self.root / self.train_list)
+            advice = "`train_list` must be a file, relative to `root`."
+            listed = read_list(self.root / self.train_list, advice)
             left_out = set(voc_ids(voc, "val"))
             known = train_aug_labels(self.root, [key for key, _ in listed])
             return {
@@ -164,9 +169,9 @@ def sbd_folder(root: Path) -> Path | None:
     return search_folder(root, _SBD_FOLDERS, "cls")
 
 
-def voc_ids(voc: Path, name: str) -> list[str]:
+def voc_ids(voc: Path, name: str, advice: str = "") -> list[str]:
     """The ids of one of VOC's own lists, "train", "val" or "test"."""
-    return [key for key, _ in read_list(voc / "ImageSets" / "Segmentation" / f"{name}.txt")]
+    return [key for key, _ in read_list(voc / "ImageSets" / "Segmentation" / f"{name}.txt", advice)]
 
 
 def train_aug_ids(root: Path) -> list[str]:
