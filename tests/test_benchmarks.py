@@ -159,3 +159,18 @@ def test_command_needs_no_training_stack(name):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "--repeats" in done.stdout
+
+
+def test_protocol_cost_measures_each_part_in_a_process_of_its_own(tmp_path):
+    path = tmp_path / "cost.json"
+    script = SCRIPT.with_name("protocol_cost.py")
+    command = [sys.executable, str(script), "--backbone", "test_resnet", "--start", "layer4", "--crop", "33"]
+    command += ["--image", "49", "65", "--window", "33", "--rounds", "2", "--threads", "1", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(path.read_text())
+    assert {"machine", "versions", "settings", "results"} <= report.keys()
+    assert list(report["results"]) == ["idle", "train", "evaluate"]
+    for part in report["results"].values():
+        assert len(part["seconds"]) == 2
+        assert part["peak_mib"] > 50
