@@ -163,7 +163,7 @@ def test_command_needs_no_training_stack(name):
 
 def test_protocol_cost_measures_each_part_in_a_process_of_its_own(tmp_path):
     path = tmp_path / "cost.json"
-    script = Path(__file__).parents[1] / "benchmarks" / "protocol_cost.py"
+    script = FOLDER / "protocol_cost.py"
     command = [sys.executable, str(script), "--backbone", "test_resnet", "--start", "layer4", "--crop", "33"]
     command += ["--image", "49", "65", "--window", "33", "--rounds", "2", "--threads", "1", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
