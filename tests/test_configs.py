@@ -1,11 +1,11 @@
-"""The paper's configs as they stand, on datasets in miniature: fit, validate, test and predict."""
+"""Configs of data on disk as they stand, on datasets in miniature: fit, validate, test and predict."""
 
 from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from miniature import TRAIN_AUG, write_cityscapes, write_pascal_context, write_voc2012
+from miniature import TRAIN_AUG, write_cityscapes, write_folder, write_pascal_context, write_voc2012
 from PIL import Image
 
 from icnn_zoo.cli import lightning_main
@@ -20,20 +20,22 @@ DATASETS = {
     "voc2012": write_voc2012,
     "pascal_context": write_pascal_context,
     "cityscapes": partial(write_cityscapes, size=(56, 72)),
+    "folder": write_folder,
 }
+ANY = ["--data.init_args.num_train", "any", "--data.init_args.num_val", "any"]
 OWN = {  # what only a miniature needs
-    "voc2012": ["--data.init_args.eval_size", "73", "--data.init_args.num_train", str(len(TRAIN_AUG))],
-    "pascal_context": ["--data.init_args.eval_size", "73"],
-    "cityscapes": ["--model.window", "33"],
+    "voc2012": [*ANY, "--data.init_args.eval_size", "73", "--data.init_args.num_train", str(len(TRAIN_AUG))],
+    "pascal_context": [*ANY, "--data.init_args.eval_size", "73"],
+    "cityscapes": [*ANY, "--model.window", "33"],
+    "folder": ["--data.init_args.root", "data"],
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_of_the_paper_fits_validates_tests_and_predicts(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_config_fits_validates_tests_and_predicts(name, tmp_path, monkeypatch):
     DATASETS[name](tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     small = ["--model.backbone", "test_resnet", "--model.start", "layer3", "--model.pretrained", "false"]
-    small += ["--data.init_args.num_train", "any", "--data.init_args.num_val", "any"]
     small += ["--data.init_args.crop_size", "33", "--data.init_args.batch_size", "2"]
     small += ["--data.init_args.num_workers", "0", "--data.init_args.eval_batch_size", "1"]
     small += ["--trainer.accelerator", "cpu", "--trainer.max_steps", "3", "--trainer.val_check_interval", "2"]
