@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from icnn_zoo.zoo_commands import ZOO_COMMANDS
+
 ArgsType = Sequence[str] | None
 ORDERS = ("registration", "execution")  # those of icnn_zoo.plan, which is not imported to print a help text
 
@@ -106,7 +108,12 @@ def _export(arguments: Sequence[str]) -> None:
     print(export_onnx(network, options.to, (3, *options.size), overwrite=options.force))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": _prepare, "plan": _plan, "export": _export}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "prepare": _prepare,
+    "plan": _plan,
+    "export": _export,
+    **ZOO_COMMANDS,
+}
 
 
 def _run_lightning(args: ArgsType) -> Any:
