@@ -16,6 +16,7 @@ NAME = r"[a-z0-9_]+\.[a-z0-9_-]+"
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$", max_length=100)]
+Color = Annotated[str, StringConstraints(pattern=r"^#[0-9a-f]{6}$")]
 Size = Annotated[int, Field(gt=0, le=2**40)]
 Channels = tuple[float, float, float]
 
@@ -96,7 +97,7 @@ class Card(Record):
         network: Arguments of :class:`icnn_zoo.models.SegmentationModel` but for the classes, mean and std.
         conversion: Arguments of :func:`icnn_zoo.convert`; None for a regular network.
         classes: Names by index, background first.
-        palette: RGB, 0 to 255, by class.
+        palette: Colours by class, as #rrggbb.
         mean: Of the RGB channels in 0 to 1.
         std: Likewise.
         dataset: The training data.
@@ -112,7 +113,7 @@ class Card(Record):
     network: dict[str, Any]
     conversion: Conversion | None
     classes: Annotated[tuple[Text, ...], Field(min_length=2, max_length=255)]
-    palette: tuple[tuple[int, int, int], ...]
+    palette: tuple[Color, ...]
     mean: Channels
     std: Channels
     dataset: Dataset
@@ -131,8 +132,6 @@ class Card(Record):
             raise ValueError(f"`name` must be {architecture}.<tag>, after the backbone; got {self.name!r}")
         if len(self.palette) != len(self.classes):
             raise ValueError(f"`palette` must have a colour for each of {len(self.classes)} classes")
-        if not all(0 <= value <= 255 for color in self.palette for value in color):
-            raise ValueError("`palette` must be within 0 to 255")
         if min(self.std) <= 0:
             raise ValueError(f"`std` must be positive; got {self.std}")
         return self

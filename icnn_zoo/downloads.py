@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import platformdirs
 from filelock import FileLock
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential_jitter
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_exponential, wait_random
 from tqdm import tqdm
 
 from icnn_zoo.transports import DownloadError, TransientError, open_url
@@ -215,7 +215,7 @@ def _repeat(action: Callable[[], Result], progress: Callable[[], int]) -> Result
     first, longest = _BACKOFF
     retrying = Retrying(
         retry=retry_if_exception_type(TransientError),
-        wait=wait_exponential_jitter(initial=first, max=longest, jitter=first),
+        wait=wait_exponential(multiplier=first, max=longest) + wait_random(0, first),
         stop=stop,
         reraise=True,
     )

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 from icnn_zoo.cards import (
     FORMAT,
     Card,
+    Color,
     Conversion,
     Dataset,
     Metric,
@@ -62,7 +63,7 @@ class About(Record):
         licence: Of the weights.
         dataset: Name, split, licence and attribution of the training data.
         metrics: Names as ``lightning validate`` and ``test`` log them, protocols, and values, or none to measure them.
-        palette: RGB by class; None for PASCAL VOC's colours.
+        palette: Colours by class, as #rrggbb; None for PASCAL VOC's colours.
         pictures: Picture files to publish too, and what they show.
         provenance: Packages and commit, for checkpoints that do not hold them.
     """
@@ -71,7 +72,7 @@ class About(Record):
     licence: Text
     dataset: Dataset
     metrics: Annotated[list[MetricToBe], Field(min_length=1)]
-    palette: list[tuple[int, int, int]] | None = None
+    palette: list[Color] | None = None
     pictures: dict[str, Text] = Field(default_factory=dict)
     provenance: Provenance | None = None
 
@@ -214,18 +215,21 @@ def _make_card(
     taken = set(inspect.signature(SegmentationModel).parameters) - {"num_classes", "mean", "std"}
     start = options["start"]
     metrics = _metrics(task, about, training.config, overrides)
-    palette = about.palette or color_map(len(task.class_names)).tolist()
+    palette = about.palette or [f"#{bytes(color).hex()}" for color in color_map(len(task.class_names))]
+    network = {key: value for key, value in options.items() if key in taken}
+    if network.get("head_dilation") is None:  # a default that another version might choose otherwise
+        network["head_dilation"] = model.classifier.dilation[0]
     try:
         return Card(
             format=FORMAT,
             name=name,
             description=about.description.strip(),
-            network={key: value for key, value in options.items() if key in taken},
+            network=network,
             conversion=None
             if start is None
             else Conversion(start=start, epsilon=options["epsilon"], per_kernel=options["per_kernel"]),
             classes=task.class_names,
-            palette=tuple((red, green, blue) for red, green, blue in palette),
+            palette=tuple(palette),
             mean=_channels(model.mean),
             std=_channels(model.std),
             dataset=about.dataset,

@@ -47,13 +47,11 @@ class Segmenter(SegmentationModel):
         **network: Any,
     ) -> None:
         super().__init__(backbone, num_classes, **network)
-        from icnn_zoo.data.voc_classes import color_map
-
         for name, values in (("classes", classes), ("palette", palette)):
             if values is not None and len(values) != num_classes:
                 raise ValueError(f"`{name}` must have num_classes = {num_classes} items; got {len(values)}.")
         self.classes = tuple(classes or map(str, range(num_classes)))
-        self.palette = color_map(num_classes) if palette is None else np.array(palette, dtype=np.uint8)
+        self.palette = _voc_colors(num_classes) if palette is None else np.array(palette, dtype=np.uint8)
         self.card: Card | None = None
 
     @torch.inference_mode()
@@ -163,6 +161,12 @@ def segmentation_picture(image: np.ndarray, labels: np.ndarray, model: Segmenter
         draw.rectangle(box, fill=tuple(int(value) for value in model.palette[index]), outline="black")
         draw.text((left + line + gap, top), entry, fill="black", font=font)
     return picture
+
+
+def _voc_colors(num_classes: int) -> np.ndarray:
+    from icnn_zoo.data.voc_classes import color_map  # brings Lightning, which a published network does not need
+
+    return color_map(num_classes)
 
 
 def _upright_rgb(image: Image.Image) -> np.ndarray:

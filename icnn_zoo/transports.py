@@ -11,7 +11,7 @@ import fsspec
 import requests
 
 _TIMEOUT = (10.0, 30.0)  # seconds to connect, and between two pieces
-_CHUNK = 1 << 18
+_CHUNK = 1 << 14  # bytes; what is lost of a piece when the connection breaks
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 
 

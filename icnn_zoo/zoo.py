@@ -146,7 +146,7 @@ def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
         model = create_model(
             num_classes=len(card.classes),
             classes=card.classes,
-            palette=card.palette,
+            palette=[tuple(bytes.fromhex(color[1:])) for color in card.palette],
             mean=card.mean,
             std=card.std,
             **card.network,

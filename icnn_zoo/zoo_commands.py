@@ -19,12 +19,13 @@ def _list(arguments: Sequence[str]) -> None:
     from icnn_zoo.registry import open_registries
 
     rows: dict[str, tuple[str, str]] = {}
-    for place in open_registries(options.registry, options.cache):
+    places = open_registries(options.registry, options.cache)
+    for place in places:
         for entry in place.read_index().checkpoints:
             if fnmatch.fnmatchcase(entry.name, options.pattern):
                 rows.setdefault(entry.name, (f"{entry.weights.size / 1e6:.1f} MB", entry.summary))
     if not rows:
-        raise ValueError(f"no checkpoint matches {options.pattern!r}; icnn-zoo list shows all.")
+        raise ValueError(f"no checkpoint of {', '.join(place.url for place in places)} matches {options.pattern!r}.")
     width = max(map(len, rows))
     for name, (size, summary) in sorted(rows.items()):
         print(f"{name:<{width}}  {size:>9}  {summary}")
