@@ -105,7 +105,7 @@ def _make_cli(config: Mapping[str, Any], overrides: Sequence[str]) -> Any:
                 seed_everything_default=0,
                 trainer_defaults={"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False},
                 parser_kwargs={"exit_on_error": False},
-                args=["--config", str(file), *overrides],
+                args=["--config", str(file), "--pictures.num_samples=0", *overrides],
             )
         except ArgumentError as error:
             raise ValueError(f"the configuration does not fit this version of icnn_zoo: {error}") from error

@@ -214,7 +214,6 @@ def _make_card(
     # What the class takes today, so that an argument added to it is kept without a change here.
     taken = set(inspect.signature(SegmentationModel).parameters) - {"num_classes", "mean", "std"}
     start = options["start"]
-    metrics = _metrics(task, about, training.config, overrides)
     palette = about.palette or [f"#{bytes(color).hex()}" for color in color_map(len(task.class_names))]
     network = {key: value for key, value in options.items() if key in taken}
     if network.get("head_dilation") is None:  # a default that another version might choose otherwise
@@ -233,7 +232,7 @@ def _make_card(
             mean=_channels(model.mean),
             std=_channels(model.std),
             dataset=about.dataset,
-            metrics=metrics,
+            metrics=_metrics(task, about, training.config, overrides),
             training=training,
             weights=Weights(
                 sha256=hashlib.sha256(data).hexdigest(),

@@ -143,15 +143,16 @@ def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
         )
     try:
         conversion = {} if card.conversion is None else card.conversion.model_dump()
-        model = create_model(
-            num_classes=len(card.classes),
-            classes=card.classes,
-            palette=[tuple(bytes.fromhex(color[1:])) for color in card.palette],
-            mean=card.mean,
-            std=card.std,
-            **card.network,
-            **conversion,
-        )
+        with torch.random.fork_rng(devices=[]):  # loading should not change what is drawn next
+            model = create_model(
+                num_classes=len(card.classes),
+                classes=card.classes,
+                palette=[tuple(bytes.fromhex(color[1:])) for color in card.palette],
+                mean=card.mean,
+                std=card.std,
+                **card.network,
+                **conversion,
+            )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} describes no network that can be built: {error}") from error
     _check_fit(model.state_dict(), tensors, where)

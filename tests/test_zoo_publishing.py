@@ -65,11 +65,29 @@ def test_lightning_validate_on_the_published_checkpoint_gives_the_cards_metric(
     assert float(values["val/mIoU"]) == pytest.approx(card.metrics[0].value, abs=1e-6)
 
 
-def test_verify_measures_the_metric_and_finds_a_wrong_one(zoo_folder, zoo_run, tmp_path, capsys):
+def test_one_line_of_a_configuration_starts_a_run_from_the_zoo(zoo_folder, zoo_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("ICNN_ZOO_REGISTRY", str(zoo_folder))
+    config = yaml.safe_load((zoo_run / "config.yaml").read_text())
+    config["model"] |= {"pretrained": f"zoo:{NAME}", "start": "layer2", "lr": 0.0, "position_lr": 0.0}
+    config["data"]["init_args"]["num_classes"] = 4
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    lightning_main(["fit", "-c", str(tmp_path / "config.yaml"), "--trainer.max_steps", "1"])
+    trained = load_task(tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt").model
+    loaded = icnn_zoo.load_checkpoint(NAME)
+    assert torch.equal(trained.backbone.layer4[0].conv1.displacement, loaded.backbone.layer4[0].conv1.displacement)
+    assert torch.equal(trained.backbone.layer1[0].conv1.weight, loaded.backbone.layer1[0].conv1.weight)
+    assert (trained.backbone.layer2[0].conv1.displacement == 1e-3).all()
+    assert trained.num_classes == 4
+
+
+def test_verify_measures_the_metric_and_finds_a_wrong_one(zoo_folder, zoo_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     zoo_main(["verify", "--metrics", "--registry", str(zoo_folder)])
     output = capsys.readouterr().out
     assert "golden output reproduced" in output
     assert "val/mIoU" in output
+    assert not list(tmp_path.iterdir())  # evaluating leaves nothing
     publish(zoo_run, NAME, tmp_path, MEASURED)
     with pytest.raises(SystemExit, match=r"val/mIoU is 0\.\d+, its card says 0\.5000"):
         zoo_main(["verify", NAME, "--metrics", "--registry", str(tmp_path)])

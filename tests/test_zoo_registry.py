@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from zoo_cases import NAME, sha256
+from zoo_cases import NAME, fork, sha256
 
 import icnn_zoo
 from icnn_zoo import downloads
@@ -62,6 +62,26 @@ def test_a_checkpoint_is_listed_loaded_and_verified_from(kind, zoo_folder, zoo_s
     assert model.card.name == NAME
     assert list(icnn_zoo.irregular_layers(model))[-1] == "classifier"
     assert verify_checkpoint(NAME, registry=place) < 1e-6
+
+
+def test_processes_that_load_at_once_download_once(zoo_folder, zoo_server):
+    def load(place) -> None:
+        assert icnn_zoo.load_checkpoint(NAME, registry=place).card.name == NAME
+
+    place = zoo_server.serve(zoo_folder)
+    zoo_server.manners = ["slow"] * 20
+    processes = [fork(load, place) for _ in range(4)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    paths = [path for path, _, _ in zoo_server.requests]
+    assert (paths.count(f"/{NAME}/model.safetensors"), paths.count(f"/{NAME}/card.json")) == (1, 1)
+
+
+def test_loading_does_not_change_what_is_drawn_next(zoo_folder):
+    state = torch.get_rng_state()
+    icnn_zoo.load_checkpoint(NAME, registry=zoo_folder)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_warm_cache_serves_an_unreachable_registry_and_says_so(zoo_folder, zoo_server):
