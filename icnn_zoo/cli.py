@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from icnn_zoo.zoo_commands import ZOO_COMMANDS
+
 ArgsType = Sequence[str] | None
 ORDERS = ("registration", "execution")  # those of icnn_zoo.plan, which is not imported to print a help text
 
@@ -138,6 +140,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": _plan,
     "export": _export,
     "reproduce": _reproduce,
+    **ZOO_COMMANDS,
 }
 
 

@@ -106,12 +106,16 @@ class SegmentationModel(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.train()
 
-    def load_pretrained(self, file: str | Path | None = None) -> SegmentationModel:
-        """Loads the backbone's pretrained weights through timm, before or after converting.
+    def load_pretrained(
+        self, file: str | Path | None = None, classes: Sequence[str] | None = None
+    ) -> SegmentationModel:
+        """Loads the backbone's pretrained weights through timm, before or after converting, or a zoo checkpoint.
 
         Args:
             file: A local file of any kind timm reads (safetensors, pth) with the backbone's own names; None downloads
-                timm's default weights.
+                timm's default weights; ``"zoo:NAME"`` a checkpoint of the zoo (:func:`icnn_zoo.zoo.load_start`).
+            classes: Class names: the head of a zoo checkpoint is loaded if its classes are the same. None compares
+                only their number.
 
         Returns:
             This network.
@@ -120,6 +124,10 @@ class SegmentationModel(nn.Module):
             FileNotFoundError: ``file`` does not exist.
             ValueError: The weights do not cover the backbone.
         """
+        if isinstance(file, str) and file.startswith("zoo:"):
+            from icnn_zoo.zoo import load_start
+
+            return load_start(self, file, classes)
         if file is not None and not Path(file).is_file():
             hint = " Make it with: icnn-zoo prepare efficientnet-lite0 --root data" if "lite0" in str(file) else ""
             raise FileNotFoundError(f"`pretrained`: there is no file {str(file)!r}.{hint}")

@@ -20,6 +20,7 @@ from icnn_zoo.conversion import convert
 from icnn_zoo.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits
 from icnn_zoo.models import SegmentationModel, shrink_labels
 from icnn_zoo.optim import bound_positions, parameter_groups, poly_policy
+from icnn_zoo.provenance import provenance
 
 Batch = dict[str, Any]
 
@@ -46,8 +47,9 @@ class SegmentationTask(pl.LightningModule):
             its taps would not meet.
         dilation_rule: "caffe" as in the paper's baseline or "timm"; see
             :class:`icnn_zoo.models.SegmentationModel`.
-        pretrained: True for timm's default backbone weights, a path for a local file, False for none. Loaded when
-            training begins, so that a checkpoint can be loaded without them.
+        pretrained: True for timm's default backbone weights, a path for a local file, "zoo:NAME" for a checkpoint of
+            the zoo, False for none. Loaded when training begins, so that a checkpoint can be loaded without them; one
+            of the zoo, which has a head, also when a network without other weights is evaluated.
         freeze_norm: Freezes norm layers' statistics and affine parameters.
         mean: RGB mean in 0 to 1, None for timm's.
         std: RGB standard deviation in 0 to 1, None for timm's.
@@ -121,6 +123,7 @@ class SegmentationTask(pl.LightningModule):
         self.class_names = tuple(class_names or (str(index) for index in range(num_classes)))
         self.start = start
         self.pretrained = pretrained
+        self._has_weights = False
         self.optimizer_name = optimizer
         self.lr = lr
         self.head_lr_factor = head_lr_factor
@@ -168,7 +171,36 @@ class SegmentationTask(pl.LightningModule):
         """Loads pretrained weights, unless a checkpoint was restored, which holds all weights."""
         # Not in setup: there Lightning does not yet say whether it resumes.
         if self.pretrained and self.trainer.ckpt_path is None:
-            self.model.load_pretrained(None if self.pretrained is True else self.pretrained)
+            self.load_pretrained()
+        self._has_weights = True
+
+    def on_validation_start(self) -> None:
+        self._load_from_zoo()
+
+    def on_test_start(self) -> None:
+        self._load_from_zoo()
+
+    def on_predict_start(self) -> None:
+        self._load_from_zoo()
+
+    def load_pretrained(self) -> None:
+        """Loads what ``pretrained`` names."""
+        file = None if self.pretrained is True else str(self.pretrained)
+        self.model.load_pretrained(file, self.hparams["class_names"])
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module; weights that were loaded are not replaced by those of ``pretrained``."""
+        self._has_weights = True
+        return super().load_state_dict(*args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what a published checkpoint has to say of its making."""
+        checkpoint["provenance"] = provenance()
+
+    def _load_from_zoo(self) -> None:
+        if not self._has_weights and isinstance(self.pretrained, str) and self.pretrained.startswith("zoo:"):
+            self.load_pretrained()
+            self._has_weights = True
 
     def configure_optimizers(self) -> Any:
         groups = parameter_groups(
