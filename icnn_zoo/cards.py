@@ -152,7 +152,7 @@ def parse(kind: type[AnyRecord], text: str | bytes, source: str) -> AnyRecord:
         The record.
 
     Raises:
-        ValueError: It is no JSON, of a newer format, or not as the schema wants it; the message names every such key.
+        ValueError: It is no JSON, of a newer format, or not as the schema wants it; the message names the keys.
     """
     try:
         data = json.loads(text)
@@ -171,13 +171,14 @@ def parse(kind: type[AnyRecord], text: str | bytes, source: str) -> AnyRecord:
 
 
 def complaints(error: ValidationError) -> str:
-    """One line on what a schema found wrong, key by key."""
+    """One line on what a schema found wrong: the first five keys."""
     found = []
     for item in error.errors(include_url=False):
         place = ".".join(map(str, item["loc"]))
         came = "" if item["type"] in ("missing", "value_error") else f" (got {str(item['input'])[:80]!r})"
         found.append(f"{place}: {item['msg']}{came}" if place else item["msg"])
-    return "; ".join(found)
+    more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+    return "; ".join(found[:5]) + more
 
 
 def dump(record: Record) -> bytes:
