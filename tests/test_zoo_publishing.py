@@ -1,7 +1,6 @@
 """Publishing: exact, complete, all or nothing; and the published network gives the metric of its card."""
 
 import json
-import os
 import shutil
 import signal
 from importlib import metadata
@@ -10,7 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from zoo_cases import ABOUT, NAME, files, fork
+from zoo_cases import ABOUT, NAME, files, interpreter
 
 import icnn_zoo
 from icnn_zoo import publishing
@@ -155,17 +154,17 @@ def test_what_is_no_run_is_refused_with_the_reason(zoo_run, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["_read_back", "_replace"])
-def test_a_kill_while_publishing_leaves_the_old_state_and_the_way_free(zoo_run, tmp_path, monkeypatch, moment):
+def test_a_kill_while_publishing_leaves_the_old_state_and_the_way_free(zoo_run, tmp_path, moment):
+    killed = """
+import json, os, signal, sys
+from icnn_zoo import publishing
+moment, run, name, folder, about = sys.argv[1:]
+setattr(publishing, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+publishing.publish(run, name, folder, json.loads(about))
+"""
     publish(zoo_run, "test_resnet.first", tmp_path, MEASURED)
     before = (tmp_path / "index.json").read_bytes()
-
-    def killed() -> None:
-        monkeypatch.setattr(publishing, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        publish(zoo_run, NAME, tmp_path, MEASURED)
-
-    process = fork(killed)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert interpreter(killed, moment, zoo_run, NAME, tmp_path, json.dumps(MEASURED)).wait() == -signal.SIGKILL
     assert (tmp_path / "index.json").read_bytes() == before
     assert icnn_zoo.list_checkpoints(registry=tmp_path) == ["test_resnet.first"]
     publish(zoo_run, NAME, tmp_path, MEASURED)

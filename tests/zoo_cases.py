@@ -6,6 +6,8 @@ import hashlib
 import multiprocessing
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -42,10 +44,18 @@ def files(folder: Path) -> set[str]:
 
 
 def fork(action: Callable[..., Any], *arguments: Any) -> Any:
-    """A process that runs ``action``: forked, as a fresh one would import torch again."""
+    """A process that runs ``action``: forked, as a fresh one would import torch again.
+
+    Only for what computes nothing: OpenMP's threads do not survive a fork, and who waits for them waits for ever.
+    """
     process = multiprocessing.get_context("fork").Process(target=action, args=arguments)
     process.start()
     return process
+
+
+def interpreter(code: str, *arguments: str | Path) -> subprocess.Popen[bytes]:
+    """A fresh interpreter that runs ``code`` on ``sys.argv[1:]``."""
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)])
 
 
 class Server:
