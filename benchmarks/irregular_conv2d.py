@@ -31,10 +31,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training_step
-from measuring import TOLERANCE, distance, environment, measured, timed
+from measuring import MEASUREMENT_S, TOLERANCE, distance, environment, measured, timed
 from peers import PEERS, REGULAR, SHAPES, Case, Dcls, Operator, Shape, conv2d, deform_conv2d, irregular
 
-MEASUREMENT_S = 0.05  # a quick call is repeated for about this long
 SLOW_S, SLOW_ROUNDS = 5.0, 3  # slower calls take part in the first rounds only
 COMPARED = ("output", "input gradient", "weight gradient", "position gradient")
 

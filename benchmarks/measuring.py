@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from icnn_zoo.ops import operators
 
 SEED = 0
 LINUX = sys.platform == "linux"
+MEASUREMENT_S = 0.05  # a quick call is repeated for about this long
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}  # largest difference / largest value
 
 
@@ -66,10 +67,12 @@ def measured(call: Callable[[], Any], device: str) -> tuple[float, float | None]
     return timed(call, device), (counter("self/status", "VmHWM") - before) / 2**20
 
 
-def environment(args: argparse.Namespace) -> dict[str, Any]:
+def environment(
+    args: argparse.Namespace, packages: Sequence[str] = ("torch", "torchvision", "timm", "DCLS")
+) -> dict[str, Any]:
     """Machine, versions, date, seed and settings."""
     versions = {"python": platform.python_version(), "icnn_zoo": icnn_zoo.__version__}
-    for package in ("torch", "torchvision", "timm", "DCLS"):
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)

@@ -250,6 +250,8 @@ def main() -> None:
     for name in timm.list_models():
         if name not in rows:
             rows[name] = plan(name)
+            if not rows[name]["planned"]:
+                rows[name] |= {"status": "skipped", "reason": "it has no convolution larger than 1x1"}
     write(results, options.output)
     todo = [name for name in order(rows) if rows[name]["status"] in ("not run", *options.again)]
     todo = [name for name in todo if name in options.names] if options.names else todo

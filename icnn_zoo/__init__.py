@@ -1,8 +1,11 @@
-"""Convolutions with learnable shapes: the operator, the layer, and the converter for any network.
+"""Convolutions with learnable shapes: the operator, the layer, the converter for any network, and the zoo.
 
 Training, data and pictures live in ``icnn_zoo.task``, ``icnn_zoo.data`` and ``icnn_zoo.analysis``, which are imported
-by name: this module needs neither Lightning nor albumentations.
+by name: this module needs neither Lightning nor albumentations. The zoo, which needs timm, is imported on first use.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from icnn_zoo._version import __version__
 from icnn_zoo.conv_rules import ConvRules, register_conv_rules
@@ -12,6 +15,16 @@ from icnn_zoo.layers import IrregularConv2d
 from icnn_zoo.ops import irregular_conv2d
 from icnn_zoo.optim import bound_positions, freeze_norm, parameter_groups, poly_policy
 
+if TYPE_CHECKING:
+    from icnn_zoo.registry import list_checkpoints
+    from icnn_zoo.zoo import create_model, load_checkpoint
+
+_LAZY = {
+    "create_model": "icnn_zoo.zoo",
+    "list_checkpoints": "icnn_zoo.registry",
+    "load_checkpoint": "icnn_zoo.zoo",
+}
+
 __all__ = [
     "ConvRules",
     "ConversionPlan",
@@ -19,12 +32,21 @@ __all__ = [
     "__version__",
     "bound_positions",
     "convert",
+    "create_model",
     "deploy",
     "freeze_norm",
     "irregular_conv2d",
     "irregular_layers",
+    "list_checkpoints",
+    "load_checkpoint",
     "parameter_groups",
     "plan",
     "poly_policy",
     "register_conv_rules",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

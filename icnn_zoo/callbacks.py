@@ -1,4 +1,4 @@
-"""What a run keeps and shows: generator states, displacement statistics, tables, pictures and predictions."""
+"""What a run keeps and shows: its last state, displacement statistics, tables, pictures and predictions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from icnn_zoo.analysis.displacement import InputSizes, displacement_statistics
+from icnn_zoo.data.files import write_picture
 from icnn_zoo.loggers import log_picture
 
 
@@ -79,6 +80,22 @@ def _set_generator_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"].cpu())
 
 
+class LastCheckpoint(Callback):
+    """Saves ``last.ckpt`` after step ``max_steps``, beside every ModelCheckpoint that has ``save_last``.
+
+    ModelCheckpoint itself saves it with each validation, hence not the last steps of a run whose length is no multiple
+    of ``val_check_interval``.
+    """
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        # Not when training ends: by then Lightning counts the epoch as over, and resuming would begin the next one.
+        if trainer.global_step != trainer.max_steps:
+            return
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.dirpath:
+                trainer.save_checkpoint(Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}.ckpt")
+
+
 class DisplacementMonitor(Callback):
     """Logs how far taps moved and the share of dead ones, per layer, every ``trainer.log_every_n_steps`` steps.
 
@@ -135,7 +152,8 @@ class ScoreTable(Callback):
             table.add_row(name, "absent" if np.isnan(value) else f"{value:.3f}")
         table.add_section()
         table.add_row("mIoU", f"{float(metrics[f'{split}/mIoU']):.3f}")
-        table.add_row("mIoU of background everywhere", f"{float(metrics[f'{split}/mIoU_background']):.3f}")
+        first = pl_module.class_names[0]  # type: ignore[index]
+        table.add_row(f"mIoU of {first} everywhere", f"{float(metrics[f'{split}/mIoU_background']):.3f}")
         table.add_row("pixel accuracy", f"{float(metrics[f'{split}/pixel_accuracy']):.3f}")
         Console().print(table)
 
@@ -199,7 +217,11 @@ def colour(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes predicted label maps as palette PNGs, ``predictions/<image name>.png`` in the run folder."""
+    """Writes predicted label maps as PNGs below ``predictions/`` in the run folder, without what padding added.
+
+    The data module says under which name and in which code: :meth:`SegmentationDataModule.prediction_file` and
+    :meth:`SegmentationDataModule.encode_labels`. VOC and Cityscapes give what their evaluation servers take.
+    """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
@@ -214,13 +236,8 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        folder = run_folder(trainer) / "predictions"
-        palette = trainer.datamodule.palette  # type: ignore[attr-defined]
-        for labels, name, padding in zip(prediction, batch["name"], batch["padding"], strict=True):
+        folder, data = run_folder(trainer) / "predictions", trainer.datamodule  # type: ignore[attr-defined]
+        for labels, name, padding in zip(prediction["labels"], prediction["name"], batch["padding"], strict=True):
             if padding:
                 continue
-            picture = Image.fromarray(labels.cpu().numpy(), mode="P")
-            picture.putpalette(palette.astype(np.uint8).tobytes())
-            path = (folder / name).with_suffix(".png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            write_picture(data.encode_labels(labels.cpu().numpy()), folder / data.prediction_file(name))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from icnn_zoo.picture_commands import erf, heatmap, shapes
+from icnn_zoo.zoo_commands import ZOO_COMMANDS
 
 ArgsType = Sequence[str] | None
 ORDERS = ("registration", "execution")  # those of icnn_zoo.plan, which is not imported to print a help text
@@ -38,13 +39,14 @@ def zoo_main(args: ArgsType = None) -> None:
 
 def _prepare(arguments: Sequence[str]) -> None:
     """Fetches a dataset or pretrained weights and stores them ready for training."""
-    from icnn_zoo.prepare import DATASETS
+    from icnn_zoo.prepare import DATASETS, OPTIONS, prepare
 
     parser = argparse.ArgumentParser(prog="icnn-zoo prepare", description=_prepare.__doc__)
     parser.add_argument("name", choices=sorted(DATASETS), help="what to prepare")
     parser.add_argument("--root", type=Path, default=Path("data"), help="folder to store it in (default: data)")
-    options = parser.parse_args(arguments)
-    print(f"Ready: {DATASETS[options.name](options.root)}")
+    for option, explanation in OPTIONS.items():
+        parser.add_argument(f"--{option.replace('_', '-')}", action="store_true", help=explanation)
+    print(prepare(**vars(parser.parse_args(arguments))))
 
 
 def _plan(arguments: Sequence[str]) -> None:
@@ -77,7 +79,8 @@ def _plan(arguments: Sequence[str]) -> None:
         except (TypeError, AssertionError) as error:
             raise ValueError(f"timm cannot build {options.backbone} with {kwargs}: {error}") from error
         runs = options.order == "execution"
-        images = torch.zeros(1, *timm.get_pretrained_cfg(options.backbone).input_size) if runs else None
+        size: tuple[int, ...] = getattr(timm.get_pretrained_cfg(options.backbone), "input_size", (3, 224, 224))
+        images = torch.zeros(1, *size) if runs else None
     result = plan(model, options.start, per_kernel=options.per_kernel, order=options.order, example_input=images)
     print(json.dumps(result.to_dict(), indent=2) if options.json else result)
 
@@ -108,6 +111,31 @@ def _export(arguments: Sequence[str]) -> None:
     print(export_onnx(network, options.to, (3, *options.size), overwrite=options.force))
 
 
+def _reproduce(arguments: Sequence[str]) -> None:
+    """Runs the rows of a table of the paper that are missing, and writes the table."""
+    from icnn_zoo.reproduce import EXPERIMENTS, reproduce
+
+    rows = "; ".join(f"{name}: {', '.join(experiment.rows)}" for name, experiment in EXPERIMENTS.items())
+    parser = argparse.ArgumentParser(
+        prog="icnn-zoo reproduce",
+        description=f"{_reproduce.__doc__} Interrupted runs go on, finished ones are kept.",
+        epilog=f"What follows -- goes to every run, such as -- --trainer.devices 4. Rows of {rows}.",
+    )
+    parser.add_argument("name", choices=list(EXPERIMENTS), help="which table")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows to run (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="seeds of each row (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of the runs and tables")
+    parser.add_argument("--config", type=Path, help="YAML file (default: the experiment's in configs/)")
+    # Parsed apart, as argparse would give what follows -- to a positional argument.
+    own, overrides = list(arguments), []
+    if "--" in own:
+        place = own.index("--")
+        own, overrides = own[:place], own[place + 1 :]
+    options = parser.parse_args(own)
+    table = reproduce(**vars(options), overrides=overrides)
+    print(f"{table.read_text(encoding='utf-8')}\nTable: {table.resolve()}")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare": _prepare,
     "plan": _plan,
@@ -115,6 +143,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "shapes": shapes,
     "heatmap": heatmap,
     "erf": erf,
+    "reproduce": _reproduce,
+    **ZOO_COMMANDS,
 }
 
 
@@ -122,3 +152,7 @@ def _run_lightning(args: ArgsType) -> Any:
     from icnn_zoo.lightning_cli import ZooCLI
 
     return ZooCLI.run(args)
+
+
+if __name__ == "__main__":  # python -m icnn_zoo.cli, by which Lightning can start further processes
+    zoo_main()

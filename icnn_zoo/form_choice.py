@@ -15,6 +15,7 @@ from torch import Tensor
 
 # Costs are in multiply-adds of a wide convolution, for one output pixel. The constants lie between what PyTorch 2.15
 # and onnxruntime 1.32 take for the forms of eleven layers (64 to 2048 channels, float32, one core of an AMD EPYC).
+# benchmarks/deploy.py measures what is chosen against what they say.
 # Writing an element of a convolution's output, copying one, and the multiple that outputs are rounded up to:
 PLANE_COST = 75.0
 COPY_COST = 25.0

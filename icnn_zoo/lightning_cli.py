@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from icnn_zoo.callbacks import PredictionWriter, SamplePictures, ScoreTable, run_folder
+from icnn_zoo.callbacks import LastCheckpoint, PredictionWriter, SamplePictures, ScoreTable, run_folder
 from icnn_zoo.data import SegmentationDataModule
 from icnn_zoo.task import SegmentationTask
 
@@ -24,7 +25,10 @@ class ZooCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [ScoreTable(), PredictionWriter()], "use_distributed_sampler": False},
+            trainer_defaults={
+                "callbacks": [LastCheckpoint(), ScoreTable(), PredictionWriter()],
+                "use_distributed_sampler": False,
+            },
             parser_kwargs={"prog": "lightning", "description": "Trains and evaluates networks with learnable shapes."},
             args=None if args is None else list(args),
         )
@@ -34,6 +38,10 @@ class ZooCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.ignore_index", "model.ignore_index", apply_on="instantiate")
         parser.link_arguments("data.classes", "model.class_names", apply_on="instantiate")
+
+    def predict(self, model: pl.LightningModule, **kwargs: Any) -> None:
+        """Predicts without keeping label maps: PredictionWriter has written them, and a set's would be gigabytes."""
+        self.trainer.predict(model, **{**kwargs, "return_predictions": False})
 
     def after_fit(self) -> None:
         _print_run_folder(self.trainer)

@@ -10,12 +10,14 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from icnn_zoo.optim import freeze_norm
 
 OUTPUT_STRIDES = (8, 16)
 HEADS = ("largefov",)
+DILATION_RULES = ("caffe", "timm")
 
 
 class SegmentationModel(nn.Module):
@@ -31,6 +33,9 @@ class SegmentationModel(nn.Module):
         head: "largefov".
         head_dilation: Dilation of the head; None for the paper's 12 at output stride 8, and 6 at 16, the same field of
             view. Feature maps smaller than the dilation leave only the head's centre tap alive.
+        dilation_rule: Dilation of the convolutions that lost their stride, the first 3x3 of each dilated stage. "timm"
+            (torchvision likewise) gives them that of the stage before, "caffe" that of their own stage, as DeepLab's
+            networks have it: 2 in layer3.0 and 4 in layer4.0 of a ResNet at output stride 8, not 1 and 2.
         freeze_norm: Freezes statistics and affine parameters of all norm layers, in training mode too.
         mean: Mean of the RGB channels in 0 to 1, None for what timm says of the backbone.
         std: Standard deviation likewise.
@@ -40,7 +45,13 @@ class SegmentationModel(nn.Module):
         classifier: The head.
 
     Raises:
-        ValueError: No such backbone, or one that timm cannot dilate to this output stride; the message names choices.
+        ValueError: No such backbone, one that timm cannot dilate to this output stride, or one for which Caffe's rule
+            says nothing; the message names choices.
+
+    Note:
+        One difference to DeepLab's Caffe network stays: a timm ResNet has the remaining stride of layer2.0 in its 3x3
+        convolution, Caffe's in the 1x1 before. It goes with the weights, which were trained so. Caffe rounds the
+        stem's pooling up, which is the same at sizes of 8k + 1.
 
     Example:
         >>> import torch
@@ -61,6 +72,7 @@ class SegmentationModel(nn.Module):
         output_stride: int = 8,
         head: str = "largefov",
         head_dilation: int | None = None,
+        dilation_rule: str = "timm",
         freeze_norm: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -72,11 +84,15 @@ class SegmentationModel(nn.Module):
             raise ValueError(f"`head_dilation` must be at least 1; got {head_dilation}.")
         if head not in HEADS:
             raise ValueError(f"`head` must be one of {', '.join(HEADS)}; got {head!r}.")
+        if dilation_rule not in DILATION_RULES:
+            raise ValueError(f"`dilation_rule` must be one of {', '.join(DILATION_RULES)}; got {dilation_rule!r}.")
         self.backbone_name = backbone
         self.num_classes = num_classes
         self.output_stride = output_stride
         self.freeze_norm = freeze_norm
         self.backbone = _create_backbone(backbone, output_stride)
+        if dilation_rule == "caffe":
+            _dilate_as_caffe(self.backbone, backbone, output_stride)
         channels = _feature_info(self.backbone).channels()[-1]
         dilation = 12 * 8 // output_stride if head_dilation is None else head_dilation
         self.classifier = nn.Conv2d(channels, num_classes, 3, padding=dilation, dilation=dilation)
@@ -90,12 +106,16 @@ class SegmentationModel(nn.Module):
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.train()
 
-    def load_pretrained(self, file: str | Path | None = None) -> SegmentationModel:
-        """Loads the backbone's pretrained weights through timm, before or after converting.
+    def load_pretrained(
+        self, file: str | Path | None = None, classes: Sequence[str] | None = None
+    ) -> SegmentationModel:
+        """Loads the backbone's pretrained weights through timm, before or after converting, or a zoo checkpoint.
 
         Args:
             file: A local file of any kind timm reads (safetensors, pth) with the backbone's own names; None downloads
-                timm's default weights.
+                timm's default weights; ``"zoo:NAME"`` a checkpoint of the zoo (:func:`icnn_zoo.zoo.load_start`).
+            classes: Class names: the head of a zoo checkpoint is loaded if its classes are the same. None compares
+                only their number.
 
         Returns:
             This network.
@@ -104,6 +124,10 @@ class SegmentationModel(nn.Module):
             FileNotFoundError: ``file`` does not exist.
             ValueError: The weights do not cover the backbone.
         """
+        if isinstance(file, str) and file.startswith("zoo:"):
+            from icnn_zoo.zoo import load_start
+
+            return load_start(self, file, classes)
         if file is not None and not Path(file).is_file():
             hint = " Make it with: icnn-zoo prepare efficientnet-lite0 --root data" if "lite0" in str(file) else ""
             raise FileNotFoundError(f"`pretrained`: there is no file {str(file)!r}.{hint}")
@@ -187,6 +211,41 @@ def _create_backbone(name: str, output_stride: int, **kwargs: Any) -> nn.Module:
     if reduction != output_stride:
         raise ValueError(_cannot_dilate(name, output_stride))
     return backbone
+
+
+def _dilate_as_caffe(backbone: nn.Module, name: str, output_stride: int) -> None:
+    """Multiplies the dilation of every convolution that lost its stride by that stride, and its padding alike."""
+    with torch.device("meta"):
+        original = timm.create_model(name, features_only=True, out_indices=(-1,))
+    strided = {path: layer for path, layer in original.named_modules() if isinstance(layer, nn.Conv2d)}
+    changes: dict[nn.Conv2d, int] = {}
+    for path, layer in backbone.named_modules():
+        before = strided.get(path)
+        if not isinstance(layer, nn.Conv2d) or before is None or max(before.kernel_size) == 1:
+            continue
+        factor = before.stride[0] // layer.stride[0]
+        if factor > 1:
+            changes[layer] = factor
+    total = _feature_info(original).reduction()[-1] // output_stride
+    wanted = {2**power for power in range(1, total.bit_length())}
+    found = {layer.dilation[0] * factor for layer, factor in changes.items()}
+    if found != wanted or not all(_has_centre(layer) for layer in changes):
+        raise ValueError(
+            f"`dilation_rule`='caffe' is for backbones whose stages begin with a strided 3x3 convolution, such as "
+            f"resnet or regnet; {name!r} at output stride {output_stride} is none. Take dilation_rule='timm'."
+        )
+    for layer, factor in changes.items():
+        layer.dilation = (layer.dilation[0] * factor, layer.dilation[1] * factor)
+        if not isinstance(layer, Conv2dSame):  # which pads by its dilation in every forward
+            layer.padding = tuple(int(pad) * factor for pad in layer.padding)
+
+
+def _has_centre(layer: nn.Conv2d) -> bool:
+    """Whether a dilation can change without moving the output: odd kernel, padded by half of it with zeros."""
+    if any(extent % 2 == 0 for extent in layer.kernel_size) or layer.padding_mode != "zeros":
+        return False
+    halves = tuple(dilation * (extent // 2) for dilation, extent in zip(layer.dilation, layer.kernel_size, strict=True))
+    return isinstance(layer, Conv2dSame) or layer.padding == halves
 
 
 def _feature_info(backbone: nn.Module) -> Any:

@@ -93,5 +93,5 @@ def _from_config(source: Path) -> SegmentationTask:
         logging.disable(logging.NOTSET)
     task: SegmentationTask = cli.model
     if task.pretrained:
-        task.model.load_pretrained(None if task.pretrained is True else task.pretrained)
+        task.load_pretrained()
     return task.eval()

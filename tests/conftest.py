@@ -7,6 +7,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import json
+import warnings
 from pathlib import Path
 
 import cv2
@@ -72,3 +73,40 @@ def drawn_voc_root(tmp_path_factory) -> Path:
         manifest["backgrounds"][split] = 2
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return root
+
+
+@pytest.fixture(scope="session")
+def zoo_run(tmp_path_factory) -> Path:
+    """The folder of a real run of two steps, with a network of 0.4 MB."""
+    from icnn_zoo.cli import lightning_main
+
+    folder = tmp_path_factory.mktemp("run")
+    options = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
+    options += ["--data.init_args.num_workers", "0", "--data.init_args.num_val", "4", "--pictures.num_samples", "0"]
+    options += ["--data.init_args.eval_batch_size", "4", "--data.init_args.batch_size", "4"]
+    options += ["--trainer.logger.init_args.save_dir", str(folder), "--trainer.enable_progress_bar", "false"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lightning_main(["fit", "-c", str(Path(__file__).parents[1] / "configs" / "quickstart.yaml"), *options])
+    return folder / "quickstart" / "version_0"
+
+
+@pytest.fixture(scope="session")
+def zoo_folder(zoo_run, tmp_path_factory) -> Path:
+    """A registry with one checkpoint. Tests that change it copy it first."""
+    from zoo_cases import ABOUT, NAME
+
+    from icnn_zoo.publishing import publish
+
+    folder = tmp_path_factory.mktemp("zoo")
+    publish(zoo_run, NAME, folder, ABOUT)
+    return folder
+
+
+@pytest.fixture
+def zoo_server():
+    """A web server on the loopback whose manners a test decides, see zoo_cases.Server."""
+    from zoo_cases import Server
+
+    with Server() as server:
+        yield server

@@ -1,5 +1,7 @@
 """Who sees which image when: shares of processes and accumulation, determinism, resumption, checks of samples."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -150,6 +152,32 @@ def test_evaluation_keeps_native_sizes_and_order():
     batches = list(Numbered(length=3).test_dataloader())
     assert [tuple(batch["image"].shape) for batch in batches] == [(1, 3, 8, 8), (1, 3, 9, 8), (1, 3, 8, 8)]
     assert [batch["name"] for batch in batches] == [["0"], ["1"], ["2"]]
+
+
+def test_evaluation_can_pad_at_the_right_and_the_bottom_and_says_the_size():
+    batch = next(iter(Numbered(length=2, eval_batch_size=2, eval_size=(17, 9), fill=(1, 2, 3)).val_dataloader()))
+    assert batch["image"].shape == (2, 3, 17, 9)
+    assert batch["size"].tolist() == [[8, 8], [9, 8]]
+    for image, mask, (height, width) in zip(batch["image"], batch["mask"], batch["size"].tolist(), strict=True):
+        assert (mask[:height, :width] == 1).all()
+        assert int((mask == 255).sum()) == 17 * 9 - height * width
+        assert image[:, -1].unique(dim=1).squeeze(1).tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"1: an image of 9 x 8 does not fit into `eval_size` = 8 x 9"):
+        list(Numbered(length=2, eval_size=(8, 9)).val_dataloader())
+
+
+def test_padding_has_the_mean_that_the_network_subtracts():
+    data = Numbered(size=8)
+    assert data.transform.fill == (124, 116, 104)
+    network = SimpleNamespace(mean=torch.tensor([0.5, 0.25, 1.0])[:, None, None])
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(model=network), overfit_batches=0, callbacks=[], accumulate_grad_batches=1
+    )
+    data.setup("fit")
+    assert data.transform.fill == (128, 64, 255)
+    data.fill = (1, 2, 3)
+    data.setup("fit")
+    assert data.transform.fill == (1, 2, 3)
 
 
 def test_images_of_different_sizes_in_one_batch_are_refused():

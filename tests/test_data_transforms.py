@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from icnn_zoo.data import TrainTransform
+from icnn_zoo.models import shrink_labels
 
 FILL = (124, 116, 104)
 
@@ -67,6 +69,58 @@ def test_uniform_scales_lie_between_the_ends():
     assert 50 <= min(heights) < 60
     assert 140 < max(heights) <= 150
     assert len(heights) > 20
+
+
+def resized(values: np.ndarray, height: int, width: int, nearest: bool) -> np.ndarray:
+    """Pixels as squares, centres at halves: bilinear between the four nearest centres, or the square one is in."""
+    result = np.zeros((height, width, *values.shape[2:]))
+    for row in range(height):
+        for col in range(width):
+            places = []
+            for place, size, old in ((row, height, values.shape[0]), (col, width, values.shape[1])):
+                if nearest:
+                    places.append([(int(place * old / size), 1.0)])
+                    continue
+                centre = min(max((place + 0.5) * old / size - 0.5, 0), old - 1)
+                low = int(centre)
+                places.append([(low, low + 1 - centre), (min(low + 1, old - 1), centre - low)])
+            for i, weight_i in places[0]:
+                for j, weight_j in places[1]:
+                    result[row, col] += weight_i * weight_j * values[i, j]
+    return result
+
+
+@pytest.mark.parametrize("size", [(25, 33), (33, 17), (41, 41)])
+@pytest.mark.parametrize("scale", [0.5, 0.75, 1.0, 1.25, 1.5])
+def test_scale_pad_crop_and_mirror_are_a_literal_description(size, scale):
+    """Sizes of 8k + 1, a crop of 33: every result is one of the possible crops, and its mask shrinks to 5 x 5."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+    mask = rng.integers(0, 5, size).astype(np.uint8)
+    height, width = int(size[0] * scale), int(size[1] * scale)
+    whole_image = np.full((max(height, 33), max(width, 33), 3), FILL, np.float64)
+    whole_mask = np.full(whole_image.shape[:2], 255)
+    whole_image[:height, :width] = resized(image, height, width, nearest=False)
+    whole_mask[:height, :width] = resized(mask, height, width, nearest=True)
+    places = [(i, j) for i in range(whole_mask.shape[0] - 32) for j in range(whole_mask.shape[1] - 32)]
+    transform = TrainTransform(33, scales=(scale,))
+    seen = set()
+    for seed in range(12):
+        found_image, found_mask = transform(image, mask, seed)
+        matches = [
+            (place, step)
+            for place in places
+            for step in (1, -1)
+            if np.array_equal(whole_mask[place[0] : place[0] + 33, place[1] : place[1] + 33][:, ::step], found_mask)
+        ]
+        assert len(matches) == 1
+        (row, col), step = matches[0]
+        expected = whole_image[row : row + 33, col : col + 33][:, ::step]
+        assert np.abs(found_image - expected).max() <= 1  # of 255: rounding
+        small = shrink_labels(torch.from_numpy(found_mask.astype(np.int64))[None], 8)[0].numpy()
+        assert np.array_equal(small, [[found_mask[8 * i, 8 * j] for j in range(5)] for i in range(5)])
+        seen.add(matches[0])
+    assert len(seen) >= min(2 * len(places), 2)
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,52 @@ def test_missing_weights_are_a_clear_error(tmp_path):
         SegmentationModel("resnet18", 3).load_pretrained(tmp_path / "none.safetensors")
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnet101"])
+def test_caffes_rule_dilates_the_first_block_like_the_rest_of_its_stage(backbone):
+    timms = SegmentationModel(backbone, 3).eval()
+    caffes = SegmentationModel(backbone, 3, dilation_rule="caffe").eval()
+    for stage, dilation in (("layer1", 1), ("layer2", 1), ("layer3", 2), ("layer4", 4)):
+        layers = [layer for layer in caffes.backbone[stage].modules() if getattr(layer, "kernel_size", 0) == (3, 3)]
+        assert len(layers) >= 2
+        assert {layer.dilation for layer in layers} == {(dilation, dilation)}, stage
+    first = dict(timms.backbone.named_modules())
+    conv = "conv1" if backbone == "resnet18" else "conv2"
+    assert [first[f"{stage}.0.{conv}"].dilation[0] for stage in ("layer3", "layer4")] == [1, 2]
+    caffes.load_state_dict(timms.state_dict())  # the rule changes no parameter
+    image = torch.randn(1, 3, 65, 81)
+    assert caffes(image).shape == timms(image).shape == (1, 3, 9, 11)
+
+
+@pytest.mark.parametrize("backbone", ["regnetx_002", "tf_efficientnet_lite0", "res2net50_26w_4s"])
+def test_caffes_rule_holds_for_other_families_and_keeps_the_centre(backbone):
+    timms = SegmentationModel(backbone, 3, output_stride=16).eval()
+    caffes = SegmentationModel(backbone, 3, output_stride=16, dilation_rule="caffe").eval()
+    pairs = zip(timms.backbone.named_modules(), caffes.backbone.named_modules(), strict=True)
+    changed = [(before, after) for (_, before), (_, after) in pairs if before.extra_repr() != after.extra_repr()]
+    assert changed
+    for before, after in changed:
+        assert (before.dilation, after.dilation) == ((1, 1), (2, 2))
+        image = torch.randn(1, after.in_channels, 9, 9)
+        with torch.no_grad():
+            for layer in (before, after):  # the centre tap alone: the layer must leave the image where it is
+                layer.weight.zero_()
+                layer.weight[:, :, after.kernel_size[0] // 2, after.kernel_size[1] // 2] = 1
+            torch.testing.assert_close(before(image), after(image))
+
+
+def test_caffes_rule_leaves_stages_that_keep_their_stride_alone():
+    backbone = SegmentationModel("resnet18", 3, output_stride=16, dilation_rule="caffe").backbone
+    kept, lost = backbone.layer3[0].conv1, backbone.layer4[0].conv1
+    assert (kept.stride, kept.dilation, kept.padding) == ((2, 2), (1, 1), (1, 1))
+    assert (lost.stride, lost.dilation, lost.padding) == ((1, 1), (2, 2), (2, 2))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"backbone": "resnetaa50", "dilation_rule": "caffe"}, "dilation_rule='timm'"),
+        ({"backbone": "convnext_atto", "dilation_rule": "caffe"}, "dilation_rule='timm'"),
+        ({"dilation_rule": "cafe"}, "`dilation_rule`"),
         ({"backbone": "resnet100"}, r"no timm model; the nearest are .*resnet10"),
         ({"backbone": "vgg11"}, "cannot be dilated"),
         ({"backbone": "vit_tiny_patch16_224"}, "cannot be dilated"),

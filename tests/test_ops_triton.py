@@ -51,6 +51,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # by Triton before 3.9
 class TestInterpreted:
     """Collected only where the interpreter is on."""
 
@@ -190,8 +191,8 @@ def test_in_the_interpreter() -> None:
     """Runs the tests of `TestInterpreted`."""
     if INTERPRETED:
         return
-    if RELEASE < (3, 9) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 5):
-        pytest.skip("the interpreter of Triton before 3.9 needs NumPy before 2.5")
+    if RELEASE < (3, 9) and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.9 needs NumPy before 2.4")
     options = ["-p", "no:cacheprovider", "--noconftest"]
     command = [sys.executable, "-m", "pytest", *options, f"{__file__}::TestInterpreted"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -1,6 +1,7 @@
 """Training and evaluation with Lightning: exactness of resuming, of several processes and of the scores."""
 
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -9,10 +10,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image
 
 from icnn_zoo import irregular_layers
-from icnn_zoo.callbacks import PredictionWriter, SamplePictures, run_folder
+from icnn_zoo.callbacks import LastCheckpoint, PredictionWriter, SamplePictures, run_folder
 from icnn_zoo.data import ShapesDataModule
 from icnn_zoo.task import SegmentationTask, background_miou, scores
 
@@ -79,11 +81,23 @@ class Keep(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
     def on_fit_end(self, trainer, pl_module):
+        self._keep(trainer, pl_module)
+
+    def on_validation_end(self, trainer, pl_module):
+        self._keep(trainer, pl_module)
+
+    def _keep(self, trainer, pl_module):
         state = {name: value.clone() for name, value in pl_module.state_dict().items()}
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        torch.save({"state": state, "metrics": metrics}, self.folder / f"{trainer.global_rank}.pt")
+        torch.save(
+            {"state": state, "metrics": metrics, "losses": self.losses}, self.folder / f"{trainer.global_rank}.pt"
+        )
 
 
 def test_two_processes_train_and_score_as_one_does(tmp_path):
@@ -106,11 +120,63 @@ def test_two_processes_train_and_score_as_one_does(tmp_path):
     assert any(
         (value - 1e-3).abs().max() > 1e-3 for name, value in one["state"].items() if name.endswith("displacement")
     )
-    assert first["metrics"]["train/loss"] == pytest.approx(one["metrics"]["train/loss"], rel=1e-3)
+    assert len(one["losses"]) == 4
+    assert first["losses"] == pytest.approx(one["losses"], rel=1e-4)
     # Depends on the labels alone: an image scored twice, or not at all, changes it.
     assert first["metrics"]["val/mIoU_background"] == pytest.approx(one["metrics"]["val/mIoU_background"], rel=1e-6)
     # Predictions of a network that hardly learned tie often, so a rounding error turns some pixels over.
     assert first["metrics"]["val/mIoU"] == pytest.approx(one["metrics"]["val/mIoU"], abs=0.03)
+
+
+def test_two_processes_score_a_set_that_does_not_divide_exactly_as_one_does(tmp_path, waken):
+    metrics = []
+    for devices in (1, 2):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        task = make_task(evaluation="sliding", window=25, flip=True)
+        waken(task.model.backbone)  # spread logits: no prediction is a tie
+        trainer = make_trainer(folder, Keep(folder), devices=devices, strategy="ddp_spawn" if devices == 2 else "auto")
+        trainer.validate(task, make_data(num_val=5), verbose=False)
+        metrics += [torch.load(folder / f"{rank}.pt")["metrics"] for rank in range(devices)]
+    assert len(metrics) == 3
+    assert "val/mIoU" in metrics[0]
+    assert metrics[1] == metrics[2] == pytest.approx(metrics[0], rel=1e-6, nan_ok=True)
+
+
+def test_the_last_checkpoint_is_the_end_of_training_and_training_goes_on_from_there(tmp_path):
+    saving = ModelCheckpoint(tmp_path, save_last=True, monitor="val/mIoU", enable_version_counter=False)
+    options = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    make_trainer(tmp_path, saving, LastCheckpoint(), max_steps=3, **options).fit(make_task(), make_data())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 3
+    record = Names()
+    make_trainer(tmp_path, record, max_steps=5).fit(make_task(), make_data(), ckpt_path=tmp_path / "last.ckpt")
+    whole = Names()
+    make_trainer(tmp_path, whole, max_steps=5).fit(make_task(), make_data())
+    assert record.names == whole.names[3:]
+
+
+class Names(Callback):
+    """Keeps the names of the images of every batch."""
+
+    def __init__(self) -> None:
+        self.names: list[list[str]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, *_):
+        self.names.append(batch["name"])
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_shard_parameters_are_refused(strategy):
+    task = make_task()
+    task.trainer = Namespace(strategy=strategy.__new__(strategy))
+    with pytest.raises(ValueError, match="Take ddp"):
+        task.setup("fit")
+
+
+def test_sync_batchnorm_that_would_drop_activations_is_refused(tmp_path):
+    task = make_task(backbone="tf_efficientnet_lite0", start="classifier")
+    with pytest.raises(ValueError, match="sync_batchnorm"):
+        make_trainer(tmp_path, sync_batchnorm=True, strategy="ddp", max_steps=1).fit(task, make_data())
 
 
 def test_the_loss_is_the_mean_over_valid_pixels_at_logit_resolution():
@@ -214,6 +280,27 @@ def test_pretrained_weights_are_needed_to_begin_training_and_only_then(tmp_path)
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.fit(make_task(pretrained=gone), make_data(), ckpt_path=tmp_path / "all" / "step=1.ckpt")
     assert trainer.global_step == 2
+
+
+def test_the_rates_of_a_run_follow_the_poly_policy_at_the_first_second_half_and_last_step(tmp_path):
+    class Rates(Callback):
+        def __init__(self):
+            self.rates = []
+
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            self.rates.append({group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups})
+
+    record, steps = Rates(), 8
+    make_trainer(tmp_path, record, max_steps=steps, accumulate_grad_batches=2).fit(
+        make_task(lr=0.001, position_lr=50.0), make_data()
+    )
+    base = {"backbone": 0.001, "backbone_no_decay": 0.001, "head": 0.01, "head_bias": 0.02, "positions": 50.0}
+    rates = record.rates[::2]  # two batches a step
+    assert rates == record.rates[1::2]
+    assert len(rates) == steps
+    for step in (0, 1, steps // 2, steps - 1):
+        expected = {name: rate * (1 - step / steps) ** 0.9 for name, rate in base.items()}
+        assert rates[step] == pytest.approx(expected, rel=1e-9), step
 
 
 def test_a_run_without_a_length_and_wrong_choices_are_refused(tmp_path):

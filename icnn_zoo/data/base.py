@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from PIL import Image
 from torch.utils.data import DataLoader
 
+from icnn_zoo.data.files import palette_picture
 from icnn_zoo.data.loading import (
     EvalSampler,
     EvalSamples,
@@ -24,7 +26,7 @@ from icnn_zoo.data.loading import (
     collate,
     start_worker,
 )
-from icnn_zoo.data.transforms import Size, TrainTransform
+from icnn_zoo.data.transforms import IMAGENET_FILL, Size, TrainTransform, size_pair
 from icnn_zoo.data.voc_classes import color_map
 
 Split = Literal["train", "val", "test", "predict"]
@@ -41,21 +43,26 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
 
     A subclass gives ``classes`` and implements :meth:`make_dataset`. Order and augmentation of training samples are
     pure functions of (seed, epoch, index), for any number of devices and workers; a run resumes mid-epoch with exactly
-    the next batch. In evaluation every image comes exactly once at its native size; where processes need an equal
-    number, repeated images fill up, their mask all ``ignore_index`` and flagged in "padding".
+    the next batch. In evaluation every image comes exactly once, at its native size or padded to ``eval_size``; where
+    processes need an equal number, repeated images fill up, their mask all ``ignore_index`` and flagged in "padding".
 
     Batches hold "image", uint8 [B, 3, H, W] RGB in 0..255 (the network normalises, on its device), "mask", int64
-    [B, H, W], "name", list of str, and "padding", bool [B].
+    [B, H, W], "name", list of str, and "padding", bool [B]; in evaluation also "size", int64 [B, 2], the height and
+    width of the image without what was added at its right and bottom.
 
     Args:
         batch_size: Total images per optimizer step, over all devices and gradient accumulation.
         eval_batch_size: Images per batch and device in evaluation; above 1 only where all have one size.
+        eval_size: Size that images are padded to in evaluation, at the right and the bottom, with ``fill`` and
+            ``ignore_index``: one number or (height, width); None for native sizes.
         num_workers: Processes that load samples, for each device; 0 loads in the training process.
         seed: Decides order and augmentation, and the scenes of procedural datasets.
         crop_size: Training crop in pixels: one number or (height, width).
         scales: Scale augmentation: factors to choose from, or the ends of a range.
         scale_mode: "choice" or "uniform"; see :class:`icnn_zoo.data.TrainTransform`.
         mirror: Mirrors training samples with probability 0.5.
+        fill: RGB, 0 to 255, of padded pixels; None for the mean that the network subtracts, which is ImageNet's where
+            there is none to ask.
 
     Attributes:
         ignore_index: 255, the label that is no class.
@@ -78,6 +85,8 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
         scales: Sequence[float] = (0.5, 0.75, 1.0, 1.25, 1.5),
         scale_mode: Literal["choice", "uniform"] = "choice",
         mirror: bool = True,
+        eval_size: Size | None = None,
+        fill: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -96,7 +105,10 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self.transform = TrainTransform(crop_size, scales, scale_mode, mirror, ignore_index=self.ignore_index)
+        self.eval_size = None if eval_size is None else size_pair("eval_size", eval_size)
+        self.fill = fill
+        self._augmentation = (crop_size, scales, scale_mode, mirror)
+        self.transform = self._make_transform()
         self._datasets: dict[Split, SampleDataset] = {}
 
     @property
@@ -122,6 +134,14 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
             FileNotFoundError: The data are not there; the message names the command that fetches them.
         """
 
+    def prediction_file(self, name: str) -> str:
+        """Where the prediction for an image goes, below the folder of predictions."""
+        return f"{name}.png"
+
+    def encode_labels(self, labels: np.ndarray) -> Image.Image:
+        """A predicted label map, uint8 [H, W], as the picture to store: of class indices in the dataset's colours."""
+        return palette_picture(labels, self.palette)
+
     def setup(self, stage: str) -> None:
         """Makes the datasets of a stage and looks at a few masks, so that errors come before training begins."""
         if self.trainer is not None:
@@ -129,6 +149,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
                 raise ValueError("trainer.overfit_batches would replace the order of images: use limit_train_batches.")
             if any(isinstance(callback, GradientAccumulationScheduler) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
                 raise ValueError("`batch_size` is a total: set trainer.accumulate_grad_batches, not a schedule of it.")
+        self.transform = self._make_transform()
         for split in _STAGES[stage]:
             self._dataset(split)
         if stage == "fit":
@@ -175,7 +196,13 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
 
     def _eval_dataloader(self, split: Split) -> DataLoader[Sample]:
         rank, world_size = self._process()
-        samples = EvalSamples(self._dataset(split), num_classes=self.num_classes, ignore_index=self.ignore_index)
+        samples = EvalSamples(
+            self._dataset(split),
+            num_classes=self.num_classes,
+            ignore_index=self.ignore_index,
+            size=self.eval_size,
+            fill=self.transform.fill,
+        )
         return DataLoader(
             samples,
             batch_size=self.eval_batch_size,
@@ -191,6 +218,18 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
         if split not in self._datasets:
             self._datasets[split] = self.make_dataset(split)
         return self._datasets[split]
+
+    def _make_transform(self) -> TrainTransform:
+        crop_size, scales, scale_mode, mirror = self._augmentation
+        fill = self._network_mean() if self.fill is None else self.fill
+        return TrainTransform(crop_size, scales, scale_mode, mirror, fill=fill, ignore_index=self.ignore_index)
+
+    def _network_mean(self) -> Sequence[int]:
+        network: Any = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        mean = getattr(network, "mean", None)  # RGB in 0 to 1, as SegmentationModel has it from timm
+        if not isinstance(mean, torch.Tensor) or mean.numel() != 3:
+            return IMAGENET_FILL
+        return [round(255 * value) for value in mean.flatten().tolist()]
 
     def _process(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from icnn_zoo.data.transforms import TrainTransform
+from icnn_zoo.data.transforms import IMAGENET_FILL, TrainTransform
 
 Sample = dict[str, Any]
 Batch = dict[str, Any]
@@ -90,12 +90,25 @@ class TrainSamples(Dataset[Sample]):
 
 
 class EvalSamples(Dataset[Sample]):
-    """Samples at their native size. The key is (index, padding); the mask of padding is ``ignore_index`` everywhere."""
+    """Samples at their native size, or padded to ``size`` at the right and the bottom, the image with ``fill``.
 
-    def __init__(self, dataset: SampleDataset, *, num_classes: int, ignore_index: int) -> None:
+    The key is (index, padding); the mask of padding, of pixels and of whole images, is ``ignore_index``.
+    """
+
+    def __init__(
+        self,
+        dataset: SampleDataset,
+        *,
+        num_classes: int,
+        ignore_index: int,
+        size: tuple[int, int] | None = None,
+        fill: Sequence[int] = IMAGENET_FILL,
+    ) -> None:
         self.dataset = dataset
         self.num_classes = num_classes
         self.ignore_index = ignore_index
+        self.size = size
+        self.fill = fill
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -103,8 +116,27 @@ class EvalSamples(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, bool]) -> Sample:
         index, padding = key
         sample = check_sample(self.dataset[index], self.num_classes, self.ignore_index)
-        mask = np.full_like(sample["mask"], self.ignore_index) if padding else sample["mask"]
-        return {"image": sample["image"], "mask": mask, "name": sample["name"], "padding": padding}
+        image, mask, native = sample["image"], sample["mask"], sample["mask"].shape
+        if self.size is not None:
+            image, mask = self._pad(image, mask, sample["name"])
+        if padding:
+            mask = np.full_like(mask, self.ignore_index)
+        return {"image": image, "mask": mask, "name": sample["name"], "padding": padding, "size": native}
+
+    def _pad(self, image: np.ndarray, mask: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+        assert self.size is not None
+        height, width = mask.shape
+        if height > self.size[0] or width > self.size[1]:
+            raise ValueError(
+                f"{name}: an image of {height} x {width} does not fit into `eval_size` = {self.size[0]} x "
+                f"{self.size[1]} (height x width): set a larger one, of 8k + 1, or null for native sizes."
+            )
+        padded = np.empty((*self.size, 3), dtype=np.uint8)
+        padded[:] = np.asarray(self.fill, dtype=np.uint8)
+        padded[:height, :width] = image
+        labels = np.full(self.size, self.ignore_index, dtype=np.uint8)
+        labels[:height, :width] = mask
+        return padded, labels
 
 
 class TrainSampler(DistributedSampler[tuple[int, int]]):
@@ -243,20 +275,26 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stacks samples to a batch.
 
     Returns:
-        "image", uint8 [B, 3, H, W], RGB in 0..255; "mask", int64 [B, H, W]; "name", list of str; "padding", bool [B].
+        "image", uint8 [B, 3, H, W], RGB in 0..255; "mask", int64 [B, H, W]; "name", list of str; "padding", bool [B];
+        of samples of evaluation also "size", int64 [B, 2].
 
     Raises:
         ValueError: The images differ in size.
     """
     sizes = {sample["image"].shape[:2] for sample in samples}
     if len(sizes) > 1:
-        raise ValueError(f"images of one batch must have one size, got {sorted(sizes)}: set eval_batch_size to 1.")
-    return {
+        raise ValueError(
+            f"images of one batch must have one size, got {sorted(sizes)}: set eval_batch_size to 1 or an eval_size."
+        )
+    batch = {
         "image": torch.from_numpy(np.stack([sample["image"].transpose(2, 0, 1) for sample in samples])),
         "mask": torch.from_numpy(np.stack([sample["mask"] for sample in samples]).astype(np.int64)),
         "name": [sample["name"] for sample in samples],
         "padding": torch.tensor([sample["padding"] for sample in samples]),
     }
+    if "size" in samples[0]:
+        batch["size"] = torch.tensor([sample["size"] for sample in samples])
+    return batch
 
 
 def start_worker(worker: int) -> None:

@@ -14,6 +14,7 @@ import albumentations as A
 import cv2
 
 Size = int | Sequence[int]
+IMAGENET_FILL = (124, 116, 104)  # the ImageNet mean in 8 bits, RGB
 
 
 def size_pair(name: str, size: Size) -> tuple[int, int]:
@@ -47,6 +48,9 @@ class TrainTransform:
         fill: RGB, 0 to 255, of padded pixels. The default is the ImageNet mean.
         ignore_index: Label of padded pixels.
 
+    Attributes:
+        fill: As given.
+
     Raises:
         ValueError: A size that is not positive, no scale, a scale that is not positive, or an unknown mode.
 
@@ -64,7 +68,7 @@ class TrainTransform:
         scales: Sequence[float] = (0.5, 0.75, 1.0, 1.25, 1.5),
         scale_mode: Literal["choice", "uniform"] = "choice",
         mirror: bool = True,
-        fill: Sequence[int] = (124, 116, 104),
+        fill: Sequence[int] = IMAGENET_FILL,
         ignore_index: int = 255,
     ) -> None:
         height, width = size_pair("crop_size", crop_size)
@@ -74,8 +78,9 @@ class TrainTransform:
             raise ValueError(f"`scale_mode` must be choice or uniform; got {scale_mode!r}.")
         if scale_mode == "uniform" and len(scales) != 2:
             raise ValueError(f"`scales` must be the range's two ends for scale_mode uniform; got {tuple(scales)}.")
-        if len(fill) != 3:
-            raise ValueError(f"`fill` must be one number for each of R, G and B; got {tuple(fill)}.")
+        if len(fill) != 3 or min(fill) < 0 or max(fill) > 255:
+            raise ValueError(f"`fill` must be one number for each of R, G and B, 0 to 255; got {tuple(fill)}.")
+        self.fill = tuple(fill)
         self._compose = A.Compose(
             [
                 _scale(scales) if scale_mode == "uniform" else A.OneOf([_scale((s, s)) for s in scales], p=1.0),

@@ -1,0 +1,216 @@
+"""A person's own images and masks: two folders, class names, and a look at every file before training begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from icnn_zoo.data.base import Split
+from icnn_zoo.data.files import class_table, read_labels
+from icnn_zoo.data.items import FileDataModule, Item
+from icnn_zoo.data.survey import SHOWN_PROBLEMS, survey
+from icnn_zoo.data.transforms import Size
+
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+_MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
+_LIKE_ANY = {"train": 0, "val": 0, "test": 0}  # no number is official
+
+
+class FolderDataModule(FileDataModule):
+    """Images in one folder, masks of the same names in another.
+
+    A split is a subfolder of both (``images/train``, ``masks/train``, with folders below if you like) or, where
+    ``root/train.txt`` exists, a list of names in them, one a line, without ending. A mask is a PNG, BMP or TIFF of
+    class numbers, as palette or grey picture; 255 is ignored. ``fit`` needs train and val; ``test`` takes val where
+    there is no test.
+
+    Before anything runs, every image must have a mask and every mask an image, and sizes and values of all masks are
+    checked, some milliseconds a file.
+
+    Args:
+        root: Folder that holds both.
+        class_names: Names by class index, background first. At least 2.
+        images: Folder of images, relative to ``root``.
+        masks: Folder of masks, relative to ``root``.
+        mask_suffix: What a mask's name has between the image's name and its ending, such as "_mask".
+        mask_values: The value that a mask has for each class, where that is not its index: [0, 255] for masks of
+            black and white.
+        ignore_value: The value of masks that is no class; None if there is none.
+        check: Whether to look at all files first. False leaves it to the moment that a sample is read.
+        predict_split: "val", "train" or "test". Masks are not read.
+        crop_size: Training crop in pixels: one number or (height, width).
+        eval_size: Size that images are padded to in evaluation; None for native sizes.
+        **kwargs: Those of :class:`SegmentationDataModule`.
+
+    Raises:
+        ValueError: An argument out of its range.
+
+    Example:
+        >>> data = FolderDataModule("leaves", class_names=["background", "leaf"], mask_values=[0, 255], crop_size=257)
+        >>> data.num_classes
+        2
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        class_names: Sequence[str],
+        images: str = "images",
+        masks: str = "masks",
+        mask_suffix: str = "",
+        mask_values: Sequence[int] | None = None,
+        ignore_value: int | None = 255,
+        check: bool = True,
+        predict_split: Literal["train", "val", "test"] = "val",
+        crop_size: Size = 321,
+        eval_size: Size | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._classes = tuple(class_names)
+        values = tuple(range(len(self._classes)) if mask_values is None else mask_values)
+        if (
+            len(values) != len(self._classes)
+            or len(set(values)) != len(values)
+            or not all(0 <= v < 2**16 for v in values)
+        ):
+            raise ValueError(
+                f"`mask_values` must be {len(self._classes)} different numbers, 0 to 65535, one for each of "
+                f"class_names; got {list(values)}."
+            )
+        self.root = Path(root)
+        self.images = self.root / images
+        self.masks = self.root / masks
+        self.mask_suffix = mask_suffix
+        self.mask_values = values
+        self.ignore_value = None if ignore_value in values else ignore_value
+        self.check = check
+        super().__init__(
+            num_train="any",
+            num_val="any",
+            num_test="any",
+            predict_split=predict_split,
+            official=_LIKE_ANY,
+            crop_size=crop_size,
+            eval_size=eval_size,
+            **kwargs,
+        )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._classes
+
+    @property
+    def advice(self) -> str:
+        return (
+            f"Put images into {str(self.images / 'train')!r} and {str(self.images / 'val')!r} and masks of the same "
+            f"names (name{self.mask_suffix}.png) into {str(self.masks / 'train')!r} and {str(self.masks / 'val')!r}, "
+            f"or give lists of names {str(self.root / 'train.txt')!r} and {str(self.root / 'val.txt')!r}."
+        )
+
+    def disk_split(self, split: Split) -> str:
+        if split == "test" and not self._exists("test"):
+            return "val"
+        return super().disk_split(split)
+
+    def prepare_data(self) -> None:
+        """Looks at all files, once and in one process: pairs, sizes, values.
+
+        Raises:
+            FileNotFoundError: A folder or list is missing.
+            ValueError: What is wrong with which files.
+        """
+        splits: list[Split] = ["train", "val", "test"]
+        # What is only predicted needs no masks.
+        unlabelled = self.predict_split if not self._files(self.predict_split)[1] else None
+        there = [split for split in splits if self._exists(split)] or splits[:1]
+        items: dict[str, list[Item]] = {split: self.items(split) for split in there if split != unlabelled}
+        if not self.check or not items:
+            return
+        found = survey(items, self.classes, whole_images=False)
+        if found.problems:
+            hint = _two_values_hint([item for split in items.values() for item in split], self.mask_values)
+            raise ValueError(
+                f"{len(found.problems)} files of {str(self.root)!r} cannot be used.{hint}\n"
+                + "\n".join(found.problems[:SHOWN_PROBLEMS])
+            )
+        if all(pixels[: self.num_classes].sum() == pixels[0] for pixels in found.pixels.values()):
+            hint = _two_values_hint([item for split in items.values() for item in split], self.mask_values)
+            raise ValueError(f"all masks of {str(self.masks)!r} hold {self.classes[0]} and nothing else.{hint}")
+
+    def items(self, split: Split) -> list[Item]:
+        name = self.disk_split(split)
+        images, masks = self._files(name)
+        if not images:
+            raise FileNotFoundError(f"no images of the split {name}: looked in {str(self.images)!r}. {self.advice}")
+        alone = sorted(set(images) - set(masks)), sorted(set(masks) - set(images))
+        if split == "predict":
+            masks, alone = {}, ([], [])
+        for names, kind, other in ((alone[0], "images", "mask"), (alone[1], "masks", "image")):
+            if names:
+                raise ValueError(
+                    f"{len(names)} {kind} of the split {name} have no {other} of the same name, such as "
+                    f"{', '.join(names[:3])}. {self.advice}"
+                )
+        meanings = {value: index for index, value in enumerate(self.mask_values)}
+        if self.ignore_value is not None:
+            meanings[self.ignore_value] = self.ignore_index
+        table = class_table(meanings)
+        return [Item(key, path, masks.get(key), table) for key, path in images.items()]
+
+    def _exists(self, name: str) -> bool:
+        return (self.root / f"{name}.txt").is_file() or (self.images / name).is_dir()
+
+    def _files(self, name: str) -> tuple[dict[str, Path], dict[str, Path]]:
+        """Images and masks of a split by name."""
+        file = self.root / f"{name}.txt"
+        if not file.is_file():
+            return (
+                _by_name(self.images / name, _IMAGE_ENDINGS),
+                _by_name(self.masks / name, _MASK_ENDINGS, self.mask_suffix),
+            )
+        listed = dict.fromkeys(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+        images = _by_name(self.images, _IMAGE_ENDINGS)
+        masks = _by_name(self.masks, _MASK_ENDINGS, self.mask_suffix)
+        unknown = [entry for entry in listed if entry not in images]
+        if unknown:
+            raise FileNotFoundError(
+                f"{len(unknown)} names in {str(file)!r} are no images in {str(self.images)!r}, such as "
+                f"{', '.join(unknown[:3])}: a line is a name without ending."
+            )
+        return {key: images[key] for key in listed}, {key: masks[key] for key in listed if key in masks}
+
+
+def _by_name(folder: Path, endings: tuple[str, ...], suffix: str = "") -> dict[str, Path]:
+    """Files below a folder by their path in it without suffix and ending, sorted.
+
+    Raises:
+        ValueError: Two files have one name.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in endings or not path.stem.endswith(suffix):
+            continue
+        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix)
+        if name in found:
+            raise ValueError(f"{str(found[name])!r} and {str(path)!r} have one name: keep one of them.")
+        found[name] = path
+    return found
+
+
+def _two_values_hint(items: Sequence[Item], values: Sequence[int], number: int = 20) -> str:
+    """What to set if masks are black and white, which most programs store as 0 and 255."""
+    seen: set[int] = set()
+    for item in items[:number]:
+        try:
+            seen.update(np.unique(read_labels(item.labels)).tolist() if item.labels is not None else [])
+        except ValueError:
+            return ""
+    if len(values) != 2 or len(seen) != 2 or seen == set(values):
+        return ""
+    found = sorted(seen)
+    return f" Masks hold the two values {found}: set `mask_values` to {found}, or store them as {list(values)}."
