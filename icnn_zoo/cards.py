@@ -60,11 +60,12 @@ class Provenance(Record):
 
 
 class Training(Provenance):
-    """The run: its whole configuration (config.yaml), and what else decided its result."""
+    """The run: its whole configuration (config.yaml), what else decided its result, and curves as (step, value)."""
 
     config: Annotated[dict[str, Any], Field(min_length=1)]
     seed: int
     steps: Annotated[int, Field(ge=0)]
+    curves: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
 
 
 class Weights(Record):

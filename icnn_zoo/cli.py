@@ -91,7 +91,7 @@ def _export(arguments: Sequence[str]) -> None:
         prog="icnn-zoo export",
         description=f"{_export.__doc__} Input: RGB images [B, 3, H, W] in 0..255; output: logits at the output stride.",
     )
-    parser.add_argument("source", type=Path, help="checkpoint of a run (.ckpt), or a config (.yaml)")
+    parser.add_argument("source", help="checkpoint of a run or of the zoo, or a config (.yaml)")
     parser.add_argument("--to", type=Path, required=True, help="file to write, such as model.onnx")
     parser.add_argument(
         "--size",

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from icnn_zoo.sources import Source
     from icnn_zoo.task import SegmentationTask
 
-_SOURCE = "checkpoint of a run (.ckpt), or a config (.yaml)"
+_SOURCE = "checkpoint of a run (.ckpt, or its folder), of the zoo (its name), or a config (.yaml)"
 _SAMPLES = 16  # images for the receptive field if none is given
 
 
 def shapes(arguments: Sequence[str]) -> None:
     """Draws the learned kernel shapes of a network (PNG, SVG, animated GIF), or prints their statistics."""
     parser = argparse.ArgumentParser(prog="icnn-zoo shapes", description=shapes.__doc__)
-    parser.add_argument("source", type=Path, help=f"{_SOURCE}; with --animate the folder of a run")
+    parser.add_argument("source", help=f"{_SOURCE}; with --animate the folder of a run")
     parser.add_argument("images", type=Path, nargs="*", help="images for the page; none: of the run's validation data")
     parser.add_argument("--to", type=Path, help="picture to write: .png or .svg, or .gif with --animate")
     parser.add_argument("--three-d", action="store_true", help="draw rows, columns and channels in space")
@@ -46,7 +47,8 @@ def shapes(arguments: Sequence[str]) -> None:
 
     from icnn_zoo.analysis import depth_trends, plot_shapes, plot_shapes_3d, shape_statistics, statistics_table
 
-    task = _load(options.source)
+    source, tasks = _load_all(options)
+    task = next(iter(tasks.values()))
     statistics = shape_statistics(task.model, layers=options.layers)  # fails early where there is no irregular layer
     if options.json:
         data = [entry.to_dict() for entry in statistics]
@@ -58,13 +60,13 @@ def shapes(arguments: Sequence[str]) -> None:
     if options.to is not None:
         figure = (plot_shapes_3d if options.three_d else plot_shapes)(task.model, options.layers)
         _save(figure, options.to, quiet=options.json)
-    _write_html(options, task, options.images)
+    _write_html(options, source, tasks, options.images)
 
 
 def heatmap(arguments: Sequence[str]) -> None:
     """Shows which pixels of an image the output at one pixel depends on."""
     parser = argparse.ArgumentParser(prog="icnn-zoo heatmap", description=heatmap.__doc__)
-    parser.add_argument("source", type=Path, help=_SOURCE)
+    parser.add_argument("source", help=_SOURCE)
     parser.add_argument("image", type=Path, help="image file")
     parser.add_argument("--pixel", type=int, nargs=2, required=True, metavar=("ROW", "COL"), help="the output pixel")
     parser.add_argument("--class", dest="class_name", metavar="NAME", help="derive this class's score; else their sum")
@@ -80,7 +82,7 @@ def heatmap(arguments: Sequence[str]) -> None:
 
     image, pixel = read_image(options.image), tuple(options.pixel)
     check_pixel(pixel, image.shape[:2])
-    tasks = _load_all(options)
+    source, tasks = _load_all(options)
     if options.to is not None:
         of_class = f", {options.class_name}" if options.class_name else ""
         maps = {
@@ -88,13 +90,13 @@ def heatmap(arguments: Sequence[str]) -> None:
             for name, task in tasks.items()
         }
         _save(plot_heatmaps(image, maps, pixel), options.to)
-    _write_html(options, next(iter(tasks.values())), [options.image])
+    _write_html(options, source, tasks, [options.image])
 
 
 def erf(arguments: Sequence[str]) -> None:
     """Measures the effective receptive field of a network, averaged over images."""
     parser = argparse.ArgumentParser(prog="icnn-zoo erf", description=erf.__doc__)
-    parser.add_argument("source", type=Path, help=_SOURCE)
+    parser.add_argument("source", help=_SOURCE)
     parser.add_argument(
         "images", type=Path, nargs="*", help=f"image files; none: {_SAMPLES} of the run's validation data"
     )
@@ -110,8 +112,8 @@ def erf(arguments: Sequence[str]) -> None:
     from icnn_zoo.analysis.page.samples import find_samples
     from icnn_zoo.analysis.receptive_field import effective_receptive_field, plot_receptive_fields
 
-    tasks = _load_all(options)
-    samples = find_samples(options.source, next(iter(tasks.values())), options.images, _SAMPLES)
+    source, tasks = _load_all(options)
+    samples = find_samples(source, next(iter(tasks.values())), options.images, _SAMPLES)
     images = [as_tensor(sample.image) for sample in samples]
     fields = {
         name: effective_receptive_field(task, images, class_index=class_index(task, options.class_name))
@@ -126,7 +128,7 @@ def erf(arguments: Sequence[str]) -> None:
             print(f"{name}: {radii} of the pixel, over {len(images)} images")
     if options.to is not None:
         _save(plot_receptive_fields(fields), options.to, quiet=options.json)
-    _write_html(options, next(iter(tasks.values())), options.images)
+    _write_html(options, source, tasks, options.images)
 
 
 def as_tensor(image: np.ndarray) -> Any:
@@ -150,7 +152,7 @@ def class_index(task: SegmentationTask, name: str | None) -> int | None:
 
 
 def _add_against(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--against", type=Path, metavar="SOURCE", help="a second network, to show beside the first")
+    parser.add_argument("--against", metavar="SOURCE", help="a second network, to show beside the first")
 
 
 def _add_html(parser: argparse.ArgumentParser) -> None:
@@ -174,20 +176,19 @@ def _check_html(options: argparse.Namespace) -> None:
         check_target(options.html, (".html",))
 
 
-def _load(source: Path) -> SegmentationTask:
-    from icnn_zoo.sources import load_task
+def _load_all(options: argparse.Namespace) -> tuple[Source, dict[str, SegmentationTask]]:
+    """What the network was named by, and the network and the one to compare it with, by titles that tell them apart."""
+    from icnn_zoo.sources import find_source, load_task
 
-    return load_task(source)
-
-
-def _load_all(options: argparse.Namespace) -> dict[str, SegmentationTask]:
-    """The network and the one to compare it with, by titles that tell them apart."""
-    sources = [options.source, *([options.against] if options.against is not None else [])]
-    tasks = [_load(source) for source in sources]
+    named = [options.source, *([options.against] if getattr(options, "against", None) is not None else [])]
+    sources = [find_source(name) for name in named]
+    tasks = [load_task(source) for source in sources]
     titles = ["regular" if task.start is None else "irregular" for task in tasks]
     if len(set(titles)) < len(titles):
-        titles = [str(source) for source in sources]
-    return dict(zip(titles, tasks, strict=True))
+        titles = [str(name) for name in named]
+    if len(set(titles)) < len(titles):
+        raise ValueError(f"--against names the same network: {named[0]}.")
+    return sources[0], dict(zip(titles, tasks, strict=True))
 
 
 def _save(figure: Any, path: Path, quiet: bool = False) -> None:
@@ -198,14 +199,15 @@ def _save(figure: Any, path: Path, quiet: bool = False) -> None:
         print(f"Written: {path}")
 
 
-def _write_html(options: argparse.Namespace, task: SegmentationTask, images: Sequence[Path]) -> None:
+def _write_html(
+    options: argparse.Namespace, source: Source, tasks: Mapping[str, SegmentationTask], images: Sequence[Path]
+) -> None:
     if options.html is None:
         return
     from icnn_zoo.analysis.page import write_page
     from icnn_zoo.analysis.page.samples import find_samples
 
-    against = _load(options.against) if getattr(options, "against", None) is not None else None
-    samples = find_samples(options.source, task, images, 4)
-    write_page(task, options.html, samples, source=options.source, against=against)
+    samples = find_samples(source, next(iter(tasks.values())), images)
+    write_page(tasks, options.html, samples, source=source)
     if not getattr(options, "json", False):
         print(f"Written: {options.html}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -39,12 +40,15 @@ from icnn_zoo.data.voc_classes import color_map
 from icnn_zoo.golden import golden_logits, golden_of
 from icnn_zoo.models import SegmentationModel
 from icnn_zoo.registry import CARD, INDEX, README, WEIGHTS, Entry, File, Index
-from icnn_zoo.sources import load_task
+from icnn_zoo.run_metrics import read_metrics, thinned
+from icnn_zoo.sources import find_ckpt, load_task
 from icnn_zoo.task import SegmentationTask
 from icnn_zoo.transports import is_local, local_path
 from icnn_zoo.zoo import assemble, parse_weights
 
 _STAGING = ".staging-"
+_CURVES = r"train/loss$|val/mIoU$|displacement/mean/"  # metrics whose curves a card keeps
+_CURVE_POINTS = 40
 
 
 class MetricToBe(Record):
@@ -125,24 +129,6 @@ def publish(
         return _add(folder, card, data, pictures, wanted.pictures, task.model)
 
 
-def find_ckpt(source: Path) -> Path:
-    """The checkpoint that a source means: itself, or best.ckpt, else last.ckpt of a run folder.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    if source.is_file():
-        return source
-    for name in ("best.ckpt", "last.ckpt"):
-        file = source / "checkpoints" / name
-        if file.is_file():
-            return file
-    raise FileNotFoundError(
-        f"`source`: {str(source)!r} is neither a checkpoint (.ckpt) nor a run folder (runs/<name>/version_<n>) with "
-        "checkpoints/best.ckpt or last.ckpt."
-    )
-
-
 def _target_folder(to: str | Path) -> Path:
     if not is_local(str(to)):
         raise ValueError(f"`to` must be a folder; got {str(to)!r}. Publish into a folder, and copy that to its host.")
@@ -200,7 +186,15 @@ def _training(file: Path, config: dict[str, Any], wanted: About) -> Training:
         raise ValueError(
             f"{str(file)!r} does not say which software made it: give `provenance` (packages, commit) in `about`."
         )
-    return Training(config=config, seed=config["seed_everything"], steps=checkpoint.get("global_step", 0), **made)
+    steps = checkpoint.get("global_step", 0)
+    table = file.parents[1] / "metrics.csv"
+    metrics = read_metrics(table, steps) if table.is_file() else {}
+    curves = {
+        name: tuple(thinned(series, _CURVE_POINTS))
+        for name, series in metrics.items()
+        if re.match(_CURVES, name) and series
+    }
+    return Training(config=config, seed=config["seed_everything"], steps=steps, curves=curves, **made)
 
 
 def _plain_tensors(model: SegmentationModel) -> dict[str, torch.Tensor]:

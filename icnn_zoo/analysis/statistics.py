@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 from torch import nn
 
@@ -15,6 +16,8 @@ from icnn_zoo.analysis.displacement import dead_taps
 from icnn_zoo.analysis.shapes import LayerShapes, layer_shapes
 from icnn_zoo.conversion import irregular_layers
 from icnn_zoo.layers import IrregularConv2d
+
+COLUMNS = ("kernel", "shapes", "centre shift", "length", "width", "anisotropy", "elongation", "outside", "dead")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ class ShapeStatistics:
     regular_elongation: float | None
     outside: float
     dead: float | None
+
+    @property
+    def short_name(self) -> str:
+        """The name without "model." and "backbone.", "layer" for a layer by itself."""
+        return self.name.removeprefix("model.").removeprefix("backbone.") or "layer"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data that JSON can hold."""
@@ -186,13 +194,12 @@ def _rank_correlation(values: Sequence[float]) -> float:
 
 def statistics_table(statistics: Sequence[ShapeStatistics]) -> Table:
     """The statistics as a table for the terminal, one row per layer."""
-    table = Table(title="Shapes, in pixels of each layer's input", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    columns = ("kernel", "shapes", "centre shift", "length", "width", "anisotropy", "elongation", "outside", "dead")
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = Table(title="Shapes, in pixels of each layer's input", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("layer", no_wrap=True, min_width=max(len(entry.short_name) for entry in statistics))
+    for column in COLUMNS:
+        table.add_column(column, justify="right", min_width=6)
     for entry in statistics:
-        table.add_row(entry.name or "layer", *cells(entry))
+        table.add_row(entry.short_name, *cells(entry))
     return table
 
 

@@ -1,43 +1,16 @@
-"""Training curves and scores of a run, from its metrics.csv, as SVG and HTML."""
+"""Training curves and scores of a run, as SVG and HTML."""
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 
-Series = list[tuple[int, float]]
+from icnn_zoo.run_metrics import Series, thinned
 
 _WIDTH, _HEIGHT = 340, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 8, 8, 22
 _MOST_POINTS = 300
-
-
-def read_metrics(path: Path) -> dict[str, Series]:
-    """Reads what Lightning's CSVLogger wrote: for each metric its (step, value) pairs, finite values only."""
-    series: dict[str, Series] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                step = int(float(row.pop("step")))
-            except (KeyError, TypeError, ValueError):
-                continue  # a line without a step belongs to no place on the curves
-            for name, text in row.items():
-                try:
-                    value = float(text)
-                except (TypeError, ValueError):
-                    continue  # most cells are empty: every logger call is a line of its own
-                if math.isfinite(value):
-                    series.setdefault(name, []).append((step, value))
-    return series
-
-
-def value_at(series: Series, step: int | None) -> float | None:
-    """The last value that was logged up to a step; None for a step asks for the last of all."""
-    values = [value for at, value in series if step is None or at <= step]
-    return values[-1] if values else None
 
 
 def curves(metrics: Mapping[str, Series]) -> str:
@@ -82,8 +55,7 @@ def _figure(title: str, unit: str, lines: Mapping[str, Series]) -> str:
         label = f"step {step}" if step == first else str(step)
         parts.append(f'<text x="{x(step):.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{label}</text>')
     for color, series in zip(colors, lines.values(), strict=True):
-        thin = series[:: -(-len(series) // _MOST_POINTS)]
-        points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in [*thin, series[-1]])
+        points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in thinned(series, _MOST_POINTS))
         parts.append(f'<polyline points="{points}" stroke="{color}"/>')
     ends = ", ".join(f"{name} from {series[0][1]:.3g} to {series[-1][1]:.3g}" for name, series in lines.items())
     label = escape(f"{title} over steps {first} to {last}: {ends} {unit}".strip(), quote=True)

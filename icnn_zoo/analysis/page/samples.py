@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from icnn_zoo.analysis.files import read_image
 from icnn_zoo.data import SegmentationDataModule, ShapesDataModule
+from icnn_zoo.data.voc_classes import color_map
+from icnn_zoo.sources import Source
 from icnn_zoo.task import SegmentationTask
 
 
@@ -32,12 +33,12 @@ class Sample:
 
 
 def find_samples(
-    source: str | Path, task: SegmentationTask, images: Sequence[str | Path] = (), number: int = 4
+    source: Source, task: SegmentationTask, images: Sequence[str | Path] = (), number: int = 4
 ) -> list[Sample]:
     """Takes the given images, or else the first validation samples of the run that a checkpoint is of.
 
     Args:
-        source: What the network was loaded from: a checkpoint, whose run folder holds ``config.yaml``, or a config.
+        source: What the network was loaded from; its config says which data the run had.
         task: The network.
         images: Image files; they have no truth.
         number: How many samples to take of the run's data.
@@ -51,10 +52,10 @@ def find_samples(
     """
     if images:
         return [Sample(Path(path).name, read_image(path)) for path in images]
-    data = _data_of_run(Path(source)) or _procedural(task)
+    data = find_data(source) or _procedural(task)
     if data is None:
         raise ValueError(
-            f"there is no image to show {str(source)!r} with: no config.yaml beside it says what it was trained on, "
+            f"there is no image to show {source.title!r} with: no config.yaml beside it says what it was trained on, "
             "and its classes are not those of ShapesDataModule. Name image files."
         )
     if list(data.classes) != list(task.class_names):
@@ -62,30 +63,42 @@ def find_samples(
             f"the run's data have the classes {', '.join(data.classes)}, the network {', '.join(task.class_names)}. "
             "Name image files."
         )
-    dataset = data.make_dataset("val")
+    try:
+        dataset = data.make_dataset("val")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} Or name image files of your own.") from error
     found: list[dict[str, Any]] = [dict(dataset[index]) for index in range(min(number, len(dataset)))]
     return [Sample(entry["name"], entry["image"], entry["mask"]) for entry in found]
 
 
-def run_config(source: Path) -> Path | None:
-    """The config that a source is, or the one of the run that a checkpoint is of."""
-    candidates = (source,) if source.suffix in (".yaml", ".yml") else (source.parent.parent / "config.yaml",)
-    return next((path for path in candidates if path.is_file()), None)
+def find_data(source: Source) -> SegmentationDataModule | None:
+    """The data module of the run that a source is of; None where there is no config to say so.
 
-
-def _data_of_run(source: Path) -> SegmentationDataModule | None:
-    path = run_config(source)
-    if path is None:
-        return None
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    section = config.get("data") if isinstance(config, dict) else None
+    Raises:
+        ValueError: The config names another kind of class.
+    """
+    section = (source.config() or {}).get("data")
     if not isinstance(section, dict) or "class_path" not in section:
         return None
     module, _, name = section["class_path"].rpartition(".")
     kind = getattr(importlib.import_module(module), name, None) if module else None
     if not (isinstance(kind, type) and issubclass(kind, SegmentationDataModule)):
-        raise ValueError(f"{str(path)!r}: data.class_path {section['class_path']!r} is no data module of this package.")
+        raise ValueError(
+            f"the config of {source.title}: data.class_path {section['class_path']!r} is no data module of this "
+            "package."
+        )
     return kind(**(section.get("init_args") or {}))
+
+
+def find_palette(source: Source, task: SegmentationTask) -> np.ndarray:
+    """Colours by class, uint8 [classes, 3]: those of the card, else of the run's data, else PASCAL VOC's."""
+    card = source.card()
+    if card is not None:
+        return np.array([tuple(bytes.fromhex(color[1:])) for color in card.palette], dtype=np.uint8)
+    data = find_data(source)
+    if data is not None and len(data.classes) == len(task.class_names):
+        return np.asarray(data.palette, dtype=np.uint8)
+    return color_map(len(task.class_names))
 
 
 def _procedural(task: SegmentationTask) -> ShapesDataModule | None:
