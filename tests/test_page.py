@@ -251,7 +251,7 @@ def test_a_zoo_checkpoint_has_its_card_and_curves_on_the_page(zoo_folder, zoo_ru
         assert known in text
     step = card.training.steps
     logged = read_metrics(zoo_run / "metrics.csv", step)
-    assert source.metrics()["train/loss"] == thinned(logged["train/loss"], 40)
+    assert source.metrics()["val/mIoU"] == logged["val/mIoU"]
 
 
 def test_a_regular_network_has_a_page_without_shapes(zoo_run, task, samples, tmp_path):

@@ -194,10 +194,12 @@ def _rank_correlation(values: Sequence[float]) -> float:
 
 def statistics_table(statistics: Sequence[ShapeStatistics]) -> Table:
     """The statistics as a table for the terminal, one row per layer."""
-    table = Table(title="Shapes, in pixels of each layer's input", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table = Table(
+        title="Shapes, in pixels of each layer's input", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0)
+    )
     table.add_column("layer", no_wrap=True, min_width=max(len(entry.short_name) for entry in statistics))
     for column in COLUMNS:
-        table.add_column(column, justify="right", min_width=6)
+        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     for entry in statistics:
         table.add_row(entry.short_name, *cells(entry))
     return table
