@@ -194,14 +194,14 @@ def _rank_correlation(values: Sequence[float]) -> float:
 
 def statistics_table(statistics: Sequence[ShapeStatistics]) -> Table:
     """The statistics as a table for the terminal, one row per layer."""
-    table = Table(
-        title="Shapes, in pixels of each layer's input", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0)
-    )
-    table.add_column("layer", no_wrap=True, min_width=max(len(entry.short_name) for entry in statistics))
-    for column in COLUMNS:
-        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
+    table = Table(title="Shapes, in pixels of each layer's input", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("layer", no_wrap=True)
+    known = [column for column in COLUMNS if column != "dead" or any(entry.dead is not None for entry in statistics)]
+    for column in known:
+        heading = {"anisotropy": "aniso-\ntropy", "elongation": "elon-\ngation"}.get(column, column)  # fits 80 columns
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     for entry in statistics:
-        table.add_row(entry.short_name, *cells(entry))
+        table.add_row(entry.short_name, *cells(entry)[: len(known)])
     return table
 
 
