@@ -14,13 +14,19 @@ from icnn_zoo.task import SegmentationTask
 
 
 class ZooCLI(LightningCLI):
-    """LightningCLI for :class:`icnn_zoo.task.SegmentationTask` and any of the package's data modules."""
+    """LightningCLI for :class:`icnn_zoo.task.SegmentationTask` and any of the package's data modules.
+
+    Attributes:
+        task: The class of the model; that of a subclass may be another SegmentationTask.
+    """
+
+    task: type[SegmentationTask] = SegmentationTask
 
     @classmethod
     def run(cls, args: Sequence[str] | None = None) -> ZooCLI:
         """Parses ``args`` (default: the program's) and runs the subcommand."""
         return cls(
-            SegmentationTask,
+            cls.task,
             SegmentationDataModule,
             subclass_mode_data=True,
             seed_everything_default=0,

@@ -65,6 +65,12 @@ EXPERIMENTS = {
         },
         ("val", "test"),
     ),
+    "drawn-voc-dense": Experiment(
+        "Drawings of the VOC classes, dense convolutions (ResNet-18 from scratch)",
+        "drawn_voc_dense.yaml",
+        {"regular": "null", "classifier": "classifier", "layer4": "layer4", "layer3": "layer3"},
+        ("val", "test"),
+    ),
 }
 
 
@@ -80,7 +86,7 @@ def reproduce(
     """Runs the rows of a table that have no result yet, and writes the table after each of them.
 
     Args:
-        name: "table1", "table2", "table3" or "drawn-voc".
+        name: "table1", "table2", "table3", "drawn-voc" or "drawn-voc-dense".
         rows: Names of the rows to run; None for all.
         seeds: Seeds of each row: of weights, order and augmentation.
         out: Folder of the runs and tables.
