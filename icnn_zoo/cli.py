@@ -115,7 +115,7 @@ def _reproduce(arguments: Sequence[str]) -> None:
     """Runs the rows of a table of the paper that are missing, and writes the table."""
     from icnn_zoo.reproduce import EXPERIMENTS, reproduce
 
-    rows = "; ".join(f"{name}: {', '.join(experiment.rows)}" for name, experiment in EXPERIMENTS.items())
+    rows = "; ".join(f"{name}: {', '.join(experiment.starts)}" for name, experiment in EXPERIMENTS.items())
     parser = argparse.ArgumentParser(
         prog="icnn-zoo reproduce",
         description=f"{_reproduce.__doc__} Interrupted runs go on, finished ones are kept.",

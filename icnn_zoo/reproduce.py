@@ -40,6 +40,8 @@ class Experiment:
         rows: What ``model.start`` is, by the name of the row; the first is the regular baseline.
         splits: Splits to evaluate with the weights of the last step.
         paper_gain: Gain of the irregular network in the paper, in points of mIoU; None where it says nothing.
+        peers: Rows with a peer's layers in the place of irregular ones: what they are and where they start. Their
+            program is ``benchmarks/peer_training.py`` of the repository.
     """
 
     title: str
@@ -47,6 +49,12 @@ class Experiment:
     rows: Mapping[str, str] = field(default_factory=lambda: ROWS)
     splits: tuple[str, ...] = ("val",)
     paper_gain: float | None = None
+    peers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def starts(self) -> dict[str, str]:
+        """What ``model.start`` is, by the name of the row, peers included."""
+        return {**self.rows, **dict.fromkeys(self.peers, "null")}
 
 
 EXPERIMENTS = {
@@ -64,6 +72,7 @@ EXPERIMENTS = {
             "blocks.2": "blocks.2",
         },
         ("val", "test"),
+        peers={"dilation": ("dilation", "blocks.4"), "deformable": ("deformable", "blocks.4")},
     ),
     "drawn-voc-dense": Experiment(
         "Drawings of the VOC classes, dense convolutions (ResNet-18 from scratch)",
@@ -102,10 +111,10 @@ def reproduce(
         RuntimeError: A run failed. What it had saved is kept, and the next call goes on from there.
     """
     experiment = EXPERIMENTS[name]
-    chosen = list(experiment.rows) if rows is None else list(rows)
-    unknown = [row for row in chosen if row not in experiment.rows]
+    chosen = list(experiment.starts) if rows is None else list(rows)
+    unknown = [row for row in chosen if row not in experiment.starts]
     if unknown:
-        raise ValueError(f"`rows` must be of {', '.join(experiment.rows)}; got {', '.join(unknown)}.")
+        raise ValueError(f"`rows` must be of {', '.join(experiment.starts)}; got {', '.join(unknown)}.")
     for what, values in (("rows", chosen), ("seeds", list(seeds))):
         if not values or len(set(values)) < len(values):
             raise ValueError(f"`{what}` must be one or more, each once; got {values}.")
@@ -156,7 +165,7 @@ class _Run:
     def request(self) -> dict[str, Any]:
         return {
             "row": self.row,
-            "start": self.experiment.rows[self.row],
+            "start": self.experiment.starts[self.row],
             "seed": self.seed,
             "config": yaml.safe_load(self.config.read_text(encoding="utf-8")),  # without its comments
             "overrides": list(self.overrides),
@@ -205,8 +214,12 @@ class _Run:
 
     def _lightning(self, verb: str, attempt: str, lock: int, *arguments: str) -> None:
         # A subprocess: it gives back all memory, its crash is not ours, and Lightning can start further ones of it.
-        start = self.experiment.rows[self.row]
-        command = [sys.executable, "-m", "icnn_zoo.cli", verb, "--config", str(self.config), *self.overrides]
+        start = self.experiment.starts[self.row]
+        peer = self.experiment.peers.get(self.row)
+        program = ["-m", "icnn_zoo.cli"] if peer is None else [str(_find_peers())]
+        command = [sys.executable, *program, verb, "--config", str(self.config), *self.overrides]
+        if peer is not None:
+            command += ["--model.peer", peer[0], "--model.peer_start", peer[1]]
         command += ["--seed_everything", str(self.seed), "--data.init_args.seed", str(self.seed)]
         command += ["--model.start", start, *arguments]
         logger = "--trainer.logger.init_args"
@@ -260,8 +273,8 @@ def write_table(name: str, out: Path) -> Path:
         The Markdown file.
     """
     experiment = EXPERIMENTS[name]
-    results: dict[str, dict[int, dict[str, float]]] = {row: {} for row in experiment.rows}
-    for row in experiment.rows:
+    results: dict[str, dict[int, dict[str, float]]] = {row: {} for row in experiment.starts}
+    for row in experiment.starts:
         for file in sorted((out / name / row).glob("seed_*/result.json")):
             record = json.loads(file.read_text(encoding="utf-8"))
             results[row][record["seed"]] = record["metrics"]
@@ -269,7 +282,7 @@ def write_table(name: str, out: Path) -> Path:
     summary: dict[str, Any] = {"title": experiment.title, "paper": {"gain": experiment.paper_gain, "mIoU": None}}
     summary["rows"] = {}
     for row, of_seeds in results.items():
-        cells: dict[str, Any] = {"start": experiment.rows[row], "seeds": sorted(of_seeds)}
+        cells: dict[str, Any] = {"start": experiment.starts[row], "seeds": sorted(of_seeds)}
         summary["rows"][row] = cells
         for split in experiment.splits:
             key = f"{split}/mIoU"
@@ -333,6 +346,13 @@ def _find_config(name: str) -> Path:
         f"looked for {' and '.join(str(path) for path in candidates)}: call this from a clone of the repository, or "
         "give the file with --config."
     )
+
+
+def _find_peers() -> Path:
+    path = Path(__file__).parents[1] / "benchmarks" / "peer_training.py"
+    if not path.is_file():
+        raise FileNotFoundError(f"peers are trained by {str(path)!r}, which comes with a clone of the repository.")
+    return path
 
 
 def _write(path: Path, text: str) -> Path:

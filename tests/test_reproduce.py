@@ -28,8 +28,9 @@ class Runs:
     def __call__(self, command, **_):
         import torch
 
-        verb = command[3]
-        pairs = dict(zip(command[4::2], command[5::2], strict=True))
+        place = next(place for place, word in enumerate(command) if word in ("fit", "validate", "test"))
+        verb, rest = command[place], command[place + 1 :]
+        pairs = dict(zip(rest[::2], rest[1::2], strict=True))
         self.calls.append((verb, pairs))
         prefix = "--trainer.logger.init_args."
         folder = Path(pairs[f"{prefix}save_dir"]) / pairs[f"{prefix}name"] / pairs[f"{prefix}version"]
@@ -227,3 +228,15 @@ def test_real_runs_are_interrupted_resumed_and_summed_up(tmp_path, drawn_voc_roo
     assert {"val/mIoU", "test/mIoU", "test/IoU/cat", "val/pixel_accuracy"} <= set(record["metrics"])
     assert yaml.safe_load(record["resolved_config"])["model"]["start"] == "classifier"
     assert "| 3 |" in path.read_text()
+
+
+def test_peers_run_by_their_own_program_and_stand_in_the_same_table(runs, tmp_path):
+    table = reproduce("drawn-voc", rows=["regular", "dilation"], out=tmp_path)
+    fits = [pairs for verb, pairs in runs.calls if verb == "fit"]
+    assert "--model.peer" not in fits[0]
+    assert (fits[1]["--model.peer"], fits[1]["--model.peer_start"], fits[1]["--model.start"]) == (
+        "dilation",
+        "blocks.4",
+        "null",
+    )
+    assert re.search(r"\| dilation \| 50.00 \| 0.00 \|", table.read_text())
