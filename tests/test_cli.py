@@ -32,12 +32,13 @@ def fit(config: Path, folder: Path, monkeypatch, *arguments: str) -> None:
 
 
 def test_every_config_is_known_here():
-    assert {path.name for path in CONFIGS} == {"quickstart.yaml", "drawn_voc.yaml", *ON_DISK}
+    assert {path.name for path in CONFIGS} == {"quickstart.yaml", "drawn_voc.yaml", "drawn_voc_dense.yaml", *ON_DISK}
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.name not in ON_DISK], ids=lambda path: path.name)
 def test_every_config_trains(path, tmp_path, monkeypatch, drawn_voc_root):
-    own = {"drawn_voc.yaml": ["--data.init_args.root", str(drawn_voc_root), "--model.pretrained", "false"]}
+    drawn = ["--data.init_args.root", str(drawn_voc_root), "--model.pretrained", "false"]
+    own = {"drawn_voc.yaml": drawn, "drawn_voc_dense.yaml": drawn}
     fit(path, tmp_path, monkeypatch, *own.get(path.name, []))
     assert list((tmp_path / "runs").glob("*/version_0/checkpoints/last.ckpt"))
 
