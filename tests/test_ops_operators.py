@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
+from backend_cases import Case
 from torch import Tensor, nn
 
 import icnn_zoo
-from icnn_zoo.ops import native_backend, operators
+from icnn_zoo.ops import native_backend, operators, register_backend, torch_backend
 
 # torch 2.11 warns of itself while it traces and exports.
 pytestmark = [
@@ -261,3 +262,63 @@ def test_half_precision_is_at_most_twice_as_wrong_as_a_plain_implementation(back
     plain = operators.formula(input, weight, positions, None, *SIZES)
     ours = icnn_zoo.irregular_conv2d(input, weight, positions, None, padding=1, groups=2, backend=backend)
     assert (ours.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
+
+
+class CountingBackend:
+    """A backend of somebody else: the torch backend, counted."""
+
+    def __init__(self):
+        self.calls = []
+
+    def unavailable(self, device):
+        return None if device.type == "cpu" else "it is for CPUs"
+
+    def supports(self, dtype):
+        return dtype == torch.float64
+
+    def forward(self, *arguments):
+        self.calls.append("forward")
+        return torch_backend.forward(*arguments)
+
+    def backward(self, *arguments):
+        self.calls.append("backward")
+        return torch_backend.backward(*arguments)
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    monkeypatch.setattr(operators, "_registered", {})
+    backend = CountingBackend()
+    register_backend("counting", backend)
+    return backend
+
+
+def test_a_registered_backend_computes_when_it_is_named(counting):
+    case = Case()
+    tensors = case.tensors()
+    expected, output = case.run(case.tensors(), "reference"), case.run(tensors, "counting")
+    assert torch.allclose(output, expected)
+    output.sum().backward()
+    assert counting.calls == ["forward", "backward"]
+    case.run(tensors)  # "auto" does not take it
+    assert counting.calls == ["forward", "backward"]
+    compiled = torch.export.export(_Named(), tuple(case.tensors()[:3]), strict=False)
+    assert "icnn_zoo.irregular_conv2d" in compiled.graph_module.code
+
+
+class _Named(torch.nn.Module):
+    def forward(self, input, weight, positions):
+        return icnn_zoo.irregular_conv2d(input, weight, positions, padding=1, backend="counting")
+
+
+def test_a_registered_backend_says_what_it_cannot_do_and_names_are_taken_once(counting):
+    case = Case()
+    with pytest.raises(RuntimeError, match=r"'counting' cannot run: it does not compute torch.float32"):
+        case.run(case.tensors(torch.float32), "counting")
+    for name in ("counting", "torch", "auto", "reference"):
+        with pytest.raises(ValueError, match="there is a backend"):
+            register_backend(name, counting)
+    with pytest.raises(TypeError, match="`backend` must have unavailable, supports, forward, backward"):
+        register_backend("other", object())
+    with pytest.raises(ValueError, match="counting, reference; got 'other'"):
+        case.run(case.tensors(), "other")

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from icnn_zoo.ops import operators, reference
 
-BACKENDS = ("auto", *operators.BACKENDS, "reference")
-
-
 _LARGEST_SIZE = 2**24
 
 
@@ -85,8 +82,9 @@ def irregular_conv2d(
     References:
         Ma, Wang, Wang: Irregular Convolutional Neural Networks, 2017, section 3.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}; got {backend!r}.")
+    known = ("auto", *operators.names(), "reference")
+    if backend not in known:
+        raise ValueError(f"`backend` must be one of {', '.join(known)}; got {backend!r}.")
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     _check_tensors(input, weight, positions, bias, groups)
     top_bottom_left_right = resolve_padding(padding, tuple(weight.shape[-2:]), stride, dilation)

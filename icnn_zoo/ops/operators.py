@@ -10,8 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +21,73 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("triton", "native", "torch")
 """In the order of preference."""
+
+
+class Backend(Protocol):
+    """What computes the operator: a module or object with these functions, as :mod:`icnn_zoo.ops.torch_backend` has."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why it cannot run on a device, None if it can."""
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Whether it computes in a dtype."""
+
+    def forward(
+        self, input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry
+    ) -> Tensor:
+        """The output [B, N, Ho, Wo] for input [B, C, H, W], weight [N, C / G, T] and absolute positions [C, T, 2], or
+        [N, C / G, T, 2] in the full version, in the memory format of ``input``.
+        """
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        geometry: Geometry,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients for input, weight and positions, None where not in ``needs``."""
+
+
+_registered: dict[str, Backend] = {}
+
+
+def register_backend(name: str, backend: Backend) -> None:
+    """Adds a backend of your own in this process: ``backend=name`` computes with it, "auto" does not take it.
+
+    Checks, padding, dtypes, autograd of any order, ``torch.func``, ``torch.compile`` and export stay the package's own.
+
+    Args:
+        name: What ``backend`` is called.
+        backend: A module or object with the functions of :class:`Backend`.
+
+    Raises:
+        ValueError: The name is taken.
+        TypeError: A function is missing.
+
+    Example:
+        >>> from icnn_zoo.ops import register_backend, torch_backend
+        >>> register_backend("mine", torch_backend)
+        >>> import icnn_zoo, torch
+        >>> layer = icnn_zoo.IrregularConv2d(2, 3, 3)
+        >>> layer.backend = "mine"
+        >>> layer(torch.zeros(1, 2, 5, 5)).shape
+        torch.Size([1, 3, 3, 3])
+    """
+    if name in (*names(), "auto", "reference"):
+        raise ValueError(f"`name`: there is a backend {name!r} already; known are {', '.join(names())}.")
+    missing = [part for part in ("unavailable", "supports", "forward", "backward") if not hasattr(backend, part)]
+    if missing:
+        raise TypeError(f"`backend` must have {', '.join(missing)}; see icnn_zoo.ops.Backend.")
+    _registered[name] = backend
+
+
+def names() -> tuple[str, ...]:
+    """The names of all backends but "auto" and "reference"."""
+    return (*BACKENDS, *_registered)
+
 
 _library = torch.library.Library("icnn_zoo", "DEF")
 _SIZES = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
@@ -36,22 +102,24 @@ _library.define(
 )
 
 
-def _module(name: str) -> ModuleType:
-    """A backend's module, imported when it is first asked for."""
-    return importlib.import_module(f"icnn_zoo.ops.{name}_backend")
+def _module(name: str) -> Backend:
+    """A backend; those of the package are modules, imported when they are first asked for."""
+    if name in _registered:
+        return _registered[name]
+    return cast(Backend, importlib.import_module(f"icnn_zoo.ops.{name}_backend"))
 
 
 def why_unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot compute on a device in a dtype, or None if it can."""
     module = _module(name)
-    reason: str | None = module.unavailable(device)
+    reason = module.unavailable(device)
     if reason is None and not module.supports(dtype):
         reason = f"it does not compute {dtype}"
     return reason
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """Finds the module of a backend; "auto" is the first one that can run.
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """Finds a backend; "auto" is the first one that can run.
 
     Raises:
         RuntimeError: The backend asked for cannot run; the message says why.
@@ -83,7 +151,7 @@ def _forward(
     geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
     module = choose_backend(backend, input.device, input.dtype)
     with torch.autocast(input.device.type, enabled=False):  # dtypes are settled; it would cast what is inside
-        output: Tensor = module.forward(input, weight.flatten(2), positions, bias, geometry)
+        output = module.forward(input, weight.flatten(2), positions, bias, geometry)
     return output
 
 
