@@ -1,4 +1,4 @@
-"""Where trained networks stand with artists that they know: new scenes of the training artists beside the validation one.
+"""Where trained networks stand with artists that they know: new scenes of these, beside the validation artist's.
 
 python benchmarks/drawn_voc_artists.py runs/reproduce/drawn-voc --json docs/results/drawn_voc/artists.json
 
@@ -26,7 +26,7 @@ BATCH = 20
 
 @torch.inference_mode()
 def evaluate(checkpoint: Path, scenes: Any) -> float:
-    """MIoU of a checkpoint over all scenes, by one confusion matrix."""
+    """The mIoU of a checkpoint over all scenes, by one confusion matrix."""
     task = load_task(checkpoint)
     task.confusion.reset()
     for start in range(0, len(scenes), BATCH):

@@ -35,8 +35,9 @@ class Backend(Protocol):
     def forward(
         self, input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry
     ) -> Tensor:
-        """The output [B, N, Ho, Wo] for input [B, C, H, W], weight [N, C / G, T] and absolute positions [C, T, 2], or
-        [N, C / G, T, 2] in the full version, in the memory format of ``input``.
+        """The output [B, N, Ho, Wo], in the memory format of ``input`` [B, C, H, W].
+
+        ``weight`` is [N, C / G, T], ``positions`` are absolute [C, T, 2], or [N, C / G, T, 2] in the full version.
         """
 
     def backward(
