@@ -1,6 +1,6 @@
 """Seconds and peak memory of the paper's largest steps: training at crop 473, and a 2048x1024 image in windows of 713.
 
-python benchmarks/protocol_cost.py --json benchmarks/results/protocol_cost_cpu_2cores.json
+python benchmarks/protocol_cost.py --json docs/results/protocol_cost_cpu_2cores.json
 
 Each part runs in a process of its own, so that its peak memory (``ru_maxrss``: everything that the process ever held,
 Python and PyTorch included) is its own. Both are the network of ``configs/cityscapes.yaml``: ResNet-101 at output

@@ -1,20 +1,63 @@
-"""Examples in docstrings and in the README run as they stand."""
+"""What README, guides and docstrings show: Python runs as it stands, commands parse, links lead somewhere."""
 
+import argparse
 import doctest
 import importlib
 import json
 import re
+import runpy
+import shlex
+import shutil
 import statistics
+import subprocess
+import sys
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
+
+from icnn_zoo.cli import COMMANDS, zoo_main
+from icnn_zoo.lightning_cli import ZooCLI
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = {path.stem: path.read_text(encoding="utf-8") for path in PAGES}
 MODULES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "icnn_zoo").rglob("*.py")
     if ">>>" in path.read_text(encoding="utf-8")
 )
+
+
+def blocks(language):
+    """Every code block of a language: page, place on the page, text."""
+    found = []
+    for page, text in TEXT.items():
+        for number, block in enumerate(re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE), 1):
+            found.append(pytest.param(block, id=f"{page}-{number}"))
+    return found
+
+
+def commands():
+    """Every command line of the bash blocks, without what the shell does with it."""
+    found = {}
+    for parameter in blocks("bash"):
+        text = re.sub(r"^cat > .*?<<(\w+)\n.*?^\1\n", "", parameter.values[0], flags=re.DOTALL | re.MULTILINE)
+        for line in text.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                if ">" in words:
+                    words = words[: words.index(">")]
+                if words:
+                    found[" ".join(words)] = words
+    return [pytest.param(words, id=line[:80]) for line, words in found.items()]
+
+
+class Parsed(Exception):
+    """A command line was understood; what it asks for is not done here."""
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -24,33 +67,103 @@ def test_docstring_examples_run(name):
     assert result.failed == 0
 
 
-def test_readme_python_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(block, {})
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_blocks_run_as_they_stand(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("icnn_zoo.ops.operators._registered", {})
+    monkeypatch.setattr("icnn_zoo.conv_rules._READERS", dict(importlib.import_module("icnn_zoo.conv_rules")._READERS))
+    exec(block, {"__name__": "block"})
 
 
-def test_readme_numbers_stand_in_the_committed_results():
-    """The table of training results is the one that the report makes of the committed metrics."""
-    summary = json.loads((ROOT / "benchmarks" / "results" / "drawn_voc" / "summary.json").read_text())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for run in summary.values():
-        for key in ("val_mIoU_last", "val_mIoU_best", "test_mIoU"):
-            assert f"{100 * run[key]:.1f}" in readme
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_yaml_blocks_are_known_keys(block):
+    config = yaml.safe_load(block)
+    known = yaml.safe_load((ROOT / "configs" / "drawn_voc.yaml").read_text(encoding="utf-8"))
+    for section, keys in config.items():
+        assert keys.keys() <= known[section].keys()
 
 
-def test_readme_speeds_stand_in_the_committed_results():
+@pytest.mark.parametrize("words", commands())
+def test_commands_parse(words, tmp_path, monkeypatch):
+    """By the program's own parser, stopped before it does anything."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shutil.copy(ROOT / "configs" / "quickstart.yaml", tmp_path / "config.yaml")
+    if words[0] in ("srun", "torchrun"):
+        start = words.index("icnn_zoo.cli" if words[0] == "torchrun" else "icnn-zoo")
+        words = ["icnn-zoo", *words[start + 1 :]]
+    if words[0] in ("lightning", "icnn-zoo"):
+        own = words[0] == "icnn-zoo" and words[1] in COMMANDS
+        parse_own(words, monkeypatch) if own else parse_lightning(words, monkeypatch)
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        parse_own(words, monkeypatch)
+    else:
+        assert words[0] in ("python3", "pip", ".", "pytest", "#SBATCH"), words
+
+
+def parse_own(words, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(*arguments, **options):
+        raise Parsed(parse(*arguments, **options))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(sys, "argv", words[1:])
+    own = words[0] == "icnn-zoo"
+    run = partial(zoo_main, words[1:]) if own else partial(runpy.run_path, str(ROOT / words[1]), run_name="__main__")
+    with pytest.raises(Parsed):
+        run()
+
+
+def parse_lightning(words, monkeypatch):
+    def stop(self):
+        raise Parsed
+
+    monkeypatch.setattr(ZooCLI, "instantiate_classes", stop)
+    monkeypatch.setattr(ZooCLI, "before_instantiate_classes", lambda self: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(Parsed):
+            ZooCLI.run(words[1:])
+
+
+def test_links_lead_to_files_and_headings():
+    for path in [*PAGES, ROOT / "CHANGELOG.md", *RESULTS.glob("*.md")]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+            if target.startswith(("http://", "https://")):
+                assert re.fullmatch(r"https?://[\w.-]+\.[a-z]{2,}(/[\w./%#?=&~-]*)?", target), (path.name, target)
+                continue
+            file, _, heading = target.partition("#")
+            linked = path.parent / file if file else path
+            assert linked.exists(), (path.name, target)
+            if heading:
+                headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+                slugs = {re.sub(r"[^\w -]", "", text.lower()).strip().replace(" ", "-") for text in headings}
+                assert heading in slugs, (path.name, target)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Strictly: links, anchors and names of the API reference that lead nowhere are errors."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
+    for name in importlib.import_module("icnn_zoo").__all__:
+        if name != "__version__":
+            assert f'id="icnn_zoo.{name}"' in api, name
+
+
+def test_speeds_stand_in_the_committed_results():
     """Every ratio of this package's column, and that of the whole training steps."""
-    results = ROOT / "benchmarks" / "results"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    first, second = (json.loads((results / name).read_text()) for name in ("cpu_2cores.json", "cpu_2cores_spread.json"))
+    text = TEXT["README"] + TEXT["speed"] + TEXT["reproduce"]
+    first, second = (json.loads((RESULTS / name).read_text()) for name in ("cpu_2cores.json", "cpu_2cores_spread.json"))
     shapes = [*first["shapes"], *(shape for shape in second["shapes"] if shape["name"] != "layer3")]
     assert len(shapes) == 11
     for shape in shapes:
         ratios = [statistics.median(record["ratios"]) for record in shape["records"] if record["peer"] == "icnn_zoo"]
-        assert f"| {ratios[0]:.2f} / {ratios[1]:.2f} |" in readme, shape["name"]
-    for step in (second["training_step"], json.loads((results / "training_step_cpu_2cores.json").read_text())):
+        assert f"| {ratios[0]:.2f} / {ratios[1]:.2f} |" in text, shape["name"]
+    for step in (second["training_step"], json.loads((RESULTS / "training_step_cpu_2cores.json").read_text())):
         regular, irregular = step["seconds_per_step"].values()
         ratio = statistics.median(ours / base for ours, base in zip(irregular, regular, strict=True))
-        assert re.search(rf"{ratio:.2f} times the\s+regular one's", readme)
+        assert re.search(rf"{ratio:.2f} times the\s+regular one's", text)
