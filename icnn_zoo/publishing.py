@@ -174,7 +174,24 @@ def _read_config(file: Path) -> dict[str, Any]:
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict) or not isinstance(config.get("seed_everything"), int):
         raise ValueError(f"{str(path)!r} must have the run's seed as `seed_everything`.")
-    return config
+    return _portable(config)
+
+
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without what means something on one machine only, and would stop others from using it.
+
+    That is the checkpoint from which an interrupted run went on, and the folders that its logs went to.
+    """
+    portable = {key: value for key, value in config.items() if key != "ckpt_path"}
+    trainer = dict(portable.get("trainer") or {})
+    logger = trainer.get("logger")
+    for place in logger if isinstance(logger, list) else [logger]:
+        options = place.get("init_args") if isinstance(place, dict) else None
+        if options and Path(str(options.get("save_dir"))).is_absolute():
+            options["save_dir"] = "runs"
+    if trainer.get("default_root_dir") and Path(str(trainer["default_root_dir"])).is_absolute():
+        trainer["default_root_dir"] = None
+    return {**portable, "trainer": trainer}
 
 
 def _training(file: Path, config: dict[str, Any], wanted: About) -> Training:

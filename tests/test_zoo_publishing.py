@@ -206,3 +206,12 @@ def make_picture(folder):
 
     Image.new("RGB", (8, 8)).save(folder / "new.png")
     return folder / "new.png"
+
+
+def test_a_card_names_no_folder_of_the_machine_that_trained(zoo_folder, zoo_run):
+    """The run went into an absolute folder, and may have gone on from a checkpoint that nobody else has."""
+    assert str(zoo_run.parents[1]) in (zoo_run / "config.yaml").read_text()
+    config = json.loads((zoo_folder / NAME / "card.json").read_text())["training"]["config"]
+    assert str(zoo_run.parents[1]) not in json.dumps(config)
+    assert "ckpt_path" not in config
+    assert config["trainer"]["logger"]["init_args"]["save_dir"] == "runs"
