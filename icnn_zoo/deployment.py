@@ -44,6 +44,8 @@ class Deployment:
     layers: tuple[DeployedLayer, ...]
 
     def __str__(self) -> str:
+        if not self.layers:
+            return "A regular network: exported as it is."
         rows = [("layer", "form", "box", "outliers", "cost", "folded")]
         for layer in self.layers:
             box = "x".join(map(str, layer.box))

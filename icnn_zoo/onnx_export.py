@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from icnn_zoo.conv_rules import conv_rules, dynamic_same_padding
+from icnn_zoo.conversion import irregular_layers
 from icnn_zoo.deployment import Deployment, replace_modules, rewrite
 from icnn_zoo.layers import IrregularConv2d
 from icnn_zoo.models import SegmentationModel
@@ -91,7 +92,7 @@ def export_onnx(
         What was written; ``print`` shows it.
 
     Raises:
-        ValueError: The file exists; the size or a dtype does not fit; the network has no irregular layers.
+        ValueError: The file exists; the size or a dtype does not fit.
         FileNotFoundError: The file's folder does not exist.
         ImportError: The extra ``export`` is not installed.
         RuntimeError: The network cannot be exported, or the file computes something else.
@@ -109,7 +110,8 @@ def export_onnx(
     _check_arguments(model, path, input_size, overwrite)
     _require("onnx", "onnxscript", "onnxruntime")
     model = copy.deepcopy(model).cpu().eval()
-    deployment = rewrite(model)
+    # A regular network is exported as it is, so that both can be compared where they are deployed.
+    deployment = rewrite(model) if irregular_layers(model) else Deployment(model.requires_grad_(False), ())
     exportable = _trace_friendly(deployment.model)
     handle, name = tempfile.mkstemp(suffix=".onnx", prefix=f".{path.stem}-", dir=path.parent)
     os.close(handle)

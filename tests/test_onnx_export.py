@@ -115,7 +115,6 @@ def test_a_network_that_cannot_be_exported_says_why_and_leaves_nothing(tmp_path)
     [
         ({"input_size": (16, 16)}, r"`input_size` must be \(channels, height, width\)"),
         ({"path": "no/model.onnx"}, "no folder"),
-        ({"model": nn.Conv2d(3, 4, 3)}, "must have irregular layers"),
         ({"model": small().half()}, r"must be float32; got torch\.float16"),
     ],
 )
@@ -223,9 +222,10 @@ def test_the_command_says_what_is_wrong(tmp_path):
         zoo_main(["export", str(tmp_path / "last.ckpt"), "--to", str(tmp_path / "model.onnx")])
 
 
-def test_a_regular_network_is_refused_by_the_command(config, tmp_path):
+def test_a_regular_network_is_exported_as_it_is(config, tmp_path, capsys):
     described = yaml.safe_load(config.read_text())
     described["model"]["start"] = None
     config.write_text(yaml.safe_dump(described))
-    with pytest.raises(SystemExit, match="must have irregular layers"):
-        zoo_main(["export", str(config), "--to", str(tmp_path / "model.onnx")])
+    zoo_main(["export", str(config), "--to", str(tmp_path / "model.onnx"), "--size", "65", "65"])
+    assert "A regular network: exported as it is." in capsys.readouterr().out
+    assert (tmp_path / "model.onnx").is_file()
