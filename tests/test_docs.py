@@ -61,7 +61,8 @@ class Parsed(Exception):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples_run(name):
+def test_docstring_examples_run(name, monkeypatch):
+    monkeypatch.setattr("icnn_zoo.ops.operators._registered", {})
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0
