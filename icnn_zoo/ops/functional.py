@@ -25,13 +25,15 @@ def irregular_conv2d(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    r"""Convolves with kernels whose taps sit at real-valued positions (Eq. 2 to 4 of the paper).
+    """Convolves with kernels whose taps sit at real-valued positions (Eq. 2 to 4 of the paper).
 
-    .. math:: out[b, o, r, c] = bias[o] + \sum_{ci, i} W[o, ci, i]\; I'[b, ci,\; r s + P[ci, i]_{row},\; c s + P[ci,
-    i]_{col}]
+    With I' the bilinearly interpolated input, zero outside the padded input, s the stride and P the positions, this is
 
-    with :math:`I'` the bilinearly interpolated input, zero outside the padded input. On the regular grid
-    (``IrregularConv2d.regular_grid``) this is ``torch.nn.functional.conv2d`` with the same arguments.
+        out[b, o, r, c] = bias[o] + sum over ci, i of
+                          weight[o, ci, i] * I'[b, ci, r * s + P[ci, i].row, c * s + P[ci, i].col]
+
+    and on the regular grid (``IrregularConv2d.regular_grid``) it is ``torch.nn.functional.conv2d`` with the same
+    arguments.
 
     Args:
         input: Images [B, C, H, W] or [C, H, W]; any strides.
