@@ -83,10 +83,11 @@ def heatmap(arguments: Sequence[str]) -> None:
     image, pixel = read_image(options.image), tuple(options.pixel)
     check_pixel(pixel, image.shape[:2])
     source, tasks = _load_all(options)
+    classes = {name: class_index(task, options.class_name) for name, task in tasks.items()}
     if options.to is not None:
         of_class = f", {options.class_name}" if options.class_name else ""
         maps = {
-            f"{name}{of_class}": compute(task, as_tensor(image), [pixel], [class_index(task, options.class_name)])[0]
+            f"{name}{of_class}": compute(task, as_tensor(image), [pixel], [classes[name]])[0]
             for name, task in tasks.items()
         }
         _save(plot_heatmaps(image, maps, pixel), options.to)
@@ -113,12 +114,10 @@ def erf(arguments: Sequence[str]) -> None:
     from icnn_zoo.analysis.receptive_field import effective_receptive_field, plot_receptive_fields
 
     source, tasks = _load_all(options)
+    classes = {name: class_index(task, options.class_name) for name, task in tasks.items()}
     samples = find_samples(source, next(iter(tasks.values())), options.images, _SAMPLES)
     images = [as_tensor(sample.image) for sample in samples]
-    fields = {
-        name: effective_receptive_field(task, images, class_index=class_index(task, options.class_name))
-        for name, task in tasks.items()
-    }
+    fields = {name: effective_receptive_field(task, images, class_index=classes[name]) for name, task in tasks.items()}
     summaries = {name: field.summary() for name, field in fields.items()}
     if options.json:
         print(json.dumps(summaries, indent=2))

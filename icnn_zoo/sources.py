@@ -190,7 +190,8 @@ def _from_checkpoint(source: Path) -> SegmentationTask:
         raise ValueError(
             f"{str(source)!r} cannot be read as a checkpoint of tensors and plain values: {reason}"
         ) from error
-    missing = [key for key in ("hyper_parameters", "state_dict") if key not in checkpoint]
+    known = checkpoint if isinstance(checkpoint, dict) else {}  # a file may hold a tensor or a list alone
+    missing = [key for key in ("hyper_parameters", "state_dict") if key not in known]
     if missing:
         raise ValueError(
             f"{str(source)!r} is no checkpoint of a run of this package: it has no {' and no '.join(missing)}. Name "

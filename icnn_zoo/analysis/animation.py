@@ -13,7 +13,7 @@ from PIL import Image
 
 from icnn_zoo.analysis.figures import MOST_POINTS, draw_shapes, reach
 from icnn_zoo.analysis.files import check_target, replacing
-from icnn_zoo.analysis.shapes import LayerShapes
+from icnn_zoo.analysis.shapes import LayerShapes, find_layers
 
 FOLDER = "shapes"  # of a run folder
 _MOST_FRAMES = 60
@@ -26,7 +26,7 @@ def save_record(folder: Path, step: int, all_shapes: Sequence[LayerShapes]) -> P
     layers = []
     for index, shapes in enumerate(all_shapes):
         thin = shapes.thinned(max(1, MOST_POINTS // len(shapes.grid)))
-        layers.append({"name": shapes.name, "kernel_size": shapes.kernel_size, "num_shapes": len(shapes.positions)})
+        layers.append({"name": shapes.name, "kernel_size": shapes.kernel_size, "num_shapes": shapes.total})
         arrays[f"grid_{index}"] = thin.grid.astype(np.float32)
         arrays[f"positions_{index}"] = thin.positions.astype(np.float32)
     path = folder / f"step_{step:07d}.npz"
@@ -50,6 +50,7 @@ def read_record(path: Path) -> tuple[int, list[LayerShapes]]:
                     tuple(layer["kernel_size"]),
                     file[f"grid_{index}"].astype(np.float64),
                     file[f"positions_{index}"].astype(np.float64),
+                    layer["num_shapes"],
                 )
                 for index, layer in enumerate(layers)
             ]
@@ -65,7 +66,7 @@ def animate_shapes(
     Args:
         run: Folder of a run that was trained with :class:`icnn_zoo.shapes_logger.ShapesLogger`, or a checkpoint in it.
         path: The GIF to write.
-        layers: Endings of the names of the layers to draw, None for all.
+        layers: Names of the layers to draw, in full or a unique ending; None for all.
         frame_seconds: How long a frame is shown; the last one ten times as long.
 
     Returns:
@@ -73,18 +74,18 @@ def animate_shapes(
 
     Raises:
         FileNotFoundError: The folder to write into does not exist, or the run has no records.
-        ValueError: Another suffix than .gif, fewer than two records, or no such layer.
+        ValueError: Another suffix than .gif, fewer than two records, records of different layers, or no such layer.
     """
     path = check_target(path, (".gif",))
     files = find_records(run)
-    chosen = np.unique(np.linspace(0, len(files) - 1, _MOST_FRAMES).round().astype(int))
-    records = [read_record(files[index]) for index in chosen]
-    if layers is not None:
-        ends = tuple(layers)
-        records = [(step, [shapes for shapes in found if shapes.name.endswith(ends)]) for step, found in records]
-        if not records[0][1]:
-            known = ", ".join(shapes.name for shapes in read_record(files[0])[1])
-            raise ValueError(f"`layers`: the records have no layer of {', '.join(layers)}; they have {known}.")
+    files = [files[index] for index in np.unique(np.linspace(0, len(files) - 1, _MOST_FRAMES).round().astype(int))]
+    records = [read_record(file) for file in files]
+    names = [shapes.name for shapes in records[0][1]]
+    for file, (_, found) in zip(files, records, strict=True):
+        if [shapes.name for shapes in found] != names:
+            raise ValueError(f"{str(file)!r} holds other layers than {files[0].name}: they are of different runs.")
+    wanted = find_layers(layers, names)
+    records = [(step, [found[names.index(name)] for name in wanted]) for step, found in records]
     reaches = np.max([[reach(shapes) for shapes in found] for _, found in records], axis=0).tolist()
     frames = [_frame(found, f"step {step}", reaches) for step, found in records]
     # One palette for all frames, as colours would flicker with one each.

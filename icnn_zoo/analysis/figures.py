@@ -25,8 +25,8 @@ def plot_shapes(model: nn.Module, layers: Sequence[str] | None = None) -> Figure
 
     Every point is a tap of one shape, coloured by its place in the regular kernel. Crosses mark the regular grid, the
     dashed box its receptive field, ellipses two standard deviations of each cloud around its mean. Few far taps lie
-    outside the panel and are counted in its corner. Points are fewer and fainter where there are many shapes; means
-    and ellipses are always those of all shapes.
+    outside the panel and are counted in its corner. Points are fewer and fainter where there are many shapes; means,
+    ellipses and that count are always those of all shapes.
 
     Args:
         model: A network with irregular layers, or one such layer.
@@ -85,7 +85,8 @@ def draw_shapes(
 
 def reach(shapes: LayerShapes) -> float:
     """Half the side of a panel in pixels: holds the regular kernel, and all but one in 200 of the learned positions."""
-    learned = float(np.quantile(abs(shapes.positions).max(axis=-1), 0.995))
+    # Not between two taps, as of few taps a single far one would be more than one in 200.
+    learned = float(np.quantile(abs(shapes.positions).max(axis=-1), 0.995, method="higher"))
     return max(float(abs(shapes.grid).max()) + 0.8, 1.05 * learned)
 
 
@@ -122,7 +123,7 @@ def _draw_flat(axes: Axes, shapes: LayerShapes, half: float) -> None:
         axes.add_collection(_ellipses(axes, shapes, colors))
     axes.set(xlim=(-half, half), ylim=(half, -half), aspect="equal", xlabel="column (px)", ylabel="row (px)")
     axes.set_title(_title(shapes, len(shown.positions)), fontsize=8)
-    away = int((abs(points) > half).any(axis=-1).sum())
+    away = int((abs(shapes.positions) > half).any(axis=-1).sum())
     if away:
         text = axes.text(0.985, 0.015, f"{away} farther away", transform=axes.transAxes, ha="right", va="bottom")
         text.set(fontsize=6.5, color=INK, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
@@ -178,8 +179,8 @@ def _draw_in_space(axes: Any, shapes: LayerShapes) -> None:
 
 def _title(shapes: LayerShapes, drawn: int) -> str:
     name = shapes.name.removeprefix("model.").removeprefix("backbone.")
-    count = f"{len(shapes.positions)} shapes" if len(shapes.positions) != 1 else "1 shape"
-    if drawn < len(shapes.positions):
+    count = f"{shapes.total} shapes" if shapes.total != 1 else "1 shape"
+    if drawn < shapes.total:
         count += f", {drawn} drawn"
     return f"{name}\n{count}" if name else count
 

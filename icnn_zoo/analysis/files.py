@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,13 +26,15 @@ def check_target(path: str | Path, suffixes: Sequence[str]) -> Path:
         The path.
 
     Raises:
-        ValueError: Another suffix.
+        ValueError: Another suffix, or a folder of that name.
         FileNotFoundError: The folder does not exist.
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        stem = path.with_suffix(suffixes[0]).name
-        raise ValueError(f"the file to write must end in {' or '.join(suffixes)}; got {str(path)!r}. Try {stem!r}.")
+        example = (path.stem or "picture") + suffixes[0]
+        raise ValueError(f"the file to write must end in {' or '.join(suffixes)}; got {str(path)!r}. Try {example!r}.")
+    if path.is_dir():
+        raise ValueError(f"the file to write, {str(path)!r}, is a folder; choose another name.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into; make it first.")
     return path
@@ -41,15 +43,11 @@ def check_target(path: str | Path, suffixes: Sequence[str]) -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a temporary file that takes the place of ``path`` at the end, unless there was an error."""
-    handle, name = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    # As open() makes a file, by the user's mask; to ask for the mask would change it for all threads for a moment.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        # mkstemp lets nobody else read; a file written by open() would have followed the user's mask.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

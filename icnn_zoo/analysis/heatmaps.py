@@ -33,10 +33,12 @@ def input_gradient(
         class_indices: For each pixel the class whose score is derived; None, for one or for all, sums over classes.
 
     Returns:
-        Derivatives [P, 3, H, W], float32. Positions of the irregular layers are held as they are.
+        Derivatives [P, 3, H, W], float32, computed in the network's own precision. Positions of the irregular layers
+        are held as they are.
 
     Raises:
-        ValueError: A pixel outside the image, or a class that the network does not have.
+        ValueError: A pixel outside the image, a class that the network does not have, another number of classes than
+            of pixels, or an image of another shape.
 
     Example:
         >>> import torch
@@ -46,12 +48,16 @@ def input_gradient(
         >>> bool((gradient[0, :, 3:6, 4:7] == network.weight[1]).all())
         True
     """
-    height, width = image.shape[-2:]
+    if image.ndim != 3:
+        raise ValueError(f"`image` must be one image [3, H, W]; got the shape {list(image.shape)}.")
     for pixel in pixels:
-        check_pixel(pixel, (height, width))
-    device = next((parameter.device for parameter in network.parameters()), image.device)
-    images = image.to(device, torch.float32).expand(len(pixels), *image.shape).contiguous().requires_grad_()
-    with _evaluating(network), torch.enable_grad():
+        check_pixel(pixel, image.shape[-2:])
+    if class_indices is not None and len(class_indices) != len(pixels):
+        raise ValueError(f"`class_indices` must be one for each of {len(pixels)} pixels; got {len(class_indices)}.")
+    like = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), image.float())
+    # Also where the caller has turned gradients off, as Lightning does around validation.
+    with _evaluating(network), torch.inference_mode(False), torch.enable_grad():
+        images = image.detach().to(like).repeat(len(pixels), 1, 1, 1).requires_grad_()
         scores = image_scores(network, images)
         total = scores.new_zeros(())
         for index, (row, col) in enumerate(pixels):
@@ -60,9 +66,11 @@ def input_gradient(
                 raise ValueError(f"`class_indices` must be from 0 to {scores.shape[1] - 1}; got {chosen}.")
             at_pixel = scores[index, :, row, col]
             total = total + (at_pixel.sum() if chosen is None else at_pixel[chosen])
+        if not total.requires_grad:  # of no pixel, or of a network that does not look at its input
+            return torch.zeros_like(images, dtype=torch.float32, requires_grad=False)
         # Images of a batch do not see each other in eval mode, so one backward serves all pixels.
-        (gradient,) = torch.autograd.grad(total, images)
-    return gradient.detach()
+        (gradient,) = torch.autograd.grad(total, images, materialize_grads=True)
+    return gradient.detach().float()
 
 
 def heatmap(
@@ -87,7 +95,9 @@ def heatmap(
 
 def image_scores(network: nn.Module, images: Tensor) -> Tensor:
     """Scores of a network at image size [B, classes, H, W], by its own ``upsample`` if it has one."""
-    scores = network(images).float()
+    scores = network(images)
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
     if scores.shape[-2:] == images.shape[-2:]:
         return scores
     upsample: Any = getattr(getattr(network, "model", network), "upsample", None)
@@ -130,12 +140,14 @@ def plot_heatmaps(
         A figure with the image, one overlay per map and a colour bar, apart from pyplot.
 
     Raises:
-        ValueError: A pixel outside the image.
+        ValueError: A pixel outside the image, no map, or one of another size or with what is no finite number.
     """
     check_pixel(pixel, image.shape[:2])
+    if not maps:
+        raise ValueError("`maps` must hold at least one heatmap; got none.")
     height, width = image.shape[:2]
     sigma = min(height, width) / 100 if smoothing is None else smoothing
-    shares = {name: _share(np.asarray(values, dtype=np.float64), sigma) for name, values in maps.items()}
+    shares = {name: _share(_checked(name, values, (height, width)), sigma) for name, values in maps.items()}
     # A map that is zero almost everywhere has its quantile at zero.
     top = max(float(np.quantile(share, 0.995)) or float(share.max()) for share in shares.values()) or 1.0
     side = 3.3
@@ -145,7 +157,6 @@ def plot_heatmaps(
     panels[0].set_title("image", fontsize=9)
     # The image stays recognisable in grey below, and colour means gradient only.
     grey = image.astype(np.float64) @ (0.299, 0.587, 0.114) / 255
-    drawn = None
     for axes, (name, share) in zip(panels[1:], shares.items(), strict=True):
         strength = np.clip(share / top, 0, 1)
         axes.imshow(0.15 + 0.6 * grey, cmap="gray", vmin=0, vmax=1)
@@ -156,12 +167,20 @@ def plot_heatmaps(
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set_visible(False)
-    if drawn is not None:
-        bar = figure.colorbar(drawn, ax=panels[-1], shrink=0.9, pad=0.03)
-        bar.set_ticks([0.0, 0.5, 1.0], labels=["0", f"{0.5 * top:.0e}", f"{top:.0e}"])
-        bar.ax.tick_params(labelsize=6.5)
-        bar.set_label("share of the gradient per pixel", fontsize=7)
+    bar = figure.colorbar(drawn, ax=panels[-1], shrink=0.9, pad=0.03)
+    bar.set_ticks([0.0, 0.5, 1.0], labels=["0", f"{0.5 * top:.0e}", f"{top:.0e}"])
+    bar.ax.tick_params(labelsize=6.5)
+    bar.set_label("share of the gradient per pixel", fontsize=7)
     return figure
+
+
+def _checked(name: str, values: np.ndarray | Tensor, size: tuple[int, int]) -> np.ndarray:
+    array: np.ndarray = torch.as_tensor(values).detach().double().cpu().numpy()
+    if array.shape != size:
+        raise ValueError(f"`maps`: {name!r} must have the image's size {list(size)}; got {list(array.shape)}.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"`maps`: {name!r} has values that are no finite numbers: are the network's weights finite?")
+    return array
 
 
 def _share(values: np.ndarray, smoothing: float) -> np.ndarray:

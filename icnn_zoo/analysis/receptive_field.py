@@ -78,7 +78,8 @@ def effective_receptive_field(
         The averaged field around the pixel.
 
     Raises:
-        ValueError: No image, a pixel outside an image, or an output that depends on no pixel of an image.
+        ValueError: No image, a pixel outside an image, or an output that depends on no pixel of an image, or not
+            finitely.
 
     Example:
         >>> import torch
@@ -94,10 +95,11 @@ def effective_receptive_field(
         row, col = (height // 2, width // 2) if pixel is None else pixel
         check_pixel((row, col), (height, width))
         values = heatmap(network, image, [(row, col)], [class_index])[0].double().cpu().numpy()
-        if not values.sum() > 0:
+        if not 0 < values.sum() < np.inf:
             raise ValueError(
-                f"the output at pixel {(row, col)} does not depend on the image: its gradient is {values.sum():g} "
-                "everywhere. Take another pixel or class, or a network whose weights are finite and not all 0."
+                f"the output at pixel {(row, col)} does not depend on the image, or not finitely: its absolute "
+                f"gradient sums to {values.sum():g}. Take another pixel or class, or a network whose weights are "
+                "finite and not all 0."
             )
         half = max(row, height - 1 - row, col, width - 1 - col)
         canvas = np.zeros((2 * half + 1, 2 * half + 1))

@@ -23,12 +23,19 @@ class LayerShapes:
         grid: Positions of the regular kernel [T, 2] in pixels (row, col).
         positions: Learned positions [S, T, 2] in pixels, float64. S counts the shapes: one per input channel, or one
             per kernel and input channel in the full version, kernel by kernel.
+        num_shapes: How many shapes the layer has, where ``positions`` is a choice of them; None: ``positions`` is all.
     """
 
     name: str
     kernel_size: tuple[int, int]
     grid: np.ndarray
     positions: np.ndarray
+    num_shapes: int | None = None
+
+    @property
+    def total(self) -> int:
+        """How many shapes the layer has, drawn or not."""
+        return len(self.positions) if self.num_shapes is None else self.num_shapes
 
     @property
     def displacement(self) -> np.ndarray:
@@ -38,7 +45,7 @@ class LayerShapes:
     def thinned(self, most: int) -> LayerShapes:
         """At most ``most`` shapes, evenly chosen among all, in their order."""
         chosen = np.unique(np.linspace(0, len(self.positions) - 1, most).round().astype(int))
-        return LayerShapes(self.name, self.kernel_size, self.grid, self.positions[chosen])
+        return LayerShapes(self.name, self.kernel_size, self.grid, self.positions[chosen], self.total)
 
 
 def layer_shapes(model: nn.Module, layers: Sequence[str] | None = None) -> list[LayerShapes]:
@@ -52,7 +59,8 @@ def layer_shapes(model: nn.Module, layers: Sequence[str] | None = None) -> list[
         One entry per layer, in the order of registration, in which networks are usually as deep.
 
     Raises:
-        ValueError: There is no irregular layer, no layer of a given name, or a position that is no finite number.
+        ValueError: There is no irregular layer, no layer of a given name, ``layers`` is empty, or a position is no
+            finite number.
 
     Example:
         >>> import torch, icnn_zoo
@@ -66,8 +74,22 @@ def layer_shapes(model: nn.Module, layers: Sequence[str] | None = None) -> list[
             "`model` has no irregular layer, so it has no shapes to look at: take a checkpoint that was trained with "
             "`model.start` set, or convert the network first: icnn_zoo.convert(model, start=...)."
         )
-    names = list(found) if layers is None else [_find(name, list(found)) for name in layers]
-    return [_shapes_of(name, found[name]) for name in names]
+    return [_shapes_of(name, found[name]) for name in find_layers(layers, list(found))]
+
+
+def find_layers(layers: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """The names that ``layers`` means, in full or by a unique ending; all of them for None.
+
+    Raises:
+        ValueError: One of them is no name, or could be several, or there is none.
+    """
+    if layers is None:
+        return list(names)
+    if isinstance(layers, str):  # its letters would be names otherwise
+        layers = [layers]
+    if not layers:
+        raise ValueError(f"`layers` must name at least one layer, or be None for all: {', '.join(names[:3])}, ...")
+    return [_find(name, names) for name in layers]
 
 
 def _shapes_of(name: str, layer: IrregularConv2d) -> LayerShapes:
@@ -82,7 +104,7 @@ def _shapes_of(name: str, layer: IrregularConv2d) -> LayerShapes:
     return LayerShapes(name, layer.kernel_size, grid, positions)
 
 
-def _find(name: str, names: list[str]) -> str:
+def _find(name: str, names: Sequence[str]) -> str:
     matches = [name] if name in names else [known for known in names if known.endswith(f".{name}")]
     if len(matches) == 1:
         return matches[0]

@@ -129,7 +129,7 @@ def describe(shapes: LayerShapes, dead: float | None = None) -> ShapeStatistics:
         width=width,
         anisotropy=length / width if width > 1e-9 else None,
         angle=principal_axes(covariance.mean(axis=0))[2],
-        elongation=_elongation(shapes.positions),
+        elongation=_elongation(shapes.positions) if min(shapes.kernel_size) > 1 else None,
         regular_elongation=_elongation(shapes.grid[None]),
         outside=float(outside.mean()),
         dead=dead,
