@@ -2,7 +2,7 @@
 
 python benchmarks/training_report.py runs/reproduce/drawn-voc --out docs/results/drawn_voc
 
-Pictures are of the first seed: image, truth, and the prediction of every row named by --rows.
+Pictures are of one seed: image, truth, and the prediction of every row named by --rows.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="OUT/TABLE of icnn-zoo reproduce")
     parser.add_argument("--out", type=Path, required=True, help="folder for summary.json, curves.png, predictions.png")
     parser.add_argument("--rows", nargs="+", default=["regular", "blocks.4"], help="rows whose predictions are shown")
+    parser.add_argument("--seed", default="0", help="whose predictions")
     parser.add_argument("--pictures", type=int, default=4)
     options = parser.parse_args()
     rows: dict[str, dict[str, dict[str, Any]]] = {}
@@ -149,7 +150,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.json").write_text(json.dumps({**shared, "rows": rows}) + "\n", encoding="utf-8")
     draw_curves(rows).savefig(options.out / "curves.png", dpi=110)
-    shown = {row: options.folder / row / "seed_0" for row in options.rows}
+    shown = {row: options.folder / row / f"seed_{options.seed}" for row in options.rows}
     join_pictures(shown, options.pictures).save(options.out / "predictions.png")
     print(table(rows))
 
