@@ -53,7 +53,7 @@ def card_section(card: Card) -> str:
         ("weights", f"{card.weights.size / 1e6:.1f} MB, {card.weights.licence}"),
         ("sha256", card.weights.sha256),
     ]
-    return _section("Card", f"<p>{escape(card.description)}</p>{_definitions(rows)}")
+    return _section("Card", f"<p>{escape(card.description)}</p>{_definitions(rows, 'facts')}")
 
 
 def predictions_section(task: SegmentationTask, samples: Sequence[Sample], palette: np.ndarray) -> str:
@@ -172,9 +172,9 @@ def _section(title: str, body: str, identifier: str | None = None) -> str:
     return f"<section{name}><h2>{escape(title)}</h2>{body}</section>"
 
 
-def _definitions(rows: Sequence[tuple[str, str]]) -> str:
+def _definitions(rows: Sequence[tuple[str, str]], kind: str = "settings") -> str:
     entries = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
-    return f'<dl class="settings">{entries}</dl>'
+    return f'<dl class="{kind}">{entries}</dl>'
 
 
 def _colored(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
