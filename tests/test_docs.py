@@ -11,20 +11,26 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tomllib
 import warnings
 from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from zoo_cases import ABOUT, NAME
 
 from icnn_zoo.cli import COMMANDS, zoo_main
 from icnn_zoo.lightning_cli import ZooCLI
+from icnn_zoo.publishing import _read_about, publish
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {path.stem: path.read_text(encoding="utf-8") for path in PAGES}
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PROGRAMS = "(?:icnn-zoo|lightning|python|pip)"
+HEREDOC = re.compile(r"^cat > (?P<file>\S+) <<(?P<end>\w+)\n(?P<text>.*?)^(?P=end)\n", re.DOTALL | re.MULTILINE)
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in (ROOT / "icnn_zoo").rglob("*.py")
@@ -41,18 +47,28 @@ def blocks(language):
     return found
 
 
-def commands():
-    """Every command line of the bash blocks, without what the shell does with it."""
-    found = {}
+def command_lines():
+    """Every command line of the bash blocks, of the text between them, and of the configs' comments."""
     for parameter in blocks("bash"):
-        text = re.sub(r"^cat > .*?<<(\w+)\n.*?^\1\n", "", parameter.values[0], flags=re.DOTALL | re.MULTILINE)
-        for line in text.replace("\\\n", " ").splitlines():
-            for part in line.split("&&"):
-                words = shlex.split(part, comments=True)
-                if ">" in words:
-                    words = words[: words.index(">")]
-                if words:
-                    found[" ".join(words)] = words
+        text = HEREDOC.sub("", parameter.values[0])
+        yield from text.replace("\\\n", " ").splitlines()
+    for text in TEXT.values():
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+        yield from re.findall(rf"`({PROGRAMS} [^`\s]+ [^`\n]+)`", prose)
+    for path in CONFIGS:
+        yield from re.findall(rf"^# +({PROGRAMS} .*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def commands():
+    """The command lines, each once, without what the shell does with them."""
+    found = {}
+    for line in command_lines():
+        for part in line.split("&&"):
+            words = [word for word in shlex.split(part, comments=True) if word != "..."]
+            if ">" in words:
+                words = words[: words.index(">")]
+            if words:
+                found[" ".join(words)] = words
     return [pytest.param(words, id=line[:80]) for line, words in found.items()]
 
 
@@ -77,11 +93,38 @@ def test_python_blocks_run_as_they_stand(block, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("block", blocks("yaml"))
-def test_yaml_blocks_are_known_keys(block):
-    config = yaml.safe_load(block)
-    known = yaml.safe_load((ROOT / "configs" / "drawn_voc.yaml").read_text(encoding="utf-8"))
-    for section, keys in config.items():
-        assert keys.keys() <= known[section].keys()
+def test_yaml_blocks_are_parts_of_a_config(block, tmp_path, monkeypatch):
+    part = tmp_path / "part.yaml"
+    part.write_text(block)
+    parse_lightning(["lightning", "fit", "-c", str(ROOT / "configs" / "drawn_voc.yaml"), "-c", str(part)], monkeypatch)
+
+
+def test_files_that_bash_blocks_write_are_what_publish_reads(tmp_path):
+    found = [match for parameter in blocks("bash") for match in HEREDOC.finditer(parameter.values[0])]
+    assert [match["file"] for match in found] == ["about.yaml"]
+    (tmp_path / "about.yaml").write_text(found[0]["text"])
+    about, _ = _read_about(tmp_path / "about.yaml")
+    assert about.metrics[0].value is None
+
+
+@pytest.mark.parametrize("words", [parameter for parameter in commands() if "plan" in parameter.values[0][1:2]])
+def test_plans_run(words, capsys):
+    """The commands that take no data and no time."""
+    zoo_main(words[1:])
+    assert "0 refused" in capsys.readouterr().out
+
+
+def test_list_runs(zoo_run, tmp_path, capsys):
+    publish(zoo_run, NAME, tmp_path / "zoo", ABOUT)
+    zoo_main(["list", "--registry", str(tmp_path / "zoo")])
+    assert NAME in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_extras_to_install_exist():
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    extras = {extra for text in TEXT.values() for extra in re.findall(r'pip install [^`\n]*?"\.\[([\w-]+)\]"', text)}
+    assert len(extras) >= 4
+    assert extras <= known.keys()
 
 
 @pytest.mark.parametrize("words", commands())
@@ -90,6 +133,10 @@ def test_commands_parse(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     shutil.copy(ROOT / "configs" / "quickstart.yaml", tmp_path / "config.yaml")
+    for name in ("folder", "quickstart"):
+        run = tmp_path / "runs" / name / "version_0"
+        run.mkdir(parents=True)
+        shutil.copy(ROOT / "configs" / f"{name}.yaml", run / "config.yaml")
     if words[0] in ("srun", "torchrun"):
         start = words.index("icnn_zoo.cli" if words[0] == "torchrun" else "icnn-zoo")
         words = ["icnn-zoo", *words[start + 1 :]]
@@ -99,7 +146,7 @@ def test_commands_parse(words, tmp_path, monkeypatch):
     elif words[0] == "python" and words[1].startswith("benchmarks/"):
         parse_own(words, monkeypatch)
     else:
-        assert words[0] in ("python3", "pip", ".", "pytest", "#SBATCH"), words
+        assert words[0] in ("python3", "pip", ".", "pytest", "mkdocs"), words
 
 
 def parse_own(words, monkeypatch):
@@ -124,8 +171,10 @@ def parse_lightning(words, monkeypatch):
     monkeypatch.setattr(ZooCLI, "before_instantiate_classes", lambda self: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(Parsed):
+        with pytest.raises((Parsed, SystemExit)) as stopped:
             ZooCLI.run(words[1:])
+    helped = any(word.endswith("help") for word in words)
+    assert (stopped.value.code == 0) if helped else stopped.type is Parsed
 
 
 def test_links_lead_to_files_and_headings():
@@ -153,6 +202,20 @@ def test_the_site_builds_without_a_warning(tmp_path):
     for name in importlib.import_module("icnn_zoo").__all__:
         if name != "__version__":
             assert f'id="icnn_zoo.{name}"' in api, name
+
+
+def test_scores_stand_in_the_committed_results():
+    """Every number of the table of the drawings, as the report summed it up."""
+    summary = json.loads((RESULTS / "drawn_voc_rates" / "summary.json").read_text())
+    rows = []
+    for name, run in (("regular", "regular"), ("irregular from blocks.4, position rate 0.01", "irregular")):
+        scores = " | ".join(f"{100 * summary[run][key]:.1f}" for key in ("val_mIoU_last", "val_mIoU_best", "test_mIoU"))
+        moved = summary[run].get("displacement_last")
+        pixels = ", ".join(f"{moved[f'displacement/{key}']:.2f}" for key in ("mean", "p95", "max")) if moved else "-"
+        dead = f"{100 * moved['displacement/dead']:.1f} %" if moved else "-"
+        rows.append(f"| {name} | {scores} | {pixels} | {dead} |")
+    for page in ("README", "reproduce"):
+        assert "\n".join(rows) in TEXT[page]
 
 
 def test_speeds_stand_in_the_committed_results():
