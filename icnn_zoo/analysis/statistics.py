@@ -36,7 +36,7 @@ class ShapeStatistics:
         length: Standard deviation of a cloud along its own longer axis, averaged over the taps.
         width: The same along the shorter axis.
         anisotropy: ``length`` over ``width``, None where the width is 0. Round clouds of S shapes have about
-            1 + 1.25 / sqrt(S), not 1, as chance alone makes one of their axes the longer one.
+            1 + 1.25 / sqrt(S) for hundreds of shapes, more for fewer: chance makes one of their axes the longer one.
         angle: Direction of the longer axis of all clouds together in degrees, 0 along the columns, 90 along the rows,
             in (-90, 90].
         elongation: How much longer than wide a single shape is: the ratio of the standard deviations of its taps along
