@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import yaml
 from zoo_cases import ABOUT, NAME
 
 from icnn_zoo.cli import COMMANDS, zoo_main
