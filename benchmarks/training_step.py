@@ -5,7 +5,7 @@ python benchmarks/training_step.py --backbone tf_efficientnet_lite0 --start bloc
 First a gate: with every tap on the regular grid the converted network must give the regular one's logits. Then each
 round times one step (forward, backward, optimizer, the bound of Eq. 7) of every network, so that a drift of the
 machine's speed hits all alike; the ratio is taken round by round. ``--displacement`` spreads the positions as training
-does. ``--checkpoint`` takes them from a run. Half precision is autocast. Memory is the peak above what is held between
+does. ``--checkpoint`` takes them from a run. ``--peers`` adds networks with a peer's layers in the same place. Half precision is autocast. Memory is the peak above what is held between
 steps, on CUDA.
 """
 
@@ -33,12 +33,18 @@ TOLERANCE = 1e-4  # largest difference of logits / largest logit, float32
 class Step:
     """One training step of a network on random data."""
 
-    def __init__(self, options: argparse.Namespace, start: str | None, channels_last: bool) -> None:
+    def __init__(
+        self, options: argparse.Namespace, start: str | None, channels_last: bool, peer: str | None = None
+    ) -> None:
         torch.manual_seed(0)
         self.model = SegmentationModel(options.backbone, options.num_classes, output_stride=options.output_stride)
         if start is not None:
             icnn_zoo.convert(self.model, start)
             self._displace(options)
+        if peer is not None:
+            from peer_training import replace_layers  # needs Lightning
+
+            replace_layers(self.model, options.start, peer)
         self.options = options
         self.images = torch.randn(options.batch_size, 3, options.size, options.size, device=options.device)
         self.labels = torch.randint(options.num_classes, (options.batch_size, options.size, options.size)).to(
@@ -116,6 +122,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "regular": Step(options, None, channels_last=True),
         f"irregular from {options.start}": Step(options, options.start, channels_last=True),
     }
+    steps |= {f"{peer} from {options.start}": Step(options, None, True, peer) for peer in options.peers}
     for step in steps.values():
         step()
     memory = {name: step.memory_mib() for name, step in steps.items()}
@@ -155,6 +162,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-classes", type=int, default=21)
     parser.add_argument("--displacement", type=float, default=0.9, help="spread of positions in pixels")
     parser.add_argument("--checkpoint", type=Path, help="take the positions from a Lightning checkpoint")
+    parser.add_argument("--peers", nargs="*", choices=("deformable", "dilation"), default=[])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
