@@ -5,8 +5,8 @@ python benchmarks/training_step.py --backbone tf_efficientnet_lite0 --start bloc
 First a gate: with every tap on the regular grid the converted network must give the regular one's logits. Then each
 round times one step (forward, backward, optimizer, the bound of Eq. 7) of every network, so that a drift of the
 machine's speed hits all alike; the ratio is taken round by round. ``--displacement`` spreads the positions as training
-does. ``--checkpoint`` takes them from a run. ``--peers`` adds networks with a peer's layers in the same place. Half precision is autocast. Memory is the peak above what is held between
-steps, on CUDA.
+does. ``--checkpoint`` takes them from a run. ``--peers`` adds networks with a peer's layers in the same place. Half
+precision is autocast. Memory is the peak above what is held between steps, on CUDA.
 """
 
 from __future__ import annotations
