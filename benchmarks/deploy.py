@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import icnn_zoo
-from icnn_zoo.deployment import DeployedLayer, rewrite
+from icnn_zoo.deployment.rewriting import DeployedLayer, rewrite
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measuring import MEASUREMENT_S, TOLERANCE, distance, environment, timed

@@ -18,7 +18,7 @@ from training_report import attempts
 
 from icnn_zoo.analysis.heatmaps import image_scores
 from icnn_zoo.data import DrawnVOCDataModule
-from icnn_zoo.sources import load_task
+from icnn_zoo.training.network_sources import load_task
 
 SEED = 1000
 BATCH = 20

@@ -36,7 +36,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
-    from icnn_zoo.task import SegmentationTask
+    from icnn_zoo.training.task import SegmentationTask
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import icnn_zoo
-from icnn_zoo.deployment import rewrite
+from icnn_zoo.deployment.rewriting import rewrite
 
 # Relative to the largest output, in float64.
 TOLERANCE = 1e-8

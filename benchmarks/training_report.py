@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from icnn_zoo.run_metrics import Series, read_metrics, thinned
+from icnn_zoo.training.run_metrics import Series, read_metrics, thinned
 
 POINTS = 60  # of a curve
 CURVES = ("train/loss", "val/mIoU", "displacement/mean", "displacement/dead")

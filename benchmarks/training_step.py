@@ -42,7 +42,7 @@ class Step:
             icnn_zoo.convert(self.model, start)
             self._displace(options)
         if peer is not None:
-            from peer_training import replace_layers  # needs Lightning
+            from icnn_zoo.experiments.peers import replace_layers  # needs Lightning
 
             replace_layers(self.model, options.start, peer)
         self.options = options

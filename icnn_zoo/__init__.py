@@ -1,28 +1,29 @@
 """Convolutions with learnable shapes: the operator, the layer, the converter for any network, and the zoo.
 
-Training, data and pictures live in ``icnn_zoo.task``, ``icnn_zoo.data`` and ``icnn_zoo.analysis``, which are imported
-by name: this module needs neither Lightning nor albumentations. The zoo, which needs timm, is imported on first use.
+Training, data and pictures live in ``icnn_zoo.training``, ``icnn_zoo.data`` and ``icnn_zoo.analysis``, which are
+imported by name: this module needs neither Lightning nor albumentations. The zoo, which needs timm, is imported on
+first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from icnn_zoo._version import __version__
-from icnn_zoo.conv_rules import ConvRules, register_conv_rules
-from icnn_zoo.conversion import ConversionPlan, convert, irregular_layers, plan
-from icnn_zoo.deployment import deploy
-from icnn_zoo.layers import IrregularConv2d
+from icnn_zoo.conversion.converter import ConversionPlan, convert, irregular_layers, plan
+from icnn_zoo.deployment.rewriting import deploy
+from icnn_zoo.nn.conv_rules import ConvRules, register_conv_rules
+from icnn_zoo.nn.irregular_conv import IrregularConv2d
 from icnn_zoo.ops import irregular_conv2d
 from icnn_zoo.optim import bound_positions, freeze_norm, parameter_groups, poly_policy
 
 if TYPE_CHECKING:
-    from icnn_zoo.registry import list_checkpoints
-    from icnn_zoo.zoo import create_model, load_checkpoint
+    from icnn_zoo.zoo.networks import create_model, load_checkpoint
+    from icnn_zoo.zoo.registry import list_checkpoints
 
 _LAZY = {
-    "create_model": "icnn_zoo.zoo",
-    "list_checkpoints": "icnn_zoo.registry",
-    "load_checkpoint": "icnn_zoo.zoo",
+    "create_model": "icnn_zoo.zoo.networks",
+    "list_checkpoints": "icnn_zoo.zoo.registry",
+    "load_checkpoint": "icnn_zoo.zoo.networks",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.hooks import RemovableHandle
 
-from icnn_zoo.conversion import irregular_layers
+from icnn_zoo.conversion.converter import irregular_layers
 
 _NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 

@@ -19,7 +19,8 @@ import torch
 
 from icnn_zoo.data import VOC_CLASSES
 from icnn_zoo.data.drawn_voc import FORMAT
-from icnn_zoo.ops import columns, dense, operators, torch_backend
+from icnn_zoo.ops import operators, torch_backend
+from icnn_zoo.ops.torch_backend import columns, dense
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # tests are small: a second thread costs more than it gives
@@ -78,7 +79,7 @@ def drawn_voc_root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def zoo_run(tmp_path_factory) -> Path:
     """The folder of a real run of two steps, with a network of 0.4 MB."""
-    from icnn_zoo.cli import lightning_main
+    from icnn_zoo.cli.programs import lightning_main
 
     folder = tmp_path_factory.mktemp("run")
     options = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
@@ -96,7 +97,7 @@ def zoo_folder(zoo_run, tmp_path_factory) -> Path:
     """A registry with one checkpoint. Tests that change it copy it first."""
     from zoo_cases import ABOUT, NAME
 
-    from icnn_zoo.publishing import publish
+    from icnn_zoo.publishing.publisher import publish
 
     folder = tmp_path_factory.mktemp("zoo")
     publish(zoo_run, NAME, folder, ABOUT)

@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 from zoo_cases import ABOUT, NAME
 
-from icnn_zoo.cli import COMMANDS, zoo_main
-from icnn_zoo.lightning_cli import ZooCLI
-from icnn_zoo.publishing import _read_about, publish
+from icnn_zoo.cli.programs import COMMANDS, zoo_main
+from icnn_zoo.publishing.publisher import _read_about, publish
+from icnn_zoo.training.lightning_cli import ZooCLI
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -87,7 +87,9 @@ def test_docstring_examples_run(name, monkeypatch):
 def test_python_blocks_run_as_they_stand(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("icnn_zoo.ops.operators._registered", {})
-    monkeypatch.setattr("icnn_zoo.conv_rules._READERS", dict(importlib.import_module("icnn_zoo.conv_rules")._READERS))
+    monkeypatch.setattr(
+        "icnn_zoo.nn.conv_rules._READERS", dict(importlib.import_module("icnn_zoo.nn.conv_rules")._READERS)
+    )
     exec(block, {"__name__": "block"})
 
 

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from icnn_zoo import downloads
+from icnn_zoo.io import downloads
 
 NAME = "test_resnet.shapes"
 ABOUT: dict[str, Any] = {

@@ -1,11 +1,11 @@
 """Datasets for segmentation: one data module per family over one base that shards, augments and resumes."""
 
-from icnn_zoo.data.base import SegmentationDataModule
 from icnn_zoo.data.cityscapes import CityscapesDataModule
+from icnn_zoo.data.datamodule import SegmentationDataModule
 from icnn_zoo.data.drawn_voc import DrawnVOCDataModule
 from icnn_zoo.data.folder import FolderDataModule
 from icnn_zoo.data.pascal_context import PascalContextDataModule
-from icnn_zoo.data.shapes import ShapesDataModule
+from icnn_zoo.data.shape_scenes import ShapesDataModule
 from icnn_zoo.data.transforms import TrainTransform
 from icnn_zoo.data.voc2012 import VOC2012DataModule
 from icnn_zoo.data.voc_classes import VOC_CLASSES, color_map

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from icnn_zoo.data.base import Split
-from icnn_zoo.data.files import class_table, read_table
-from icnn_zoo.data.items import FileDataModule, Item, Number
+from icnn_zoo.data.datamodule import Split
+from icnn_zoo.data.file_datamodule import FileDataModule, Item, Number
+from icnn_zoo.data.label_files import class_table, read_table
 from icnn_zoo.data.transforms import Size
 
 OFFICIAL = {"train": 2975, "val": 500, "test": 1525}

@@ -10,8 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from icnn_zoo.data.base import SegmentationDataModule, Split
-from icnn_zoo.data.loading import Sample
+from icnn_zoo.data.datamodule import SegmentationDataModule, Split
+from icnn_zoo.data.samples import Sample
 from icnn_zoo.data.scenes import (
     SPLIT_SEEDS,
     Scene,

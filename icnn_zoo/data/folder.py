@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from icnn_zoo.data.base import Split
-from icnn_zoo.data.files import class_table, read_labels
-from icnn_zoo.data.items import FileDataModule, Item
-from icnn_zoo.data.survey import SHOWN_PROBLEMS, survey
+from icnn_zoo.data.datamodule import Split
+from icnn_zoo.data.file_datamodule import FileDataModule, Item
+from icnn_zoo.data.inspection import SHOWN_PROBLEMS, survey
+from icnn_zoo.data.label_files import class_table, read_labels
 from icnn_zoo.data.transforms import Size
 
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")

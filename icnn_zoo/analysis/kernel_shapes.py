@@ -1,0 +1,114 @@
+"""The learned shapes of a network as plain numbers: what the statistics, the figures and the page are made of."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from icnn_zoo.conversion.converter import irregular_layers
+from icnn_zoo.nn.irregular_conv import IrregularConv2d
+
+
+@dataclass(frozen=True)
+class LayerShapes:
+    """The shapes of one layer.
+
+    Attributes:
+        name: Dotted name of the layer, "" for a layer by itself.
+        kernel_size: Taps (rows, columns).
+        grid: Positions of the regular kernel [T, 2] in pixels (row, col).
+        positions: Learned positions [S, T, 2] in pixels, float64. S counts the shapes: one per input channel, or one
+            per kernel and input channel in the full version, kernel by kernel.
+        num_shapes: How many shapes the layer has, where ``positions`` is a choice of them; None: ``positions`` is all.
+    """
+
+    name: str
+    kernel_size: tuple[int, int]
+    grid: np.ndarray
+    positions: np.ndarray
+    num_shapes: int | None = None
+
+    @property
+    def total(self) -> int:
+        """How many shapes the layer has, drawn or not."""
+        return len(self.positions) if self.num_shapes is None else self.num_shapes
+
+    @property
+    def displacement(self) -> np.ndarray:
+        """Positions minus the regular grid [S, T, 2]."""
+        return self.positions - self.grid
+
+    def thinned(self, most: int) -> LayerShapes:
+        """At most ``most`` shapes, evenly chosen among all, in their order."""
+        chosen = np.unique(np.linspace(0, len(self.positions) - 1, most).round().astype(int))
+        return LayerShapes(self.name, self.kernel_size, self.grid, self.positions[chosen], self.total)
+
+
+def layer_shapes(model: nn.Module, layers: Sequence[str] | None = None) -> list[LayerShapes]:
+    """Takes the shapes out of a network.
+
+    Args:
+        model: A network with irregular layers, or one such layer.
+        layers: Names of the layers to take, in full or a unique ending; None for all of them.
+
+    Returns:
+        One entry per layer, in the order of registration, in which networks are usually as deep.
+
+    Raises:
+        ValueError: There is no irregular layer, no layer of a given name, ``layers`` is empty, or a position is no
+            finite number.
+
+    Example:
+        >>> import torch, icnn_zoo
+        >>> from icnn_zoo.analysis import layer_shapes
+        >>> layer_shapes(icnn_zoo.IrregularConv2d(8, 16, 3))[0].positions.shape
+        (8, 9, 2)
+    """
+    found = {"": model} if isinstance(model, IrregularConv2d) else irregular_layers(model)
+    if not found:
+        raise ValueError(
+            "`model` has no irregular layer, so it has no shapes to look at: take a checkpoint that was trained with "
+            "`model.start` set, or convert the network first: icnn_zoo.convert(model, start=...)."
+        )
+    return [_shapes_of(name, found[name]) for name in find_layers(layers, list(found))]
+
+
+def find_layers(layers: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """The names that ``layers`` means, in full or by a unique ending; all of them for None.
+
+    Raises:
+        ValueError: One of them is no name, or could be several, or there is none.
+    """
+    if layers is None:
+        return list(names)
+    if isinstance(layers, str):  # its letters would be names otherwise
+        layers = [layers]
+    if not layers:
+        raise ValueError(f"`layers` must name at least one layer, or be None for all: {', '.join(names[:3])}, ...")
+    return [_find(name, names) for name in layers]
+
+
+def _shapes_of(name: str, layer: IrregularConv2d) -> LayerShapes:
+    grid = layer.regular_grid.detach().double().cpu().numpy()
+    positions = layer.positions.detach().double().cpu().numpy().reshape(-1, *grid.shape)
+    lost = int((~np.isfinite(positions)).any(axis=-1).sum())
+    if lost:
+        raise ValueError(
+            f"layer {name!r} has {lost} taps whose position is no finite number: the training diverged. Take an "
+            "earlier checkpoint, or train with a smaller `position_lr`."
+        )
+    return LayerShapes(name, layer.kernel_size, grid, positions)
+
+
+def _find(name: str, names: Sequence[str]) -> str:
+    matches = [name] if name in names else [known for known in names if known.endswith(f".{name}")]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ValueError(f"`layers`: {name!r} could be {' or '.join(matches)}; give the whole name.")
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
+    raise ValueError(f"`layers`: there is no irregular layer {name!r}; the nearest are {', '.join(near)}.")

@@ -1,0 +1,203 @@
+"""The zoo on the command line: list, show, load, verify, publish and segment."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def _list(arguments: Sequence[str]) -> None:
+    """Lists the published checkpoints."""
+    parser = _parser("list", _list)
+    parser.add_argument("pattern", nargs="?", default="*", help="shell pattern of names, such as '*drawn*'")
+    options = parser.parse_args(arguments)
+
+    import fnmatch
+
+    from icnn_zoo.zoo.registry import open_registries
+
+    rows: dict[str, tuple[str, str]] = {}
+    places = open_registries(options.registry, options.cache)
+    for place in places:
+        for entry in place.read_index().checkpoints:
+            if fnmatch.fnmatchcase(entry.name, options.pattern):
+                rows.setdefault(entry.name, (f"{entry.weights.size / 1e6:.1f} MB", entry.summary))
+    if not rows:
+        raise ValueError(f"no checkpoint of {', '.join(place.url for place in places)} matches {options.pattern!r}.")
+    width = max(map(len, rows))
+    for name, (size, summary) in sorted(rows.items()):
+        print(f"{name:<{width}}  {size:>9}  {summary}")
+
+
+def _show(arguments: Sequence[str]) -> None:
+    """Shows what is known of a checkpoint."""
+    parser = _parser("show", _show)
+    parser.add_argument("name", help="arch.tag")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the whole card")
+    form.add_argument("--config", action="store_true", help="print the training configuration, starting from it")
+    options = parser.parse_args(arguments)
+
+    from icnn_zoo.zoo.cards import dump, readme, training_config
+    from icnn_zoo.zoo.registry import find_checkpoint
+
+    place, entry = find_checkpoint(options.name, registry=options.registry, cache=options.cache)
+    card = place.read_card(entry)
+    if options.json:
+        print(dump(card).decode(), end="")
+    else:
+        print(training_config(card) if options.config else readme(card, {}), end="")
+
+
+def _load(arguments: Sequence[str]) -> None:
+    """Fetches a checkpoint, verifies it and builds its network."""
+    parser = _parser("load", _load)
+    parser.add_argument("name", help="arch.tag")
+    parser.add_argument("--to", type=Path, help="write the weights to this file too, such as model.safetensors")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    options = parser.parse_args(arguments)
+    if options.to is not None:
+        _check_output(options.to, options.force, (".safetensors",))
+
+    from icnn_zoo.zoo.networks import rebuild
+    from icnn_zoo.zoo.registry import find_checkpoint
+
+    place, entry = find_checkpoint(options.name, registry=options.registry, cache=options.cache)
+    _, card = rebuild(place, entry)
+    if options.to is not None:
+        options.to.write_bytes(place.read_weights(entry))
+    form = "regular" if card.conversion is None else f"irregular from {card.conversion.start!r} on"
+    print(f"{card.name}: {card.weights.parameters:,} parameters, {form}, {len(card.classes)} classes")
+    print(f"Verified: sha256 {card.weights.sha256}, from {place.url}")
+    if options.to is not None:
+        print(f"Written: {options.to}")
+
+
+def _verify(arguments: Sequence[str]) -> None:
+    """Checks checkpoints from end to end: index, card, hashes, weights, golden output, and metrics if asked."""
+    parser = _parser("verify", _verify)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="arch.tag (default: all)")
+    parser.add_argument("--metrics", action="store_true", help="measure the card's metrics too, on its data")
+    parser.add_argument(
+        "--data-root", type=Path, help="folder of the data for --metrics (default: the one of the training run)"
+    )
+    options = parser.parse_args(arguments)
+
+    from icnn_zoo.zoo.golden import check_golden
+    from icnn_zoo.zoo.networks import rebuild
+    from icnn_zoo.zoo.registry import find_checkpoint, list_checkpoints
+
+    where: dict[str, Any] = {"registry": options.registry, "cache": options.cache}
+    names = options.names or list_checkpoints(**where)
+    failures = []
+    for name in names:
+        try:
+            model, card = rebuild(*find_checkpoint(name, **where))
+            print(f"{name}: hashes right, golden output reproduced to {check_golden(model, card.golden):.1e}")
+            if options.metrics:
+                from icnn_zoo.publishing.card_metrics import check_metrics
+
+                root = [] if options.data_root is None else [f"--data.init_args.root={options.data_root}"]
+                measured = check_metrics(model, card, root)
+                print("".join(f"  {key}: {value:.4f}, as its card says\n" for key, value in measured.items()), end="")
+        except (FileNotFoundError, ValueError, RuntimeError) as error:
+            failures.append(f"{name}: {error}")
+    if failures:
+        raise ValueError("\n".join(failures))
+    print(f"{len(names)} checked")
+
+
+def _publish(arguments: Sequence[str]) -> None:
+    """Adds the network of a run to a registry."""
+    parser = argparse.ArgumentParser(
+        prog="icnn-zoo publish",
+        description=_publish.__doc__,
+        epilog="What follows -- goes to the measuring of metrics, such as -- --data.init_args.root elsewhere.",
+    )
+    parser.add_argument("source", type=Path, help="run folder (runs/<name>/version_<n>) or checkpoint (.ckpt) in one")
+    parser.add_argument("--name", required=True, help="arch.tag, such as resnet18.drawn_voc_irregular")
+    parser.add_argument("--to", type=Path, required=True, help="folder of the registry, such as checkpoints")
+    parser.add_argument(
+        "--about",
+        type=Path,
+        required=True,
+        help="YAML with description, licence, dataset (name, split, licence, attribution) and metrics (name, protocol, "
+        "value; without a value it is measured)",
+    )
+    own, overrides = list(arguments), []
+    if "--" in own:
+        place = own.index("--")
+        own, overrides = own[:place], own[place + 1 :]
+    options = parser.parse_args(own)
+
+    from icnn_zoo.publishing.publisher import publish
+
+    folder = publish(options.source, options.name, options.to, options.about, overrides=overrides)
+    print(f"Published: {folder}")
+
+
+def _segment(arguments: Sequence[str]) -> None:
+    """Labels an image: a picture of it beside its labels, with a legend."""
+    parser = _parser("segment", _segment)
+    parser.add_argument("name", help="arch.tag")
+    parser.add_argument("image", type=Path, help="photograph")
+    parser.add_argument("--to", type=Path, required=True, help="picture to write, such as picture.png")
+    parser.add_argument("--labels", type=Path, help="label map to write, a PNG of class indices in their colours")
+    parser.add_argument("--longest-side", type=int, help="scale larger images down to this many pixels for the network")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+    options = parser.parse_args(arguments)
+    outputs = [path for path in (options.to, options.labels) if path is not None]
+    _check_output(options.to, options.force, (".png", ".jpg", ".jpeg", ".webp"))
+    if options.labels is not None:
+        _check_output(options.labels, options.force, (".png",))  # others would not keep indices
+
+    from PIL import Image
+
+    from icnn_zoo.zoo.networks import load_checkpoint
+    from icnn_zoo.zoo.segmenter import read_image, segmentation_picture
+
+    pixels = read_image(options.image)
+    model = load_checkpoint(options.name, device=options.device, registry=options.registry, cache=options.cache)
+    labels = model.predict(pixels, longest_side=options.longest_side)
+    segmentation_picture(pixels, labels, model).save(options.to)
+    if options.labels is not None:
+        indices = Image.fromarray(labels).convert("P")
+        indices.putpalette(model.palette.tobytes())
+        indices.save(options.labels)
+    print("\n".join(f"Written: {path}" for path in outputs))
+
+
+ZOO_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "list": _list,
+    "show": _show,
+    "load": _load,
+    "verify": _verify,
+    "publish": _publish,
+    "segment": _segment,
+}
+
+
+def _parser(name: str, command: Callable[[Sequence[str]], None]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"icnn-zoo {name}", description=command.__doc__)
+    parser.add_argument(
+        "--registry",
+        action="append",
+        help="folder or URL to search, once or several times in order; 'default' is the one of this package "
+        "(default: ICNN_ZOO_REGISTRY, else default)",
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="folder for downloads (default: ICNN_ZOO_CACHE, else the platform's)"
+    )
+    return parser
+
+
+def _check_output(path: Path, force: bool, suffixes: Sequence[str]) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{str(path)!r} must end in {' or '.join(suffixes)}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r}; make it first.")
+    if path.exists() and not force:
+        raise ValueError(f"{str(path)!r} exists; take another name, or --force.")

@@ -1,0 +1,86 @@
+"""What ``icnn-zoo prepare`` can fetch: names and the functions that store a thing under a root folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Preparation(NamedTuple):
+    """A thing to prepare.
+
+    Attributes:
+        function: Takes the root folder and the options, as keywords, and returns what to print: a path or a report.
+        options: Names of the options that apply to it.
+    """
+
+    function: Callable[..., object]
+    options: tuple[str, ...] = ()
+
+
+# Options of ``icnn-zoo prepare``: flags that are off by default.
+OPTIONS = {
+    "download": "fetch what is missing and can be had without a registration: VOC 2012 and SBD; VOC 2010",
+    "train_ids": "write labelTrainIds files beside Cityscapes' labelIds, for other programs",
+    "any_number": "accept numbers of images that are not the official ones",
+}
+
+
+def _drawn_voc(root: Path) -> Path:
+    from icnn_zoo.data.preparation.drawn_voc import prepare_drawn_voc
+
+    return prepare_drawn_voc(root)
+
+
+def _efficientnet_lite0(root: Path) -> Path:
+    from icnn_zoo.data.preparation.efficientnet_lite0 import prepare_efficientnet_lite0
+
+    return prepare_efficientnet_lite0(root)
+
+
+def _voc2012(root: Path, download: bool, any_number: bool) -> str:
+    from icnn_zoo.data.preparation.steps import prepare_voc2012
+
+    return prepare_voc2012(root, download=download, any_number=any_number)
+
+
+def _pascal_context(root: Path, download: bool, any_number: bool) -> str:
+    from icnn_zoo.data.preparation.steps import prepare_pascal_context
+
+    return prepare_pascal_context(root, download=download, any_number=any_number)
+
+
+def _cityscapes(root: Path, train_ids: bool, any_number: bool) -> str:
+    from icnn_zoo.data.preparation.steps import prepare_cityscapes
+
+    return prepare_cityscapes(root, train_ids=train_ids, any_number=any_number)
+
+
+DATASETS: dict[str, Preparation] = {
+    "cityscapes": Preparation(_cityscapes, ("train_ids", "any_number")),
+    "drawn-voc": Preparation(_drawn_voc),
+    "efficientnet-lite0": Preparation(_efficientnet_lite0),
+    "pascal-context": Preparation(_pascal_context, ("download", "any_number")),
+    "voc2012": Preparation(_voc2012, ("download", "any_number")),
+}
+
+
+def prepare(name: str, root: Path, **options: bool) -> str:
+    """Prepares a thing and returns what to tell the user.
+
+    Args:
+        name: One of ``DATASETS``.
+        root: Folder to store it in.
+        **options: Of ``OPTIONS``; those that are False may be any.
+
+    Raises:
+        ValueError: An option that does not apply to the thing.
+        FileNotFoundError, ImportError, RuntimeError: As the thing's function.
+    """
+    preparation = DATASETS[name]
+    for option, value in options.items():
+        if value and option not in preparation.options:
+            names = ", ".join(key for key, entry in DATASETS.items() if option in entry.options)
+            raise ValueError(f"--{option.replace('_', '-')} does not apply to {name}, only to {names}.")
+    return f"Ready: {preparation.function(root, **{key: options.get(key, False) for key in preparation.options})}"

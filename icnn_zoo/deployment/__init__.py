@@ -1,0 +1,1 @@
+"""Networks with learned shapes as standard convolutions, for PyTorch and ONNX."""

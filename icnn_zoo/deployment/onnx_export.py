@@ -1,0 +1,256 @@
+"""Writing a network as ONNX: deployed, exported with dynamic sizes, checked against onnxruntime, timed."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from icnn_zoo.conversion.converter import irregular_layers
+from icnn_zoo.deployment.rewriting import Deployment, replace_modules, rewrite
+from icnn_zoo.deployment.standard_forms import standard_form
+from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.nn.conv_rules import conv_rules, dynamic_same_padding
+from icnn_zoo.nn.irregular_conv import IrregularConv2d
+
+# Largest allowed difference between onnxruntime and the network, over the network's largest output.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """A written file: how the layers were rewritten, how far its outputs are off, and how fast it runs."""
+
+    path: Path
+    deployment: Deployment
+    shapes: tuple[tuple[int, ...], ...]
+    """Input shapes that were compared; the first one was timed."""
+    difference: float
+    """Largest difference between onnxruntime and the irregular network, over the network's largest output."""
+    milliseconds: dict[str, float]
+    """Median time of the irregular network and of its standard form in PyTorch, and of the file in onnxruntime."""
+
+    def __str__(self) -> str:
+        shapes = ", ".join("x".join(map(str, shape)) for shape in self.shapes)
+        width = max(map(len, self.milliseconds))
+        return "\n".join(
+            [
+                str(self.deployment),
+                "",
+                f"Largest difference to the network, relative: {self.difference:.1e} (inputs {shapes})",
+                f"Median times at {'x'.join(map(str, self.shapes[0]))}, {torch.get_num_threads()} threads:",
+                *(f"  {name:<{width}}  {value:8.1f} ms" for name, value in self.milliseconds.items()),
+                f"Written: {self.path}",
+            ]
+        )
+
+
+class PixelsToLogits(nn.Module):
+    """A segmentation network with its normalisation in front: RGB images [B, 3, H, W] in 0..255 to logits.
+
+    Args:
+        model: The network.
+    """
+
+    def __init__(self, model: SegmentationModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(self.model.preprocess(images))
+
+
+def export_onnx(
+    model: nn.Module, path: str | Path, input_size: Sequence[int], *, overwrite: bool = False, rounds: int = 7
+) -> ExportReport:
+    """Writes a network with irregular layers as ONNX, with dynamic batch, height and width.
+
+    The network is deployed (:func:`icnn_zoo.deploy`), exported, checked, and run in onnxruntime at several sizes and
+    batches against the irregular network. The file appears under its name only when all of that went well.
+
+    Args:
+        model: A float32 network that takes one batch of images and returns a tensor or several. It is not changed.
+        path: The file to write.
+        input_size: (channels, height, width) of the image to trace, compare and time with. Others than this size are
+            compared too, as far as the network itself takes them.
+        overwrite: Whether a file of that name may be replaced.
+        rounds: How often to run for the median times, all in turn.
+
+    Returns:
+        What was written; ``print`` shows it.
+
+    Raises:
+        ValueError: The file exists; the size or a dtype does not fit.
+        FileNotFoundError: The file's folder does not exist.
+        ImportError: The extra ``export`` is not installed.
+        RuntimeError: The network cannot be exported, or the file computes something else.
+
+    Example:
+        >>> import tempfile, torch, icnn_zoo
+        >>> from icnn_zoo.deployment.onnx_export import export_onnx
+        >>> model = icnn_zoo.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), start="", epsilon=0.3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = export_onnx(model, f"{folder}/model.onnx", (3, 33, 48))
+        >>> report.difference < 1e-4
+        True
+    """
+    path = Path(path)
+    _check_arguments(model, path, input_size, overwrite)
+    _require("onnx", "onnxscript", "onnxruntime")
+    model = copy.deepcopy(model).cpu().eval()
+    # A regular network is exported as it is, so that both can be compared where they are deployed.
+    deployment = rewrite(model) if irregular_layers(model) else Deployment(model.requires_grad_(False), ())
+    exportable = _trace_friendly(deployment.model)
+    handle, name = tempfile.mkstemp(suffix=".onnx", prefix=f".{path.stem}-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        outputs = len(_run(exportable, torch.zeros(1, *input_size)))
+        _export(exportable, temporary, input_size, outputs)
+        session = _open(temporary)
+        shapes, difference = _compare(model, session, input_size)
+        times = _measure(model, deployment.model, session, torch.rand(1, *input_size), rounds)
+        del session
+        # mkstemp lets nobody else read; a file written by open() would have followed the user's mask.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return ExportReport(path, deployment, shapes, difference, times)
+
+
+def _check_arguments(model: nn.Module, path: Path, input_size: Sequence[int], overwrite: bool) -> None:
+    if len(input_size) != 3 or not all(isinstance(size, int) and size >= 2 for size in input_size[1:]):
+        raise ValueError(f"`input_size` must be (channels, height, width), at least 2 px each; got {input_size!r}.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"`path`: there is no folder {str(path.parent)!r}; make it first.")
+    if path.is_dir():
+        raise ValueError(f"`path` must be a file; {str(path)!r} is a folder. Take {str(path / 'model.onnx')!r}.")
+    if path.exists() and not overwrite:
+        raise ValueError(f"`path`: {str(path)!r} exists. Take another name, or overwrite=True (--force).")
+    dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.is_floating_point()}
+    if dtypes - {"torch.float32"}:
+        raise ValueError(f"`model` must be float32; got {', '.join(sorted(dtypes))}. Convert it: model.float().")
+
+
+def _require(*names: str) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ImportError(f'Exporting needs {name}: pip install "icnn-zoo[export]".') from error
+
+
+def _trace_friendly(model: nn.Module) -> nn.Module:
+    """A copy whose regular layers that pad by input size are rewritten: in timm's words an export takes minutes."""
+    model = copy.deepcopy(model)
+    replacements: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if not isinstance(module, nn.Conv2d) or module.dilation != (1, 1):
+            continue
+        rules = conv_rules(module)
+        if rules is not None and rules.padding is dynamic_same_padding:
+            # A regular layer is an irregular one with epsilon 0: its dense form is the same convolution.
+            layer = IrregularConv2d.from_conv2d(module, epsilon=0.0)
+            replacements[id(module)] = standard_form(layer, layer.weight_rule(layer), layer.bias).module.eval()
+    return replace_modules(model, replacements)
+
+
+def _run(model: nn.Module, images: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        output = model(images)
+    outputs = [output] if isinstance(output, Tensor) else list(output)
+    if not all(isinstance(item, Tensor) for item in outputs):
+        raise ValueError(f"`model` must return a tensor or a sequence of tensors; got {type(output).__name__}.")
+    return outputs
+
+
+def _export(model: nn.Module, path: Path, input_size: Sequence[int], outputs: int) -> None:
+    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    names = ["output"] if outputs == 1 else [f"output_{number}" for number in range(outputs)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about its own insides
+        try:
+            torch.onnx.export(
+                model,
+                (torch.zeros(2, *input_size),),
+                str(path),
+                dynamo=True,
+                dynamic_shapes=(dynamic,),
+                input_names=["images"],
+                output_names=names,
+                external_data=False,
+                verbose=False,
+            )
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise RuntimeError(
+                f"PyTorch cannot export {type(model).__name__} with dynamic batch, height and width: {reason[0]}"
+            ) from error
+
+
+def _open(path: Path) -> Any:
+    onnx, onnxruntime = importlib.import_module("onnx"), importlib.import_module("onnxruntime")
+    onnx.checker.check_model(str(path), full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _compare(model: nn.Module, session: Any, input_size: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], float]:
+    channels, height, width = input_size
+    generator = torch.Generator().manual_seed(0)
+    compared: list[tuple[int, ...]] = []
+    worst = 0.0
+    for batch, rows, cols in ((1, height, width), (2, height + 1, width + 3), (3, height + 32, width + 64)):
+        images = torch.rand(batch, channels, rows, cols, generator=generator)
+        try:
+            expected = _run(model, images)
+        except (RuntimeError, ValueError, AssertionError):
+            if not compared:
+                raise
+            continue  # many networks take multiples of 32 only
+        actual = session.run(None, {"images": images.numpy()})
+        for truth, found in zip(expected, actual, strict=True):
+            if truth.shape != found.shape:
+                raise RuntimeError(f"onnxruntime gives shape {found.shape}, the network {tuple(truth.shape)}.")
+            difference = np.abs(found - truth.numpy()).max() / truth.abs().max().clamp(min=1e-30).item()
+            worst = max(worst, float(difference))
+            if not difference <= TOLERANCE:
+                raise RuntimeError(
+                    f"onnxruntime differs from the network by {difference:.1e} of its largest output at input shape "
+                    f"{tuple(images.shape)}; {TOLERANCE:.0e} is allowed. No file was written."
+                )
+        compared.append(tuple(images.shape))
+    return tuple(compared), worst
+
+
+def _measure(model: nn.Module, deployed: nn.Module, session: Any, images: Tensor, rounds: int) -> dict[str, float]:
+    array = images.numpy()
+    runs: dict[str, Callable[[], Any]] = {
+        "PyTorch, irregular": lambda: _run(model, images),
+        "PyTorch, deployed": lambda: _run(deployed, images),
+        "onnxruntime": lambda: session.run(None, {"images": array}),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, call in runs.items():
+            start = time.perf_counter()
+            call()
+            if number > 0:  # the first one warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}

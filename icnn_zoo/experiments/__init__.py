@@ -1,0 +1,1 @@
+"""Repeating the tables of the paper and the results of the documentation."""

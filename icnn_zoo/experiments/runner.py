@@ -1,0 +1,357 @@
+"""The paper's tables, row by row and seed by seed: runs what is missing and writes what there is.
+
+Every run is a subprocess of the command line in a folder of its own, ``OUT/TABLE/ROW/seed_N``, which gets
+
+- ``request.json`` when it begins: what it is, so that a table never mixes two experiments;
+- ``attempt_K``: config, metrics and checkpoints of each start; a run goes on from the last checkpoint of them all;
+- ``result.json`` when it has been evaluated: metrics, config, versions. A folder that has it is never run again.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROWS = {"regular": "null", "classifier": "classifier", "layer4": "layer4", "layer3.11": "layer3.11", "layer3": "layer3"}
+_PACKAGES = ("icnn-zoo", "torch", "torchvision", "lightning", "timm", "albumentations", "numpy")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table of the paper, or one of ours on data without a licence.
+
+    Attributes:
+        title: Heading of the table.
+        config: Name of the file in ``configs/``.
+        rows: What ``model.start`` is, by the name of the row; the first is the regular baseline.
+        splits: Splits to evaluate with the weights of the last step.
+        paper_gain: Gain of the irregular network in the paper, in points of mIoU; None where it says nothing.
+        peers: Rows with a peer's layers in the place of irregular ones: what they are and where they start. Their
+            program is ``icnn_zoo.experiments.peers``.
+    """
+
+    title: str
+    config: str
+    rows: Mapping[str, str] = field(default_factory=lambda: ROWS)
+    splits: tuple[str, ...] = ("val",)
+    paper_gain: float | None = None
+    peers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def starts(self) -> dict[str, str]:
+        """What ``model.start`` is, by the name of the row, peers included."""
+        return {**self.rows, **dict.fromkeys(self.peers, "null")}
+
+
+EXPERIMENTS = {
+    "table1": Experiment("PASCAL VOC 2012", "voc2012.yaml", paper_gain=2.5),
+    "table2": Experiment("PASCAL-Context", "pascal_context.yaml", paper_gain=1.4),
+    "table3": Experiment("Cityscapes", "cityscapes.yaml", paper_gain=1.9),
+    "drawn-voc": Experiment(
+        "Drawings of the VOC classes",
+        "drawn_voc.yaml",
+        {
+            "regular": "null",
+            "classifier": "classifier",
+            "blocks.6": "blocks.6",
+            "blocks.4": "blocks.4",
+            "blocks.2": "blocks.2",
+        },
+        ("val", "test"),
+        peers={"dilation": ("dilation", "blocks.4"), "deformable": ("deformable", "blocks.4")},
+    ),
+    "drawn-voc-dense": Experiment(
+        "Drawings of the VOC classes, dense convolutions (ResNet-18 from scratch)",
+        "drawn_voc_dense.yaml",
+        {"regular": "null", "classifier": "classifier", "layer4": "layer4", "layer3": "layer3"},
+        ("val", "test"),
+    ),
+}
+
+
+def reproduce(
+    name: str,
+    *,
+    rows: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    out: Path = Path("runs/reproduce"),
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Runs the rows of a table that have no result yet, and writes the table after each of them.
+
+    Args:
+        name: "table1", "table2", "table3", "drawn-voc" or "drawn-voc-dense".
+        rows: Names of the rows to run; None for all.
+        seeds: Seeds of each row: of weights, order and augmentation.
+        out: Folder of the runs and tables.
+        config: YAML file; None for the experiment's in ``configs/``.
+        overrides: Further arguments for every run, such as ``["--trainer.max_steps", "100"]``.
+
+    Returns:
+        The Markdown file; a JSON file of the same name lies beside it.
+
+    Raises:
+        FileNotFoundError: There is no such config.
+        ValueError: An unknown row, a repeated seed, several processes, or a folder that holds another experiment.
+        RuntimeError: A run failed. What it had saved is kept, and the next call goes on from there.
+    """
+    experiment = EXPERIMENTS[name]
+    chosen = list(experiment.starts) if rows is None else list(rows)
+    unknown = [row for row in chosen if row not in experiment.starts]
+    if unknown:
+        raise ValueError(f"`rows` must be of {', '.join(experiment.starts)}; got {', '.join(unknown)}.")
+    for what, values in (("rows", chosen), ("seeds", list(seeds))):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"`{what}` must be one or more, each once; got {values}.")
+    if min(seeds) < 0:
+        raise ValueError(f"`seeds` must not be negative; got {list(seeds)}.")
+    if os.environ.get("WORLD_SIZE", "1") != "1" or os.environ.get("SLURM_NTASKS", "1") != "1":
+        raise ValueError(
+            "reproduce starts every run itself: call it once, without torchrun or srun, and say how many devices each "
+            "run may use: -- --trainer.devices 8. For several machines run `icnn-zoo fit` row by row."
+        )
+    config = _find_config(experiment.config) if config is None else config
+    if not config.is_file():
+        raise FileNotFoundError(f"`config`: there is no file {str(config)!r}.")
+    folder = out / name
+    # Seed by seed: after the first seed the table has all its rows.
+    runs = [_Run(experiment, row, seed, folder, config, tuple(overrides)) for seed in seeds for row in chosen]
+    _check_folder(folder, runs[0])
+    table = write_table(name, out)
+    for number, run in enumerate(runs, start=1):
+        if run.result.is_file():
+            continue
+        print(f"[{number} of {len(runs)}] {name}, {run.row}, seed {run.seed}: {run.folder}", flush=True)
+        run()
+        table = write_table(name, out)
+    return table
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One row with one seed."""
+
+    experiment: Experiment
+    row: str
+    seed: int
+    table_folder: Path
+    config: Path
+    overrides: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        return self.table_folder / self.row / f"seed_{self.seed}"
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result.json"
+
+    @property
+    def request(self) -> dict[str, Any]:
+        return {
+            "row": self.row,
+            "start": self.experiment.starts[self.row],
+            "seed": self.seed,
+            "config": yaml.safe_load(self.config.read_text(encoding="utf-8")),  # without its comments
+            "overrides": list(self.overrides),
+        }
+
+    def __call__(self) -> None:
+        """Trains from where the last attempt ended, evaluates, and writes the result."""
+        import fcntl
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RuntimeError(
+                    f"{str(self.folder)!r} is in use: another process runs it at this moment."
+                ) from error
+            if not self.result.is_file():  # which another process may have written meanwhile
+                self._run(lock.fileno())
+
+    def _run(self, lock: int) -> None:
+        _write(self.folder / "request.json", json.dumps(self.request, indent=2))
+        checkpoint = self._last_checkpoint()
+        if checkpoint is None or not self._is_finished(checkpoint):
+            resume = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
+            self._lightning("fit", f"attempt_{len(self._attempts())}", lock, *resume)
+            checkpoint = self._last_checkpoint()
+            if checkpoint is None or not self._is_finished(checkpoint):
+                raise RuntimeError(
+                    f"training ended before its last step; see {str(self.folder)!r}, and run this again."
+                )
+        metrics: dict[str, float | None] = {}
+        for split in self.experiment.splits:
+            verb = {"val": "validate", "test": "test"}[split]
+            self._lightning(verb, split, lock, "--ckpt_path", str(checkpoint))
+            metrics |= _last_metrics(self.folder / split / "metrics.csv", split)
+        record = {
+            **self.request,
+            "metrics": metrics,
+            "resolved_config": (checkpoint.parents[1] / "config.yaml").read_text(encoding="utf-8"),
+            "attempts": len(self._attempts()),
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        _write(self.result, json.dumps(record, indent=2))
+
+    def _lightning(self, verb: str, attempt: str, lock: int, *arguments: str) -> None:
+        # A subprocess: it gives back all memory, its crash is not ours, and Lightning can start further ones of it.
+        start = self.experiment.starts[self.row]
+        peer = self.experiment.peers.get(self.row)
+        program = ["-m", "icnn_zoo.cli" if peer is None else "icnn_zoo.experiments.peers"]
+        command = [sys.executable, *program, verb, "--config", str(self.config), *self.overrides]
+        if peer is not None:
+            command += ["--model.peer", peer[0], "--model.peer_start", peer[1]]
+        command += ["--seed_everything", str(self.seed), "--data.init_args.seed", str(self.seed)]
+        command += ["--model.start", start, *arguments]
+        logger = "--trainer.logger.init_args"
+        command += [f"{logger}.save_dir", str(self.table_folder), f"{logger}.name", f"{self.row}/seed_{self.seed}"]
+        command += [f"{logger}.version", attempt]
+        # The run holds the lock too: it may outlive this process, and must not get a second one beside it.
+        done = subprocess.run(command, pass_fds=(lock,))
+        if done.returncode:
+            raise RuntimeError(
+                f"`{verb}` of {self.row} with seed {self.seed} failed with exit status {done.returncode} (its messages "
+                "are above). The next call goes on from its last checkpoint."
+            )
+
+    def _attempts(self) -> list[Path]:
+        return sorted(self.folder.glob("attempt_*"), key=lambda path: int(path.name.partition("_")[2]))
+
+    def _last_checkpoint(self) -> Path | None:
+        found = [path / "checkpoints" / "last.ckpt" for path in self._attempts()]
+        return next((path for path in reversed(found) if path.is_file()), None)
+
+    def _is_finished(self, checkpoint: Path) -> bool:
+        import torch
+
+        trainer = yaml.safe_load((checkpoint.parents[1] / "config.yaml").read_text(encoding="utf-8"))["trainer"]
+        if (trainer.get("max_steps") or -1) < 0:
+            raise ValueError("reproduce needs the length of a run as trainer.max_steps.")
+        state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
+        return state["global_step"] >= trainer["max_steps"]
+
+
+def _check_folder(folder: Path, run: _Run) -> None:
+    """Raises ValueError where any run of a table was begun with another config or other overrides."""
+    for file in sorted(folder.glob("*/seed_*/request.json")):
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("config", "overrides"):
+            if before[key] != run.request[key]:
+                shown = "another file" if key == "config" else f"{before[key]}, now {run.request[key]}"
+                raise ValueError(
+                    f"{str(file.parent)!r} was begun with another experiment: its {key} is {shown}. One table holds "
+                    "one experiment: repeat that, or give another `--out`."
+                )
+
+
+def write_table(name: str, out: Path) -> Path:
+    """Writes ``OUT/NAME.md`` and ``OUT/NAME.json`` from the results below ``OUT/NAME``.
+
+    mIoU in per cent, mean and sample standard deviation over the seeds; the gain over the regular row is taken seed by
+    seed, where both have the seed. Of the paper, only its gains are known here: the numbers of single rows are not.
+
+    Returns:
+        The Markdown file.
+    """
+    experiment = EXPERIMENTS[name]
+    results: dict[str, dict[int, dict[str, float]]] = {row: {} for row in experiment.starts}
+    for row in experiment.starts:
+        for file in sorted((out / name / row).glob("seed_*/result.json")):
+            record = json.loads(file.read_text(encoding="utf-8"))
+            results[row][record["seed"]] = record["metrics"]
+    regular = next(iter(experiment.rows))
+    summary: dict[str, Any] = {"title": experiment.title, "paper": {"gain": experiment.paper_gain, "mIoU": None}}
+    summary["rows"] = {}
+    for row, of_seeds in results.items():
+        cells: dict[str, Any] = {"start": experiment.starts[row], "seeds": sorted(of_seeds)}
+        summary["rows"][row] = cells
+        for split in experiment.splits:
+            key = f"{split}/mIoU"
+            cells[key] = _statistics([100 * metrics[key] for _, metrics in sorted(of_seeds.items())])
+            shared = sorted(set(of_seeds) & set(results[regular])) if row != regular else []
+            gains = [100 * (of_seeds[seed][key] - results[regular][seed][key]) for seed in shared]
+            cells[f"{split}/gain"] = _statistics(gains)
+    _write(out / f"{name}.json", json.dumps(summary, indent=2) + "\n")
+    return _write(out / f"{name}.md", _markdown(name, experiment, summary))
+
+
+def _markdown(name: str, experiment: Experiment, summary: dict[str, Any]) -> str:
+    columns = [title for split in experiment.splits for title in (f"{split} mIoU", f"{split} gain")]
+    lines = [f"# {name}: {experiment.title}", "", "| start | " + " | ".join([*columns, "seeds"]) + " |"]
+    lines.append("| --- " * (len(columns) + 2) + "|")
+    for row, cells in summary["rows"].items():
+        numbers = [cells[f"{split}/{key}"] for split in experiment.splits for key in ("mIoU", "gain")]
+        seeds = ", ".join(map(str, cells["seeds"])) or "not run"
+        lines.append("| " + " | ".join([row, *map(_cell, numbers), seeds]) + " |")
+    lines += [
+        "",
+        "Mean and sample standard deviation over the seeds; weights of the last step; gain over regular, seed by seed.",
+    ]
+    if experiment.paper_gain is not None:
+        lines.append(
+            f"The paper's gain of the irregular over the regular network: +{experiment.paper_gain} mIoU. Its numbers "
+            "row by row are not in this package."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Mapping[str, Any]) -> str:
+    if not values["values"]:
+        return "-"
+    return f"{values['mean']:.2f}" if values["std"] is None else f"{values['mean']:.2f} ± {values['std']:.2f}"
+
+
+def _statistics(values: list[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation, None where there are too few values."""
+    return {
+        "mean": statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+    }
+
+
+def _last_metrics(file: Path, split: str) -> dict[str, float | None]:
+    with file.open(encoding="utf-8") as lines:
+        row = list(csv.DictReader(lines))[-1]
+    numbers = {name: float(value) for name, value in row.items() if name.startswith(f"{split}/") and value}
+    # A class that neither occurs nor is predicted has no IoU, and JSON has no NaN.
+    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
+
+
+def _find_config(name: str) -> Path:
+    candidates = [Path("configs") / name, Path(__file__).parents[2] / "configs" / name]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"looked for {' and '.join(str(path) for path in candidates)}: call this from a clone of the repository, or "
+        "give the file with --config."
+    )
+
+
+def _write(path: Path, text: str) -> Path:
+    """Writes a file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,1 @@
+"""Files, images, label pictures and downloads."""

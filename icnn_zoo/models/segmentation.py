@@ -1,0 +1,259 @@
+"""Segmentation networks: a timm backbone at output stride 8 or 16 and a small head. Plain nn.Modules."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+
+from icnn_zoo.optim import freeze_norm
+
+OUTPUT_STRIDES = (8, 16)
+HEADS = ("largefov",)
+DILATION_RULES = ("caffe", "timm")
+
+
+class SegmentationModel(nn.Module):
+    """A timm backbone and DeepLab's LargeFOV head, which is one 3x3 convolution with dilation 12 on the last stage.
+
+    Its parts are named ``backbone`` and ``classifier``, so that ``icnn_zoo.convert(model, start="classifier")``
+    converts the head and ``start="layer3.11"`` the backbone from there on and the head.
+
+    Args:
+        backbone: Any timm name that can be dilated ("resnet101", "tf_efficientnet_lite0").
+        num_classes: Classes, background included.
+        output_stride: Input pixels per logit: 8 (the paper's) or 16.
+        head: "largefov".
+        head_dilation: Dilation of the head; None for the paper's 12 at output stride 8, and 6 at 16, the same field of
+            view. Feature maps smaller than the dilation leave only the head's centre tap alive.
+        dilation_rule: Dilation of the convolutions that lost their stride, the first 3x3 of each dilated stage. "timm"
+            (torchvision likewise) gives them that of the stage before, "caffe" that of their own stage, as DeepLab's
+            networks have it: 2 in layer3.0 and 4 in layer4.0 of a ResNet at output stride 8, not 1 and 2.
+        freeze_norm: Freezes statistics and affine parameters of all norm layers, in training mode too.
+        mean: Mean of the RGB channels in 0 to 1, None for what timm says of the backbone.
+        std: Standard deviation likewise.
+
+    Attributes:
+        backbone: The timm network, giving the last stage's features.
+        classifier: The head.
+
+    Raises:
+        ValueError: No such backbone, one that timm cannot dilate to this output stride, or one for which Caffe's rule
+            says nothing; the message names choices.
+
+    Note:
+        One difference to DeepLab's Caffe network stays: a timm ResNet has the remaining stride of layer2.0 in its 3x3
+        convolution, Caffe's in the 1x1 before. It goes with the weights, which were trained so. Caffe rounds the
+        stem's pooling up, which is the same at sizes of 8k + 1.
+
+    Example:
+        >>> import torch
+        >>> from icnn_zoo.models.segmentation import SegmentationModel
+        >>> model = SegmentationModel("resnet18", num_classes=21)
+        >>> model(torch.randn(1, 3, 97, 129)).shape
+        torch.Size([1, 21, 13, 17])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        *,
+        output_stride: int = 8,
+        head: str = "largefov",
+        head_dilation: int | None = None,
+        dilation_rule: str = "timm",
+        freeze_norm: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"`num_classes` must be at least 2, background included; got {num_classes}.")
+        if head_dilation is not None and head_dilation < 1:
+            raise ValueError(f"`head_dilation` must be at least 1; got {head_dilation}.")
+        if head not in HEADS:
+            raise ValueError(f"`head` must be one of {', '.join(HEADS)}; got {head!r}.")
+        if dilation_rule not in DILATION_RULES:
+            raise ValueError(f"`dilation_rule` must be one of {', '.join(DILATION_RULES)}; got {dilation_rule!r}.")
+        self.backbone_name = backbone
+        self.num_classes = num_classes
+        self.output_stride = output_stride
+        self.freeze_norm = freeze_norm
+        self.backbone = _create_backbone(backbone, output_stride)
+        if dilation_rule == "caffe":
+            _dilate_as_caffe(self.backbone, backbone, output_stride)
+        channels = _feature_info(self.backbone).channels()[-1]
+        dilation = 12 * 8 // output_stride if head_dilation is None else head_dilation
+        self.classifier = nn.Conv2d(channels, num_classes, 3, padding=dilation, dilation=dilation)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.constant_(cast(Tensor, self.classifier.bias), 0)
+        cfg = timm.get_pretrained_cfg(backbone, allow_unregistered=True)
+        for name, values, default in (("mean", mean, cfg and cfg.mean), ("std", std, cfg and cfg.std)):
+            values = tuple(values or default or (0.5, 0.5, 0.5))
+            if len(values) != 3:
+                raise ValueError(f"`{name}` must have one number for each of R, G and B; got {values}.")
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        self.train()
+
+    def load_pretrained(
+        self, file: str | Path | None = None, classes: Sequence[str] | None = None
+    ) -> SegmentationModel:
+        """Loads the backbone's pretrained weights through timm, before or after converting, or a zoo checkpoint.
+
+        Args:
+            file: A local file of any kind timm reads (safetensors, pth) with the backbone's own names; None downloads
+                timm's default weights; ``"zoo:NAME"`` a checkpoint of the zoo (:func:`icnn_zoo.zoo.load_start`).
+            classes: Class names: the head of a zoo checkpoint is loaded if its classes are the same. None compares
+                only their number.
+
+        Returns:
+            This network.
+
+        Raises:
+            FileNotFoundError: ``file`` does not exist.
+            ValueError: The weights do not cover the backbone.
+        """
+        if isinstance(file, str) and file.startswith("zoo:"):
+            from icnn_zoo.zoo.networks import load_start
+
+            return load_start(self, file, classes)
+        if file is not None and not Path(file).is_file():
+            hint = " Make it with: icnn-zoo prepare efficientnet-lite0 --root data" if "lite0" in str(file) else ""
+            raise FileNotFoundError(f"`pretrained`: there is no file {str(file)!r}.{hint}")
+        overlay = None if file is None else {"file": str(file)}
+        source = _create_backbone(
+            self.backbone_name, self.output_stride, pretrained=True, pretrained_cfg_overlay=overlay
+        )
+        missing, unexpected = self.backbone.load_state_dict(source.state_dict(), strict=False)
+        missing = [name for name in missing if not name.endswith(".displacement")]
+        if missing or unexpected:
+            raise ValueError(
+                f"`pretrained` weights do not fit {self.backbone_name}: missing {missing[:5]}, extra {unexpected[:5]}."
+            )
+        return self
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Normalises RGB images [B, 3, H, W] from 0..255 (uint8 or float) to what the backbone was trained on."""
+        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Computes logits.
+
+        Args:
+            images: Normalised images [B, 3, H, W].
+
+        Returns:
+            Logits [B, num_classes, H / output_stride, W / output_stride], sizes rounded up.
+        """
+        return self.classifier(self.backbone(images)[-1])
+
+    def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """Bilinear logits at image size. Sizes of 8k + 1 have a logit on every 8th pixel, hence align corners."""
+        aligned = all((extent - 1) % self.output_stride == 0 for extent in size)
+        return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=aligned)
+
+    def train(self, mode: bool = True) -> SegmentationModel:
+        super().train(mode)
+        if self.freeze_norm:
+            freeze_norm(self)
+        return self
+
+
+def shrink_labels(labels: Tensor, output_stride: int) -> Tensor:
+    """Takes every 8th (16th) pixel of label maps [B, H, W], where the logits of an 8k + 1 sized image lie.
+
+    Raises:
+        ValueError: Height or width is not a multiple of the stride plus 1.
+    """
+    for extent in labels.shape[-2:]:
+        if (extent - 1) % output_stride:
+            low = (extent - 1) // output_stride * output_stride + 1
+            raise ValueError(
+                f"`loss_resolution`='logits' needs image sizes of {output_stride}k + 1; got {list(labels.shape[-2:])}. "
+                f"Take {low} or {low + output_stride} for {extent}, or loss_resolution='image'."
+            )
+    return labels[..., ::output_stride, ::output_stride]
+
+
+def check_backbone(name: str) -> None:
+    """Checks that timm has a network of this name.
+
+    Raises:
+        ValueError: It has not; the message lists the nearest names.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        raise ValueError(f"`backbone`={name!r} is no timm model; the nearest are {', '.join(near) or 'none'}.")
+
+
+def _create_backbone(name: str, output_stride: int, **kwargs: Any) -> nn.Module:
+    if output_stride not in OUTPUT_STRIDES:
+        raise ValueError(f"`output_stride` must be one of {OUTPUT_STRIDES}; got {output_stride}.")
+    check_backbone(name)
+    try:
+        backbone = timm.create_model(name, features_only=True, output_stride=output_stride, out_indices=(-1,), **kwargs)
+        reduction = _feature_info(backbone).reduction()[-1]
+    except (TypeError, AssertionError, RuntimeError) as error:
+        if kwargs:  # the network itself was built before without an error, so the weights are at fault
+            raise
+        raise ValueError(_cannot_dilate(name, output_stride)) from error
+    if reduction != output_stride:
+        raise ValueError(_cannot_dilate(name, output_stride))
+    return backbone
+
+
+def _dilate_as_caffe(backbone: nn.Module, name: str, output_stride: int) -> None:
+    """Multiplies the dilation of every convolution that lost its stride by that stride, and its padding alike."""
+    with torch.device("meta"):
+        original = timm.create_model(name, features_only=True, out_indices=(-1,))
+    strided = {path: layer for path, layer in original.named_modules() if isinstance(layer, nn.Conv2d)}
+    changes: dict[nn.Conv2d, int] = {}
+    for path, layer in backbone.named_modules():
+        before = strided.get(path)
+        if not isinstance(layer, nn.Conv2d) or before is None or max(before.kernel_size) == 1:
+            continue
+        factor = before.stride[0] // layer.stride[0]
+        if factor > 1:
+            changes[layer] = factor
+    total = _feature_info(original).reduction()[-1] // output_stride
+    wanted = {2**power for power in range(1, total.bit_length())}
+    found = {layer.dilation[0] * factor for layer, factor in changes.items()}
+    if found != wanted or not all(_has_centre(layer) for layer in changes):
+        raise ValueError(
+            f"`dilation_rule`='caffe' is for backbones whose stages begin with a strided 3x3 convolution, such as "
+            f"resnet or regnet; {name!r} at output stride {output_stride} is none. Take dilation_rule='timm'."
+        )
+    for layer, factor in changes.items():
+        layer.dilation = (layer.dilation[0] * factor, layer.dilation[1] * factor)
+        if not isinstance(layer, Conv2dSame):  # which pads by its dilation in every forward
+            layer.padding = tuple(int(pad) * factor for pad in layer.padding)
+
+
+def _has_centre(layer: nn.Conv2d) -> bool:
+    """Whether a dilation can change without moving the output: odd kernel, padded by half of it with zeros."""
+    if any(extent % 2 == 0 for extent in layer.kernel_size) or layer.padding_mode != "zeros":
+        return False
+    halves = tuple(dilation * (extent // 2) for dilation, extent in zip(layer.dilation, layer.kernel_size, strict=True))
+    return isinstance(layer, Conv2dSame) or layer.padding == halves
+
+
+def _feature_info(backbone: nn.Module) -> Any:
+    return backbone.feature_info
+
+
+def _cannot_dilate(name: str, output_stride: int) -> str:
+    return (
+        f"`backbone`={name!r} cannot be dilated to output stride {output_stride} by timm; families that can: resnet, "
+        "resnetv2, regnet, efficientnet, mobilenetv3, convnext, rexnet, nfnet, byobnet, cspnet, xception."
+    )

@@ -1,0 +1,236 @@
+"""The irregular convolution as a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from icnn_zoo.nn.conv_rules import ConvRules, conv_rules, plain_weight, reason_to_refuse, static_padding
+from icnn_zoo.ops.functional import irregular_conv2d, pad_with_mode, pair
+
+
+class IrregularConv2d(nn.Module):
+    """A convolution whose taps sit at learned real-valued positions; see :func:`icnn_zoo.irregular_conv2d`.
+
+    Takes what ``nn.Conv2d`` takes and has its attributes, but is no ``nn.Conv2d``: code that looks for one would fuse,
+    prune or re-initialise it wrongly.
+
+    The parameter ``displacement`` holds positions minus the regular grid, in pixels. Learning it is the same as
+    learning the positions; a recipe that decays every parameter then pulls towards the regular shape and not into the
+    centre, and a checkpoint survives a change of dilation. ``displacement`` stays float32 after ``.half()``,
+    ``.bfloat16()`` and under autocast (bfloat16 has a spacing of 0.0625 px at 8 to 16 px), and follows ``.double()``.
+
+    Args:
+        in_channels: Channels C of the input.
+        out_channels: Channels N of the output.
+        kernel_size: Taps (rows, columns) or one int for both. The centre of an even kernel is tap ``(k - 1) // 2``.
+        stride: Step between output pixels.
+        padding: Int, pair, "same" or "valid".
+        dilation: Spacing of the regular grid in pixels; positions are absolute.
+        groups: Number of groups, from 1 to C.
+        bias: Whether there is a bias.
+        padding_mode: "zeros", "reflect", "replicate" or "circular". Positions beyond the padding read zeros.
+        device: Device of the parameters.
+        dtype: Type of weight and bias. The displacement is float32, or float64 for a float64 layer.
+        epsilon: Initial displacement in pixels (Eq. 5). Bilinear interpolation has a kink at integers; epsilon says on
+            which side to start. At 0 the layer equals ``nn.Conv2d`` exactly.
+        per_kernel: False for the paper's shape per input channel, shared by all kernels: displacement [C, kh * kw, 2].
+            True for the full version, one shape per kernel: [N, C / groups, kh * kw, 2].
+
+    Attributes:
+        backend: What computes it, "auto" at first; see :func:`icnn_zoo.irregular_conv2d`.
+        regular_grid: Positions of the regular kernel [kh * kw, 2], integers times dilation, origin at the centre tap.
+
+    Raises:
+        ValueError: An argument does not fit; the message names it.
+
+    Example:
+        >>> import torch, icnn_zoo
+        >>> layer = icnn_zoo.IrregularConv2d(8, 16, 3, padding=2, dilation=2)
+        >>> layer(torch.randn(1, 8, 21, 33)).shape
+        torch.Size([1, 16, 21, 33])
+        >>> layer.positions.shape
+        torch.Size([8, 9, 2])
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: str
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    regular_grid: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] | str = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        epsilon: float = 1e-3,
+        per_kernel: bool = False,
+    ) -> None:
+        super().__init__()
+        device = torch.get_default_device() if device is None else device
+        # nn.Conv2d's own constructor checks the arguments it shares and brings them to one form.
+        regular = nn.Conv2d(
+            in_channels,
+            out_channels,
+            pair("kernel_size", kernel_size, 1),
+            pair("stride", stride, 1),
+            padding if isinstance(padding, str) else pair("padding", padding, 0),
+            pair("dilation", dilation, 1),
+            groups,
+            bias,
+            padding_mode,  # type: ignore[arg-type]  # checked by the callee
+            device="meta",
+            dtype=dtype,
+        )
+        self._adopt(regular, ConvRules(), epsilon, per_kernel)
+        self.weight = nn.Parameter(torch.empty_like(regular.weight, device=device))
+        self.bias = None if regular.bias is None else nn.Parameter(torch.empty_like(regular.bias, device=device))
+        self._add_displacement(self.weight)
+        self.reset_parameters()
+
+    @classmethod
+    def from_conv2d(cls, conv: nn.Conv2d, *, epsilon: float = 1e-3, per_kernel: bool = False) -> IrregularConv2d:
+        """Makes an irregular layer of a regular one, with everything it holds.
+
+        Weight, bias and other parameters are the same Parameter objects; buffers, hooks (their handles stay valid),
+        training mode and the attributes that other code reads or has set come along. ``conv`` itself stays as it is.
+
+        Args:
+            conv: An nn.Conv2d, timm's Conv2dSame, StdConv2d, ScaledStdConv2d and their Same versions, a subclass of
+                these without a forward of its own, or a class given to :func:`icnn_zoo.register_conv_rules`; of any
+                kernel size.
+            epsilon: Initial displacement in pixels.
+            per_kernel: Whether every kernel gets a shape of its own.
+
+        Returns:
+            A layer in the training mode, dtype and device of ``conv``, whose displacement is trainable if the weight
+            is.
+
+        Raises:
+            TypeError: ``conv`` is of another class; its forward may do more than a convolution.
+            ValueError: ``epsilon`` is not finite, or ``conv`` is not a plain module now: see
+                :func:`icnn_zoo.convert`.
+        """
+        rules, reason = conv_rules(conv), reason_to_refuse(conv)
+        if rules is None:
+            raise TypeError(f"`conv`: {reason}.")
+        if reason is not None:
+            raise ValueError(f"`conv`: {reason}.")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(conv, rules, epsilon, per_kernel)
+        layer._add_displacement(conv.weight)
+        layer.displacement.requires_grad_(conv.weight.requires_grad)
+        return layer
+
+    def _adopt(self, conv: nn.Conv2d, rules: ConvRules, epsilon: float, per_kernel: bool) -> None:
+        if not (isinstance(epsilon, (int, float)) and math.isfinite(epsilon)):
+            raise ValueError(f"`epsilon` must be a finite number of pixels; got {epsilon!r}.")
+        if not isinstance(per_kernel, bool):
+            raise TypeError(f"`per_kernel` must be True or False; got {per_kernel!r}.")
+        # Hooks stay the very same dictionaries, which their handles point to; what gets new members is copied.
+        vars(self).update(vars(conv))
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            vars(self)[name] = vars(conv)[name].copy()
+        self.epsilon = float(epsilon)
+        self.per_kernel = per_kernel
+        self.backend = "auto"
+        self.padding_rule = rules.padding
+        self.weight_rule = rules.weight
+
+    def _add_displacement(self, weight: Tensor) -> None:
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        owners = (self.out_channels, self.in_channels // self.groups) if self.per_kernel else (self.in_channels,)
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.displacement = nn.Parameter(
+            torch.full((*owners, taps, 2), self.epsilon, dtype=dtype, device=weight.device)
+        )
+        self.register_buffer("regular_grid", self._make_grid(), persistent=False)
+
+    def _make_grid(self) -> Tensor:
+        like = self.displacement
+        rows, cols = (
+            dilation * (torch.arange(size, dtype=like.dtype, device=like.device) - (size - 1) // 2)
+            for size, dilation in zip(self.kernel_size, self.dilation, strict=True)
+        )
+        return torch.cartesian_prod(rows, cols).reshape(-1, 2)
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as nn.Conv2d does and puts every tap epsilon off the regular grid."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.weight[0].numel())
+            nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.constant_(self.displacement, self.epsilon)
+
+    @property
+    def positions(self) -> Tensor:
+        """Absolute positions (row, col) in pixels, in the shape of ``displacement``."""
+        return self.regular_grid + self.displacement
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolves [B, C, H, W] or [C, H, W] to the size nn.Conv2d gives."""
+        traced: Any = input
+        if isinstance(traced, fx.Proxy):  # any tracer keeps the layer whole, as torch.fx does with torch.nn's own
+            tracer: Any = traced.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        padding: int | Sequence[int] | str = self.padding
+        if self.padding_rule is not static_padding or self.padding_mode != "zeros":
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = pad_with_mode(input, self.padding_rule(self, input), mode)
+            padding = 0
+        return irregular_conv2d(
+            input,
+            self.weight_rule(self),
+            self.positions,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            backend=self.backend,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IrregularConv2d:
+        # Module.half() and friends end here. Positions must not be rounded to half precision, not even on the way.
+        displacement, grad = self.displacement.detach(), self.displacement.grad
+        grad = None if grad is None else grad.detach()
+        super()._apply(fn, recurse)
+        if self.displacement.dtype not in (torch.float32, torch.float64):
+            device = self.displacement.device
+            self.displacement.data = displacement.to(device)
+            self.displacement.grad = None if grad is None else grad.to(device)
+        self.regular_grid = self._make_grid()
+        return self
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros", "per_kernel": False}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        if self.padding_rule is not static_padding:
+            text += f", padding_rule={self.padding_rule.__name__}"
+        if self.weight_rule is not plain_weight:
+            text += f", weight_rule={self.weight_rule.__name__}"
+        return text if self.bias is not None else text + ", bias=False"

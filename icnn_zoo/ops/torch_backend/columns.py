@@ -1,0 +1,186 @@
+"""The two-step irregular convolution and its backward: columns, then matrix products, a block at a time.
+
+A column is a channel's plane as one tap sees it. Columns are made for a slab of images and a block of channels at a
+time and never kept: the backward makes them again, so that memory stays bounded. Every sum has a fixed order: two runs
+agree bit for bit.
+
+Letters used in shapes: B images, C input channels, N output channels, G groups, T taps, S images of a slab, c channels
+of a block, L = length of a flattened slab of one column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icnn_zoo.ops.geometry import Geometry, memory_format
+from icnn_zoo.ops.torch_backend.windows import Block, WindowColumns
+
+# Elements of one block of columns. 2 Mi float32 values (8 MiB) keep the passes over a block near the cache and the
+# matrix product large enough to run at full speed; 1 to 4 Mi measure alike.
+_BLOCK_ELEMENTS = 2**21
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+# Outputs of a group from which products into [L, N / G] beat those into [N / G, L] (two CPU cores, MKL and oneDNN).
+_MANY_OUTPUTS = 64
+
+# Images smaller than this together make one slab, so that matrix products stay large on small maps.
+_SLAB_AREA = 2048
+
+
+def _blocks(geometry: Geometry, output: Tensor, group_channels: int, column: int) -> Iterator[Block]:
+    """Walks slabs of images, then blocks of channels; ``column`` is the elements of one channel's columns."""
+    if output.numel() == 0:
+        return
+    images = max(1, _SLAB_AREA // output[0, 0].numel())
+    for image in range(0, output.shape[0], images):
+        slab = slice(image, min(image + images, output.shape[0]))
+        channels = max(1, _BLOCK_ELEMENTS // (column * (slab.stop - slab.start)))
+        step_groups = max(1, channels // group_channels)
+        step_channels = min(channels, group_channels)
+        for group in range(0, geometry.groups, step_groups):
+            for channel in range(0, group_channels, step_channels):
+                yield Block(
+                    slab,
+                    slice(group, min(group + step_groups, geometry.groups)),
+                    slice(channel, min(channel + step_channels, group_channels)),
+                    group_channels,
+                )
+
+
+def forward(maker: WindowColumns, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Computes the convolution with a shape per input channel.
+
+    Args:
+        maker: What makes the columns of ``input``.
+        input: Images [B, C, H, W].
+        weight: Weights [N, C / G, T].
+        bias: Bias [N] or None.
+        geometry: Sizes of the call.
+
+    Returns:
+        Output [B, N, Ho, Wo] in the memory format of ``input``.
+    """
+    height, width = geometry.output_size
+    num_outputs, group_channels, taps = weight.shape
+    grouped = weight.unflatten(0, (geometry.groups, -1))  # [G, N / G, C / G, T]
+    output = input.new_empty(input.shape[0], num_outputs, height, width)
+    start = input.new_zeros(num_outputs, 1) if bias is None else bias[:, None]
+    start = start.to(maker.dtype).unflatten(0, (geometry.groups, -1))  # [G, N / G, 1]
+    slab, total = slice(0, 0), output
+    for block in _blocks(geometry, output, group_channels, maker.rows * maker.pitch * taps):
+        if block.images != slab:
+            _write_slab(output, slab, total, maker)
+            slab = block.images
+            length = (slab.stop - slab.start) * maker.rows * maker.pitch
+            total = _zeros(geometry.groups, start.shape[1], length, start) + start
+        columns = maker.columns(block)
+        _add_product(
+            total[block.groups, :, : columns.shape[1]],
+            grouped[block.groups, :, block.channels].flatten(2),
+            columns.unflatten(0, (block.groups.stop - block.groups.start, -1)),
+        )
+    _write_slab(output, slab, total, maker)
+    return output.contiguous(memory_format=memory_format(input))
+
+
+def _write_slab(output: Tensor, slab: slice, total: Tensor, maker: WindowColumns) -> None:
+    """Copies the flat rows of a slab [G, N / G, L] to its images of the output."""
+    images = slab.stop - slab.start
+    if images > 0:
+        height, width = output.shape[-2:]
+        rows = total.unflatten(-1, (images, maker.rows, maker.pitch))[..., :height, :width]  # [G, N / G, S, Ho, Wo]
+        output[slab].unflatten(1, total.shape[:2]).copy_(rows.movedim(2, 0))
+
+
+def _zeros(groups: int, outputs: int, length: int, like: Tensor) -> Tensor:
+    """Zeros [G, N / G, L]; where there are many outputs, their axis varies fastest, which makes faster products."""
+    if outputs < _MANY_OUTPUTS:
+        return like.new_zeros(groups, outputs, length)
+    return like.new_zeros(groups, length, outputs).transpose(1, 2)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Total += left @ right over a batch of groups; half precision factors are summed into the float32 total."""
+    right = right.to(left.dtype)
+    if total.dtype != left.dtype:
+        total += torch.bmm(left, right)
+    elif total.shape[0] == 1:
+        total[0].addmm_(left[0], right[0])
+    else:
+        total.baddbmm_(left, right)
+
+
+def backward(
+    maker: WindowColumns,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """Computes the gradients of :func:`forward`.
+
+    Args:
+        maker: What makes the columns of ``input``.
+        grad_output: Gradient of the output [B, N, Ho, Wo].
+        input: Images [B, C, H, W].
+        weight: Weights [N, C / G, T].
+        positions: Positions [C, T, 2].
+        geometry: Sizes of the call.
+        needs: Whether the gradients of input, weight and positions are wanted.
+
+    Returns:
+        Gradients of input, weight and positions, None where not wanted.
+    """
+    needs_input, needs_weight, needs_positions = needs
+    num_outputs, group_channels, taps = weight.shape
+    grouped = weight.unflatten(0, (geometry.groups, -1))
+    grad_input = torch.zeros_like(input, memory_format=torch.contiguous_format) if needs_input else None
+    grad_weight = None
+    if needs_weight:
+        grad_weight = _zeros(
+            geometry.groups, grouped.shape[1], group_channels * taps, weight.new_empty(0, dtype=maker.dtype)
+        )
+    grad_shift = positions.new_zeros(positions.shape[0] * taps, 2, dtype=maker.dtype) if needs_positions else None
+    height, width = geometry.output_size
+    slab, grad_rows = slice(0, 0), grad_output
+    for block in _blocks(geometry, grad_output, group_channels, maker.rows * maker.pitch * taps):
+        if block.images != slab:
+            slab = block.images
+            # Zeros in the gaps between rows and images, so that products over flat rows count each output once.
+            padded = F.pad(grad_output[slab], (0, maker.pitch - width, 0, maker.rows - height)).transpose(0, 1)
+            grad_rows = padded.reshape(geometry.groups, num_outputs // geometry.groups, -1)
+        grad_block = grad_rows[block.groups]
+        block_weight = grouped[block.groups, :, block.channels].flatten(2)
+        if needs_input or needs_positions:
+            grad_columns = torch.bmm(block_weight.transpose(1, 2), grad_block).flatten(0, 1).to(maker.dtype)
+            planes, columns, shift = maker.gradients(block, grad_columns, needs)
+            if grad_input is not None:
+                assert planes is not None
+                grad_input[slab, block.planes] = planes.transpose(0, 1)
+            if grad_shift is not None:
+                assert shift is not None
+                grad_shift[block.planes.start * taps : block.planes.stop * taps] += shift
+        else:
+            columns = maker.columns(block)
+        if grad_weight is not None:
+            assert columns is not None
+            columns = columns.unflatten(0, (block.groups.stop - block.groups.start, -1))
+            in_group = slice(block.channels.start * taps, block.channels.stop * taps)
+            _add_product(
+                grad_weight[block.groups, :, in_group],
+                grad_block[:, :, : columns.shape[2]],
+                columns.transpose(1, 2),
+            )
+    return (
+        None if grad_input is None else grad_input.contiguous(memory_format=memory_format(input)),
+        None if grad_weight is None else grad_weight.reshape(weight.shape).to(weight.dtype),
+        None if grad_shift is None else grad_shift.reshape(positions.shape).to(positions.dtype),
+    )

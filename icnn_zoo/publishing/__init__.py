@@ -1,0 +1,1 @@
+"""Publishing a trained network to a registry."""

@@ -1,0 +1,1 @@
+"""One page that shows a network: scores, curves, predictions, heatmaps and shapes."""

@@ -1,0 +1,115 @@
+"""One self-contained HTML page that shows a checkpoint: no server, no network, nothing to install."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from icnn_zoo._version import __version__
+from icnn_zoo.analysis.kernel_shapes import layer_shapes
+from icnn_zoo.analysis.statistics import depth_trends, shape_statistics
+from icnn_zoo.conversion.converter import irregular_layers
+from icnn_zoo.io.files import check_target, replacing
+from icnn_zoo.report import sections as parts
+from icnn_zoo.report.curves import curves
+from icnn_zoo.report.payload import heatmaps_payload, shapes_payload
+from icnn_zoo.report.samples import Sample, find_palette
+from icnn_zoo.training.network_sources import Source
+from icnn_zoo.training.task import SegmentationTask
+
+LONGEST_SIDE = 513  # of a shown image; a larger one is shrunk, as its heatmaps would take minutes
+
+
+def write_page(
+    tasks: Mapping[str, SegmentationTask],
+    path: str | Path,
+    samples: Sequence[Sample],
+    *,
+    source: Source,
+) -> None:
+    """Writes a page with all there is to see of a checkpoint.
+
+    It has the scores and settings, the training curves if ``metrics.csv`` of the run is there, the card of a checkpoint
+    of the zoo, predictions beside truth, heatmaps that follow a click, precomputed for a grid of pixels, and kernel
+    shapes that can be turned, with their statistics. A regular network has no shapes.
+
+    Args:
+        tasks: Networks by title: the first is what the page is about, others' heatmaps stand beside the first one's.
+        path: The file to write, .html.
+        samples: Images to show it with, of at most 513 px on the longer side; larger ones are shrunk.
+        source: What the first network was loaded from: its run or card is where scores and curves come from.
+
+    Raises:
+        ValueError: No sample, another suffix, or a position that is no finite number.
+        FileNotFoundError: The folder does not exist.
+    """
+    path = check_target(path, (".html",))
+    if not samples:
+        raise ValueError("`samples` must hold at least one image; got none.")
+    samples = [_shrunk(sample) for sample in samples]
+    task = next(iter(tasks.values()))
+    layers = layer_shapes(task.model) if irregular_layers(task.model) else []
+    statistics = shape_statistics(task.model) if layers else []
+    payload = {
+        "layers": [shapes_payload(shapes) for shapes in layers],
+        "heatmaps": [heatmaps_payload(tasks, sample.image) for sample in samples],
+        "classes": list(task.class_names),
+    }
+    metrics, card = source.metrics(), source.card()
+    scores = {name: series[-1][1] for name, series in metrics.items()}
+    if card is not None:
+        scores |= {metric.name: metric.value for metric in card.metrics}
+    sections = [
+        parts.header(source.title, task, scores),
+        parts.card_section(card) if card is not None else "",
+        parts.predictions_section(task, samples, find_palette(source, task)),
+        parts.heatmaps_section(samples, list(tasks)),
+        parts.shapes_section(statistics, depth_trends(statistics)) if layers else "",
+        parts.curves_section(curves(metrics)),
+        parts.iou_section(task.class_names, scores),
+        parts.settings_section(dict(task.hparams)),
+        f"<footer>Made by icnn-zoo {escape(__version__)}.</footer>",
+    ]
+    page = _assemble(source.title, "\n".join(sections), payload)
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _assemble(title: str, body: str, payload: Mapping[str, Any]) -> str:
+    files = resources.files("icnn_zoo.report") / "assets"
+    # "<" inside JSON strings could close the script element; the escape means the same in JSON.
+    data = json.dumps(payload, separators=(",", ":")).replace("<", "\\u003c")
+    page = files.joinpath("page.html").read_text(encoding="utf-8")
+    inserts = {
+        "@TITLE@": escape(title),
+        "@STYLE@": files.joinpath("page.css").read_text(encoding="utf-8"),
+        "@BODY@": body,
+        "@DATA@": data,
+        "@SCRIPT@": "\n".join(
+            files.joinpath(name).read_text(encoding="utf-8") for name in ("heatmaps.js", "shapes.js")
+        ),
+    }
+    before = ""
+    for mark, text in inserts.items():  # in the order of the template, so that no insert is searched for marks
+        head, _, page = page.partition(mark)
+        before += head + text
+    return before + page
+
+
+def _shrunk(sample: Sample) -> Sample:
+    height, width = sample.image.shape[:2]
+    factor = LONGEST_SIDE / max(height, width)
+    if factor >= 1:
+        return sample
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    mask = sample.mask
+    if mask is not None:
+        mask = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    return Sample(sample.name, cv2.resize(sample.image, size, interpolation=cv2.INTER_AREA), mask)

@@ -1,0 +1,239 @@
+"""The network that a name means: a checkpoint of a run, the config of one, or a checkpoint of the zoo."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from icnn_zoo.training.run_metrics import Series, read_metrics
+from icnn_zoo.training.task import SegmentationTask
+from icnn_zoo.zoo.cards import NAME, Card
+from icnn_zoo.zoo.registry import CARD, WEIGHTS, Entry, Registries, Registry, find_checkpoint
+
+_CONFIGS = (".yaml", ".yml")
+_SUFFIXES = (*_CONFIGS, ".ckpt", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network that a person named: a checkpoint of a run, the config of one, or a checkpoint of the zoo.
+
+    Attributes:
+        title: What to call it.
+        file: The checkpoint (.ckpt) or config (.yaml); None for one of the zoo.
+        published: Its registry and entry there; None for a file.
+    """
+
+    title: str
+    file: Path | None = None
+    published: tuple[Registry, Entry] | None = None
+
+    def card(self) -> Card | None:
+        """The card of a checkpoint of the zoo, None for a file."""
+        return None if self.published is None else self.published[0].read_card(self.published[1])
+
+    def config(self) -> dict[str, Any] | None:
+        """The configuration of the run, None where there is none beside the checkpoint."""
+        if self.file is None:
+            card = self.card()
+            return None if card is None else card.training.config
+        path = self.file if self.file.suffix in _CONFIGS else self.file.parent.parent / "config.yaml"
+        return _read_yaml(path) if path.is_file() else None
+
+    def metrics(self) -> dict[str, Series]:
+        """What the run logged up to this checkpoint; nothing for a config."""
+        card = self.card()
+        if card is not None:
+            return {name: list(series) for name, series in card.training.curves.items()}
+        if self.file is None or self.file.suffix in _CONFIGS:
+            return {}
+        table = self.file.parent.parent / "metrics.csv"
+        if not table.is_file():
+            return {}
+        step: int = torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        return read_metrics(table, step)
+
+
+def find_source(source: str | Path, *, registry: Registries = None, cache: str | Path | None = None) -> Source:
+    """Finds what a name means, without reading the network.
+
+    Args:
+        source: A Lightning checkpoint (.ckpt); a run folder (``runs/<name>/version_<n>``: its best.ckpt, else
+            last.ckpt); a config (.yaml, .yml); a checkpoint of the zoo, as ``arch.tag`` with or without ``zoo:`` in
+            front, or its folder.
+        registry: As in :func:`icnn_zoo.load_checkpoint`, for names of the zoo.
+        cache: Likewise.
+
+    Returns:
+        The source.
+
+    Raises:
+        FileNotFoundError: There is no such file, or a folder that holds no checkpoint, or one without its card.
+        ValueError: A file of another kind, or no checkpoint of that name in the zoo; the message has the nearest.
+    """
+    text, path = str(source), Path(source)
+    bare = text.removeprefix("zoo:")
+    if bare != text or (not path.exists() and path.suffix not in _SUFFIXES and re.fullmatch(NAME, text)):
+        return Source(bare, published=find_checkpoint(bare, registry=registry, cache=cache))
+    if path.is_file() and path.name == WEIGHTS:
+        path = path.parent
+    if path.is_dir():
+        if (path / WEIGHTS).is_file() or (path / CARD).is_file():
+            return _from_folder(path, cache)
+        path = find_ckpt(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no file {text!r}; name a checkpoint (.ckpt), a run folder, a config (.yaml) or a checkpoint of "
+            "the zoo (icnn-zoo list)."
+        )
+    if path.suffix not in (".ckpt", *_CONFIGS):
+        raise ValueError(f"The source must be a checkpoint (.ckpt) or a config (.yaml); got {text!r}.")
+    title = f"{path.parent.parent.parent.name}, {path.name}" if path.suffix == ".ckpt" else path.stem
+    return Source(title, file=path)
+
+
+def find_ckpt(source: Path) -> Path:
+    """The checkpoint that a source means: itself, or best.ckpt, else last.ckpt of a run folder.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    if source.is_file():
+        return source
+    for name in ("best.ckpt", "last.ckpt"):
+        file = source / "checkpoints" / name
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        f"`source`: {str(source)!r} is neither a checkpoint (.ckpt) nor a run folder (runs/<name>/version_<n>) with "
+        "checkpoints/best.ckpt or last.ckpt."
+    )
+
+
+def load_task(source: str | Path | Source) -> SegmentationTask:
+    """Builds the task that a checkpoint or a config describes, in eval mode on the CPU.
+
+    Args:
+        source: What :func:`find_source` takes, or what it found. The task has the weights of a checkpoint; for a
+            config they are random or pretrained, as its ``seed_everything`` and ``model.pretrained`` say.
+
+    Returns:
+        The task; ``task.model`` is the network.
+
+    Raises:
+        FileNotFoundError: See :func:`find_source`.
+        ValueError: The file is neither, or of something else; the message says what is missing.
+    """
+    found = source if isinstance(source, Source) else find_source(source)
+    if found.file is None:
+        assert found.published is not None
+        return _from_zoo(*found.published)
+    return _from_config(found.file) if found.file.suffix in _CONFIGS else _from_checkpoint(found.file)
+
+
+def _from_folder(folder: Path, cache: str | Path | None) -> Source:
+    for name, what in ((CARD, "card"), (WEIGHTS, "weights")):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{str(folder)!r} has no {name}: a published checkpoint is read by its {what} too. Fetch the folder "
+                "whole, or name the checkpoint (.ckpt) of a run."
+            )
+    folder = folder.resolve()
+    return Source(folder.name, published=find_checkpoint(folder.name, registry=folder.parent, cache=cache))
+
+
+def _from_zoo(place: Registry, entry: Entry) -> SegmentationTask:
+    from icnn_zoo.zoo.networks import rebuild
+
+    network, card = rebuild(place, entry)
+    conversion = {"start": None} if card.conversion is None else card.conversion.model_dump()
+    # How it was trained and how it evaluates come from the run's config, the network from the card.
+    arguments = {
+        **card.training.config.get("model", {}),
+        **card.network,
+        **conversion,
+        "num_classes": len(card.classes),
+        "class_names": card.classes,
+        "mean": card.mean,
+        "std": card.std,
+        "pretrained": False,
+    }
+    try:
+        task = SegmentationTask(**arguments)
+    except TypeError as error:
+        raise ValueError(f"the card of {entry.name} describes no SegmentationTask of this version: {error}") from error
+    task.model.load_state_dict(network.state_dict())
+    return task.eval()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(path)!r} is no YAML: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _from_checkpoint(source: Path) -> SegmentationTask:
+    try:
+        checkpoint: Any = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds for a file that is no checkpoint
+        # weights_only runs no code of the file, so a file that would need some is refused too.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{str(source)!r} cannot be read as a checkpoint of tensors and plain values: {reason}"
+        ) from error
+    known = checkpoint if isinstance(checkpoint, dict) else {}  # a file may hold a tensor or a list alone
+    missing = [key for key in ("hyper_parameters", "state_dict") if key not in known]
+    if missing:
+        raise ValueError(
+            f"{str(source)!r} is no checkpoint of a run of this package: it has no {' and no '.join(missing)}. Name "
+            "runs/<name>/version_<n>/checkpoints/last.ckpt."
+        )
+    # Names that start with an underscore are Lightning's own.
+    arguments = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
+    try:
+        task = SegmentationTask(**arguments)
+        task.load_state_dict(checkpoint["state_dict"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{str(source)!r} is no checkpoint of a SegmentationTask: {error}") from error
+    return task.eval()
+
+
+def _from_config(source: Path) -> SegmentationTask:
+    from icnn_zoo.data import SegmentationDataModule
+    from icnn_zoo.training.lightning_cli import ZooCLI
+
+    config = _read_yaml(source)
+    missing = [key for key in ("model", "data") if key not in config]
+    if missing:
+        raise ValueError(f"{str(source)!r} is no config of a run: it has no section {' and no '.join(missing)}.")
+    # Only what makes the network; the rest is about training and would make folders or ask for devices.
+    used: dict[str, Any] = {key: config[key] for key in ("seed_everything", "model", "data") if key in config}
+    logging.disable(logging.INFO)  # LightningCLI makes a trainer too, and tells of devices
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that `args` replace sys.argv, and Lightning's own use of jsonargparse
+            cli = ZooCLI(
+                SegmentationTask,
+                SegmentationDataModule,
+                subclass_mode_data=True,
+                run=False,
+                save_config_callback=None,
+                seed_everything_default=0,
+                trainer_defaults={"accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+                args=used,
+            )
+    finally:
+        logging.disable(logging.NOTSET)
+    task: SegmentationTask = cli.model
+    if task.pretrained:
+        task.load_pretrained()
+    return task.eval()

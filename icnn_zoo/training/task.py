@@ -1,0 +1,347 @@
+"""Training and evaluating a segmentation network with Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from icnn_zoo.conversion.converter import convert
+from icnn_zoo.models.segmentation import SegmentationModel, shrink_labels
+from icnn_zoo.optim import bound_positions, parameter_groups, poly_policy
+from icnn_zoo.training.callbacks.pictures import DisplacementMonitor, GeneratorStates
+from icnn_zoo.training.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits
+from icnn_zoo.training.provenance import provenance
+
+Batch = dict[str, Any]
+
+
+class SegmentationTask(pl.LightningModule):
+    """Segmentation with learnable kernel shapes, by the paper's recipe.
+
+    The loss is the cross-entropy summed over the valid pixels of the global batch and divided by their number, however
+    many processes share it; gradient accumulation averages those, as Caffe does. Evaluation fills one confusion matrix
+    over the whole set: mIoU is the mean over the classes that occur in it or are predicted.
+
+    Args:
+        backbone: Any timm name that can be dilated.
+        num_classes: Classes, background included. The command line takes it from the data.
+        ignore_index: Label that is no class. The command line takes it from the data.
+        class_names: Names for logs and tables, None for numbers. The command line takes them from the data.
+        start: First module to make irregular: a backbone module ("layer3.11"), "classifier" for the head alone, None
+            for the regular baseline.
+        epsilon: Initial displacement in pixels.
+        per_kernel: One shape per kernel instead of per input channel.
+        output_stride: 8 or 16.
+        head: "largefov".
+        head_dilation: Dilation of the head; None for 12 at output stride 8 and 6 at 16. Smaller for feature maps that
+            its taps would not meet.
+        dilation_rule: "caffe" as in the paper's baseline or "timm"; see
+            :class:`icnn_zoo.models.SegmentationModel`.
+        pretrained: True for timm's default backbone weights, a path for a local file, "zoo:NAME" for a checkpoint of
+            the zoo, False for none. Loaded when training begins, so that a checkpoint can be loaded without them; one
+            of the zoo, which has a head, also when a network without other weights is evaluated.
+        freeze_norm: Freezes norm layers' statistics and affine parameters.
+        mean: RGB mean in 0 to 1, None for timm's.
+        std: RGB standard deviation in 0 to 1, None for timm's.
+        optimizer: "sgd" or "adamw".
+        lr: Rate of the backbone's weights.
+        head_lr_factor: Rate of the head's weights over ``lr``; its biases have twice that. DeepLab's 10 is for SGD.
+        position_lr: Rate of the positions.
+        momentum: Momentum of SGD.
+        weight_decay: Decay of weights; never of positions, biases and norm parameters.
+        poly_power: Power of the poly policy, over the run's whole number of steps.
+        bound_epsilon: How far one step may carry a position across its cell's border, in pixels (Eq. 7).
+        loss_resolution: "logits" shrinks labels to the logit grid (the paper; image sizes of 8k + 1), "image" upsamples
+            the logits.
+        evaluation: "whole" runs an image in one forward, "sliding" in overlapping windows; for validate, test and
+            predict.
+        window: Side of the windows in pixels, 8k + 1. They lie two thirds of it apart.
+        window_batch: Windows that the network gets at once; more is faster where memory allows.
+        flip: Averages the logits with those of the mirrored image.
+        scales: Factors of image size in evaluation, probabilities averaged; [1.0] for none.
+        channels_last: Runs the network in the channels_last memory format.
+        compile: Compiles the network with torch.compile.
+
+    Raises:
+        ValueError: A backbone, ``start`` or other choice that does not exist; the message names the nearest.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet101",
+        num_classes: int = 21,
+        ignore_index: int = 255,
+        class_names: Sequence[str] | None = None,
+        start: str | None = None,
+        epsilon: float = 1e-3,
+        per_kernel: bool = False,
+        output_stride: int = 8,
+        head: str = "largefov",
+        head_dilation: int | None = None,
+        dilation_rule: Literal["caffe", "timm"] = "timm",
+        pretrained: bool | str = False,
+        freeze_norm: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        lr: float = 1e-3,
+        head_lr_factor: float = 10.0,
+        position_lr: float = 50.0,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        poly_power: float = 0.9,
+        bound_epsilon: float = 1e-3,
+        loss_resolution: Literal["logits", "image"] = "logits",
+        evaluation: Literal["whole", "sliding"] = "whole",
+        window: int = 713,
+        window_batch: int = 1,
+        flip: bool = False,
+        scales: Sequence[float] = (1.0,),
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if optimizer not in ("sgd", "adamw"):
+            raise ValueError(f"`optimizer` must be sgd or adamw; got {optimizer!r}.")
+        if loss_resolution not in ("logits", "image"):
+            raise ValueError(f"`loss_resolution` must be logits or image; got {loss_resolution!r}.")
+        check_evaluation(evaluation, window, scales, window_batch)
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f"`class_names` must have num_classes = {num_classes} names; got {len(class_names)}.")
+        self.ignore_index = ignore_index
+        self.class_names = tuple(class_names or (str(index) for index in range(num_classes)))
+        self.start = start
+        self.pretrained = pretrained
+        self._has_weights = False
+        self.optimizer_name = optimizer
+        self.lr = lr
+        self.head_lr_factor = head_lr_factor
+        self.position_lr = position_lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.poly_power = poly_power
+        self.bound_epsilon = bound_epsilon
+        self.loss_resolution = loss_resolution
+        self.evaluation = evaluation
+        self.window = window
+        self.window_batch = window_batch
+        self.flip = flip
+        self.scales = tuple(scales)
+        self.channels_last = channels_last
+        self.compile_network = compile
+        self.model = SegmentationModel(
+            backbone,
+            num_classes,
+            output_stride=output_stride,
+            head=head,
+            head_dilation=head_dilation,
+            dilation_rule=dilation_rule,
+            freeze_norm=freeze_norm,
+            mean=mean,
+            std=std,
+        )
+        if start is not None:
+            convert(self.model, start, epsilon=epsilon, per_kernel=per_kernel)
+        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """The callbacks without which a run is not what it says: its generators resume, its positions are watched."""
+        return [GeneratorStates(), *([DisplacementMonitor()] if self.start is not None else [])]
+
+    def setup(self, stage: str) -> None:
+        """Refuses strategies that would change the network silently, chooses the memory format and compiles."""
+        _check_strategy(self.trainer, self.model)
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if self.compile_network:
+            self.model.compile()
+
+    def on_fit_start(self) -> None:
+        """Loads pretrained weights, unless a checkpoint was restored, which holds all weights."""
+        # Not in setup: there Lightning does not yet say whether it resumes.
+        if self.pretrained and self.trainer.ckpt_path is None:
+            self.load_pretrained()
+        self._has_weights = True
+
+    def on_validation_start(self) -> None:
+        self._load_from_zoo()
+
+    def on_test_start(self) -> None:
+        self._load_from_zoo()
+
+    def on_predict_start(self) -> None:
+        self._load_from_zoo()
+
+    def load_pretrained(self) -> None:
+        """Loads what ``pretrained`` names."""
+        file = None if self.pretrained is True else str(self.pretrained)
+        self.model.load_pretrained(file, self.hparams["class_names"])
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As any module; weights that were loaded are not replaced by those of ``pretrained``."""
+        self._has_weights = True
+        return super().load_state_dict(*args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what a published checkpoint has to say of its making."""
+        checkpoint["provenance"] = provenance()
+
+    def _load_from_zoo(self) -> None:
+        if not self._has_weights and isinstance(self.pretrained, str) and self.pretrained.startswith("zoo:"):
+            self.load_pretrained()
+            self._has_weights = True
+
+    def configure_optimizers(self) -> Any:
+        groups = parameter_groups(
+            self.model,
+            lr=self.lr,
+            position_lr=self.position_lr,
+            weight_decay=self.weight_decay,
+            head="classifier",
+            head_lr_factor=self.head_lr_factor,
+            head_bias_lr_factor=2 * self.head_lr_factor,
+        )
+        optimizer: torch.optim.Optimizer
+        if self.optimizer_name == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        if self.start is not None:
+            bound_positions(optimizer, self.model, bound_epsilon=self.bound_epsilon)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("The poly policy needs the run's length: set trainer.max_steps or trainer.max_epochs.")
+        scheduler = poly_policy(optimizer, int(steps), self.poly_power)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """RGB images [B, 3, H, W] in 0..255 to logits at the output stride."""
+        return self._logits(self.model.preprocess(images))
+
+    def _logits(self, images: Tensor) -> Tensor:
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.model(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits, labels = self(batch["image"]).float(), batch["mask"]
+        if self.loss_resolution == "logits":
+            labels = shrink_labels(labels, self.model.output_stride)
+        else:
+            logits = self.model.upsample(logits, labels.shape[-2:])
+        total = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
+        valid = (labels != self.ignore_index).sum()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(valid)
+        # Distributed training averages gradients over processes; times their number makes that the global sum.
+        loss = total * self.trainer.world_size / valid.clamp(min=1)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor | dict[str, list[Any]]:
+        """Predicts label maps.
+
+        Args:
+            batch: "image" [B, 3, H, W] and perhaps "name", list of str, and "size", the (height, width) of each image
+                before it was padded at the right and bottom.
+            batch_idx: Unused.
+
+        Returns:
+            With names "labels", a list of uint8 label maps [height, width] at the image's own size, and "name", the
+            list of names; without names one uint8 tensor [B, H, W].
+        """
+        labels = self._predict(batch["image"]).to(torch.uint8)
+        if "name" not in batch:
+            return labels
+        sizes = batch.get("size", [labels.shape[-2:]] * len(labels))
+        maps = [of_image[: int(height), : int(width)] for of_image, (height, width) in zip(labels, sizes, strict=True)]
+        return {"labels": maps, "name": list(batch["name"])}
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def _predict(self, images: Tensor) -> Tensor:
+        if self.evaluation == "sliding":
+            logits = partial(
+                sliding_logits,
+                self._full_logits,
+                window=self.window,
+                flip=self.flip,
+                window_batch=self.window_batch,
+            )
+        else:
+            logits = partial(whole_logits, self._full_logits, flip=self.flip)
+        return multi_scale(logits, self.model.preprocess(images), self.scales).argmax(dim=1)
+
+    def _full_logits(self, images: Tensor) -> Tensor:
+        return self.model.upsample(self._logits(images).float(), images.shape[-2:])
+
+    def _evaluate(self, batch: Batch) -> None:
+        self.confusion.update(self._predict(batch["image"]), batch["mask"])
+
+    def _log_scores(self, split: str) -> None:
+        confusion = self.confusion.compute()  # summed over processes
+        self.confusion.reset()
+        iou, accuracy = scores(confusion)
+        values = {f"{split}/IoU/{name}": value for name, value in zip(self.class_names, iou, strict=True)}
+        values |= {f"{split}/mIoU_background": background_miou(confusion), f"{split}/pixel_accuracy": accuracy}
+        # All processes hold the same numbers; sync_dist only keeps Lightning from warning that they might not.
+        self.log_dict(values, sync_dist=True)
+        self.log(f"{split}/mIoU", iou.nanmean(), prog_bar=True, sync_dist=True)
+
+
+def _check_strategy(trainer: pl.Trainer, model: nn.Module) -> None:
+    strategy = trainer.strategy
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        # Their parameters are flat shards, perhaps in half precision: displacements would be rounded, the bound of
+        # Eq. 7 would not see them, and weight decay could not tell a weight from a bias.
+        raise ValueError(
+            f"`trainer.strategy` must keep parameters whole and displacements in float32; got "
+            f"{type(strategy).__name__}, which shards them. Take ddp: a ResNet-101 and its optimizer need 0.5 GB."
+        )
+    dropped = [name for name, module in model.named_modules() if isinstance(module, BatchNormAct2d)]
+    if getattr(strategy, "_layer_sync", None) is not None and dropped:
+        raise ValueError(
+            f"`trainer.sync_batchnorm` would drop the activations inside of this backbone's {len(dropped)} norm layers "
+            f"such as {dropped[0]}: take a backbone with plain BatchNorm (resnet), or leave it off (freeze_norm=true "
+            "needs no statistics of other devices)."
+        )
+
+
+def scores(confusion: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU of every class and pixel accuracy from a confusion matrix [true, predicted].
+
+    Returns:
+        IoU [num_classes], NaN for a class that neither occurs nor is predicted, and the share of right pixels.
+    """
+    confusion = confusion.double()
+    right = confusion.diagonal()
+    iou = right / (confusion.sum(0) + confusion.sum(1) - right)
+    return iou.float(), (right.sum() / confusion.sum()).float()
+
+
+def background_miou(confusion: Tensor) -> float:
+    """The mIoU that predicting class 0 everywhere would have on the same labels."""
+    background = torch.zeros_like(confusion)
+    background[:, 0] = confusion.sum(dim=1)
+    return float(scores(background)[0].nanmean())

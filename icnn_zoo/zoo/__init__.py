@@ -1,0 +1,1 @@
+"""Checkpoints by name: cards, registries, verified loading, and segmenting photographs."""

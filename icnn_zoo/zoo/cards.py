@@ -1,0 +1,243 @@
+"""The card of a checkpoint: all that is needed to rebuild its network, and to know where it comes from."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+FORMAT: Final = 1
+NAME = r"[a-z0-9_]+\.[a-z0-9_-]+"
+
+Text = Annotated[str, StringConstraints(pattern=r"\S")]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$", max_length=100)]
+Color = Annotated[str, StringConstraints(pattern=r"^#[0-9a-f]{6}$")]
+Size = Annotated[int, Field(gt=0, le=2**40)]
+Channels = tuple[float, float, float]
+
+
+class Record(BaseModel):
+    """Data of a JSON file that is read strictly: no key too many or too few, no number written as text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Conversion(Record):
+    """The arguments of :func:`icnn_zoo.convert`."""
+
+    start: str
+    epsilon: float
+    per_kernel: bool
+
+
+class Dataset(Record):
+    """What the network was trained on."""
+
+    name: Text
+    split: Text
+    licence: Text
+    attribution: Text
+
+
+class Metric(Record):
+    """A result; ``name`` is what ``lightning validate`` or ``lightning test`` logs, such as "test/mIoU"."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^(val|test)/\S")]
+    value: float
+    protocol: Text
+
+
+class Provenance(Record):
+    """Versions of the packages and the commit that trained; None for an installed package without a repository."""
+
+    packages: Annotated[dict[str, Text], Field(min_length=1)]
+    commit: Text | None
+
+
+class Training(Provenance):
+    """The run: its whole configuration (config.yaml), what else decided its result, and curves as (step, value)."""
+
+    config: Annotated[dict[str, Any], Field(min_length=1)]
+    seed: int
+    steps: Annotated[int, Field(ge=0)]
+    curves: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
+
+
+class Weights(Record):
+    """The file model.safetensors, and the licence under which it may be used."""
+
+    sha256: Sha256
+    size: Size
+    parameters: Size
+    licence: Text
+
+
+class Golden(Record):
+    """What the network answers to :func:`icnn_zoo.zoo.golden.golden_image`."""
+
+    seed: Annotated[int, Field(ge=0)]
+    size: tuple[Size, Size]
+    logits: Annotated[tuple[float, ...], Field(min_length=1)]
+    tolerance: Annotated[float, Field(gt=0)]
+    labels: Annotated[tuple[str, ...], Field(min_length=1)]
+    agreement: Annotated[float, Field(gt=0, le=1)]
+
+
+class Card(Record):
+    """A checkpoint, described: the file card.json.
+
+    Attributes:
+        format: Version of this schema.
+        name: ``arch.tag``, with the backbone's timm name as arch.
+        description: One paragraph.
+        network: Arguments of :class:`icnn_zoo.models.SegmentationModel` but for the classes, mean and std.
+        conversion: Arguments of :func:`icnn_zoo.convert`; None for a regular network.
+        classes: Names by index, background first.
+        palette: Colours by class, as #rrggbb.
+        mean: Of the RGB channels in 0 to 1.
+        std: Likewise.
+        dataset: The training data.
+        metrics: At least one result.
+        training: The run.
+        weights: The file.
+        golden: A golden input and output.
+    """
+
+    format: Literal[1]
+    name: Name
+    description: Text
+    network: dict[str, Any]
+    conversion: Conversion | None
+    classes: Annotated[tuple[Text, ...], Field(min_length=2, max_length=255)]
+    palette: tuple[Color, ...]
+    mean: Channels
+    std: Channels
+    dataset: Dataset
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)]
+    training: Training
+    weights: Weights
+    golden: Golden
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Card:
+        backbone = self.network.get("backbone")
+        if not isinstance(backbone, str):
+            raise ValueError("`network` must name its backbone")
+        architecture = backbone.partition(".")[0]
+        if not self.name.startswith(f"{architecture}."):
+            raise ValueError(f"`name` must be {architecture}.<tag>, after the backbone; got {self.name!r}")
+        if len(self.palette) != len(self.classes):
+            raise ValueError(f"`palette` must have a colour for each of {len(self.classes)} classes")
+        if min(self.std) <= 0:
+            raise ValueError(f"`std` must be positive; got {self.std}")
+        return self
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def parse(kind: type[AnyRecord], text: str | bytes, source: str) -> AnyRecord:
+    """Reads a record from JSON.
+
+    Args:
+        kind: What to read.
+        text: The JSON.
+        source: What to call it in messages.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: It is no JSON, of a newer format, or not as the schema wants it; the message names the keys.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{source} is no JSON: {error}") from error
+    version = data.get("format") if isinstance(data, dict) else None
+    if "format" in kind.model_fields and isinstance(version, int) and version > FORMAT:
+        raise ValueError(
+            f"{source} has format {version}; this version of icnn_zoo reads formats up to {FORMAT}. "
+            "Upgrade: pip install --upgrade icnn-zoo."
+        )
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise ValueError(f"{source}: {complaints(error)}") from error
+
+
+def complaints(error: ValidationError) -> str:
+    """One line on what a schema found wrong: the first five keys."""
+    found = []
+    for item in error.errors(include_url=False):
+        place = ".".join(map(str, item["loc"]))
+        came = "" if item["type"] in ("missing", "value_error") else f" (got {str(item['input'])[:80]!r})"
+        found.append(f"{place}: {item['msg']}{came}" if place else item["msg"])
+    more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+    return "; ".join(found[:5]) + more
+
+
+def dump(record: Record) -> bytes:
+    """A record as JSON, as it is stored and hashed."""
+    return (json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def check_name(name: str) -> None:
+    """Checks that a name is of the form ``arch.tag``, which is also what keeps it from leaving its folder.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not re.fullmatch(NAME, name) or len(name) > 100:
+        raise ValueError(f"a checkpoint's name must be arch.tag, of a-z, 0-9, _ and - in the tag; got {name!r}.")
+
+
+def training_config(card: Card) -> str:
+    """The configuration of the run as YAML, with the checkpoint itself as ``pretrained``.
+
+    ``lightning test -c`` on it gives the card's metric; ``lightning fit -c`` trains on from the checkpoint.
+    """
+    config = {
+        **card.training.config,
+        "model": {**card.training.config.get("model", {}), "pretrained": f"zoo:{card.name}"},
+    }
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def readme(card: Card, pictures: Mapping[str, str]) -> str:
+    """The card for people, as Markdown.
+
+    Args:
+        card: The card.
+        pictures: File names beside it, and what they show.
+    """
+    form = "regular" if card.conversion is None else f"irregular from `{card.conversion.start or 'the first layer'}` on"
+    run = card.training
+    rows = {
+        "backbone": f"`{card.network['backbone']}`, {form}",
+        "parameters": f"{card.weights.parameters:,}",
+        "weights": f"{card.weights.size / 1e6:.1f} MB, {card.weights.licence}, sha256 `{card.weights.sha256}`",
+        "training data": f"{card.dataset.name}, {card.dataset.split} ({card.dataset.licence})",
+        "attribution": card.dataset.attribution,
+        "trained": f"{run.steps} steps, seed {run.seed}, commit {run.commit or 'unknown'}",
+        "classes": ", ".join(card.classes),
+    }
+    lines = [f"# {card.name}", "", card.description, "", "| metric | value | protocol |", "|---|---|---|"]
+    lines += [f"| {_cell(metric.name)} | {metric.value:.4f} | {_cell(metric.protocol)} |" for metric in card.metrics]
+    lines += ["", "| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items()), ""]
+    lines += ["```python", "import icnn_zoo", "", f'model = icnn_zoo.load_checkpoint("{card.name}")']
+    lines += ['labels = model.predict("photograph.jpg")', "```", ""]
+    lines += ["```bash", f"icnn-zoo segment {card.name} photograph.jpg --to picture.png"]
+    lines += [f"icnn-zoo show {card.name} --config > config.yaml", "lightning test -c config.yaml", "```", ""]
+    lines += [f"![{what}]({file})\n" for file, what in pictures.items()]
+    lines += ["Everything else is in [card.json](card.json).", ""]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

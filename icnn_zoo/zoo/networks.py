@@ -1,0 +1,293 @@
+"""Networks made, loaded from the zoo, started from it, and verified."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from icnn_zoo.conversion.converter import convert
+from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.zoo.cards import Card
+from icnn_zoo.zoo.golden import check_golden
+from icnn_zoo.zoo.registry import Entry, Registries, Registry, find_checkpoint
+from icnn_zoo.zoo.segmenter import Segmenter
+
+PREFIX = "zoo:"
+_HEAD = "classifier."
+_DISPLACEMENT = ".displacement"
+
+_log = logging.getLogger(__name__)
+
+
+def create_model(
+    backbone: str,
+    num_classes: int,
+    *,
+    start: str | None = None,
+    epsilon: float = 1e-3,
+    per_kernel: bool = False,
+    pretrained: bool | str | Path = False,
+    classes: Sequence[str] | None = None,
+    palette: Sequence[Sequence[int]] | None = None,
+    **network: Any,
+) -> Segmenter:
+    """Makes a segmentation network, with learnable shapes from ``start`` on.
+
+    Args:
+        backbone: Any timm name that can be dilated ("resnet101", "tf_efficientnet_lite0").
+        num_classes: Classes, background included.
+        start: First module to make irregular: a backbone module ("layer3.11"), "classifier" for the head alone, None
+            for a regular network.
+        epsilon: Initial displacement of every tap in pixels.
+        per_kernel: One shape per kernel instead of per input channel.
+        pretrained: True for timm's weights of the backbone, a path for a local file of them, ``"zoo:NAME"`` for a
+            checkpoint of the zoo (see :func:`load_start`), False for random weights.
+        classes: Names by index, background first; None for numbers.
+        palette: RGB, 0 to 255, by class; None for PASCAL VOC's colours.
+        **network: Further arguments of :class:`icnn_zoo.models.SegmentationModel`: output_stride, ...
+
+    Returns:
+        The network in training mode; ``predict`` labels an image.
+
+    Raises:
+        TypeError: An argument that SegmentationModel does not have.
+        ValueError: A backbone, ``start`` or other choice that does not exist; the message names the nearest.
+        FileNotFoundError: ``pretrained`` names a file that is not there.
+
+    Example:
+        >>> import icnn_zoo, numpy
+        >>> model = icnn_zoo.create_model("test_resnet", 3, start="layer4", classes=["sky", "land", "sea"])
+        >>> list(icnn_zoo.irregular_layers(model))
+        ['backbone.layer4.0.conv1', 'backbone.layer4.0.conv2', 'classifier']
+        >>> model.predict(numpy.zeros((50, 70, 3), numpy.uint8)).shape
+        (50, 70)
+    """
+    _check_arguments(network)
+    model = Segmenter(backbone, num_classes, classes=classes, palette=palette, **network)
+    if start is not None:
+        convert(model, start, epsilon=epsilon, per_kernel=per_kernel)
+    if pretrained:
+        model.load_pretrained(None if pretrained is True else pretrained, classes)
+    return model
+
+
+def load_checkpoint(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    registry: Registries = None,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> Segmenter:
+    """Loads a published network, ready to use.
+
+    Weights are verified against their SHA-256 before they are parsed, and are data only: nothing in a registry is run.
+
+    Args:
+        name: ``arch.tag``, as :func:`icnn_zoo.list_checkpoints` has it.
+        device: Where to put the network.
+        registry: Folders or URLs to search in order; None for ``ICNN_ZOO_REGISTRY`` (separated by commas), and
+            without it the checkpoints of this package. "default" names those too.
+        cache: Folder for downloads; None for ``ICNN_ZOO_CACHE``, and without it the platform's.
+        progress: Shows a bar while downloading, on a terminal.
+
+    Returns:
+        The network in eval mode, with ``classes``, ``palette``, ``card`` and ``predict``.
+
+    Raises:
+        ValueError: No such checkpoint (the message has the nearest), a file that is not what the registry promises
+            (both hashes), or one of a newer version of this package.
+        FileNotFoundError: A registry without an index, or without a file that it lists.
+        RuntimeError: A registry cannot be reached, the cache cannot be written, or the device does not exist.
+    """
+    torch.empty(0, device=device)  # an unknown device should not cost a download
+    place, entry = find_checkpoint(_bare(name), registry=registry, cache=cache, progress=progress)
+    model, _ = rebuild(place, entry)
+    return model.to(device)
+
+
+def rebuild(place: Registry, entry: Entry) -> tuple[Segmenter, Card]:
+    """The network of an entry, in eval mode on the CPU, and its card.
+
+    Raises:
+        ValueError: Card and weights disagree, or are not what the index promises.
+        FileNotFoundError: A file is missing.
+        RuntimeError: The registry cannot be reached, or the cache not be written.
+    """
+    card = place.read_card(entry)
+    tensors = parse_weights(place.read_weights(entry), entry.name)
+    return assemble(card, tensors), card
+
+
+def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
+    """The network that a card describes with these weights, in eval mode on the CPU.
+
+    Raises:
+        ValueError: They do not belong together; the message names the first tensors.
+    """
+    where = f"the card of {card.name}"
+    unknown = set(card.network) - _network_arguments() - {"backbone"}
+    if unknown:
+        raise ValueError(
+            f"{where} has network arguments that this version of icnn_zoo does not know: {', '.join(sorted(unknown))}. "
+            "Upgrade: pip install --upgrade icnn-zoo."
+        )
+    try:
+        conversion = {} if card.conversion is None else card.conversion.model_dump()
+        with torch.random.fork_rng(devices=[]):  # loading should not change what is drawn next
+            model = create_model(
+                num_classes=len(card.classes),
+                classes=card.classes,
+                palette=[tuple(bytes.fromhex(color[1:])) for color in card.palette],
+                mean=card.mean,
+                std=card.std,
+                **card.network,
+                **conversion,
+            )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} describes no network that can be built: {error}") from error
+    _check_fit(model.state_dict(), tensors, where)
+    model.load_state_dict(dict(tensors))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters != card.weights.parameters:
+        raise ValueError(f"{where} says {card.weights.parameters} parameters; the network has {parameters}.")
+    model.card = card
+    return model.eval()
+
+
+def parse_weights(data: bytes, name: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"the weights of {name} are no safetensors file: {error}") from error
+
+
+def load_start(
+    model: SegmentationModel,
+    name: str,
+    classes: Sequence[str] | None = None,
+    *,
+    registry: Registries = None,
+    cache: str | Path | None = None,
+) -> SegmentationModel:
+    """Loads a published checkpoint into a network that is to be trained on.
+
+    The backbone must be the same. Where the classes differ, the head stays as it is. Where ``start`` differs,
+    displacements are loaded for the layers that have them on both sides: layers that are irregular only in ``model``
+    keep theirs, layers that are irregular only in the checkpoint become regular.
+
+    Args:
+        model: The network.
+        name: ``arch.tag``, with or without ``zoo:`` in front.
+        classes: The network's class names; None compares only their number.
+        registry: As in :func:`load_checkpoint`.
+        cache: As in :func:`load_checkpoint`.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: As :func:`load_checkpoint`; also another backbone, normalisation, or kind of shapes.
+        FileNotFoundError: As :func:`load_checkpoint`.
+        RuntimeError: As :func:`load_checkpoint`.
+    """
+    name = _bare(name)
+    place, entry = find_checkpoint(name, registry=registry, cache=cache)
+    card = place.read_card(entry)
+    backbone = card.network["backbone"]
+    if backbone != model.backbone_name:
+        raise ValueError(f"`pretrained`={PREFIX}{name} has the backbone {backbone}, the network {model.backbone_name}.")
+    for key, theirs in (("mean", card.mean), ("std", card.std)):
+        own = getattr(model, key).flatten().cpu()
+        if not torch.allclose(own, torch.tensor(theirs)):
+            raise ValueError(
+                f"`pretrained`={PREFIX}{name} was trained with {key} {list(theirs)}, the network has "
+                f"{[round(value, 6) for value in own.tolist()]}: set {key} to the former."
+            )
+    same = len(card.classes) == model.num_classes if classes is None else card.classes == tuple(classes)
+    state = model.state_dict()
+    tensors = parse_weights(place.read_weights(entry), name)
+    kept = {key: tensor for key, tensor in tensors.items() if same or not key.startswith(_HEAD)}
+    kept = {key: tensor for key, tensor in kept.items() if key in state or not key.endswith(_DISPLACEMENT)}
+    wanted = {
+        key: tensor
+        for key, tensor in state.items()
+        if key in kept or not (key.endswith(_DISPLACEMENT) or (key.startswith(_HEAD) and not same))
+    }
+    _check_fit(wanted, kept, f"`pretrained`={PREFIX}{name}")
+    model.load_state_dict({**state, **kept})
+    displacements = sum(key.endswith(_DISPLACEMENT) for key in kept)
+    _log.info(
+        "%s: %d tensors loaded, of them %d displacements; the head is %s.",
+        PREFIX + name,
+        len(kept),
+        displacements,
+        "loaded" if same else "new, as the classes differ",
+    )
+    return model
+
+
+def verify_checkpoint(name: str, *, registry: Registries = None, cache: str | Path | None = None) -> float:
+    """Checks a published checkpoint from end to end: index, card, hashes, weights, golden output.
+
+    Args:
+        name: ``arch.tag``.
+        registry: As in :func:`load_checkpoint`.
+        cache: As in :func:`load_checkpoint`.
+
+    Returns:
+        The largest difference to the golden logits, over the largest of them.
+
+    Raises:
+        ValueError: As :func:`load_checkpoint`; also another output than the golden one.
+        FileNotFoundError: As :func:`load_checkpoint`.
+        RuntimeError: As :func:`load_checkpoint`.
+    """
+    model, card = rebuild(*find_checkpoint(_bare(name), registry=registry, cache=cache))
+    try:
+        return check_golden(model, card.golden)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix(PREFIX)
+
+
+def _network_arguments() -> set[str]:
+    return set(inspect.signature(SegmentationModel).parameters) - {"backbone", "num_classes"}
+
+
+def _check_arguments(network: Mapping[str, Any]) -> None:
+    known = _network_arguments()
+    for name in network:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
+            raise TypeError(f"create_model has no argument `{name}`; the nearest are {', '.join(near)}.")
+
+
+def _check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
+    missing = sorted(wanted.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - wanted.keys())
+    if missing or extra:
+        raise ValueError(f"{where} and its weights disagree: missing {missing[:5]}, extra {extra[:5]}.")
+    for name, tensor in wanted.items():
+        if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
+            raise ValueError(
+                f"{where} and its weights disagree: {name} must be {tensor.dtype} {list(tensor.shape)}; the file has "
+                f"{tensors[name].dtype} {list(tensors[name].shape)}."
+            )
