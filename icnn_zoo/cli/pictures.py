@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.figure import Figure
 
     from icnn_zoo.training.network_sources import Source
     from icnn_zoo.training.task import SegmentationTask
 
+FIGURE_SUFFIXES = (".png", ".svg")
 _SOURCE = "checkpoint of a run (.ckpt, or its folder), of the zoo (its name), or a config (.yaml)"
 _SAMPLES = 16  # images for the receptive field if none is given
 
@@ -31,7 +33,7 @@ def shapes(arguments: Sequence[str]) -> None:
     _add_html(parser)
     options = parser.parse_args(arguments)
 
-    from icnn_zoo.io.files import FIGURE_SUFFIXES, check_target
+    from icnn_zoo.io.files import check_target
 
     if options.animate:
         from icnn_zoo.analysis.shape_animation import animate_shapes
@@ -78,7 +80,7 @@ def heatmap(arguments: Sequence[str]) -> None:
 
     from icnn_zoo.analysis.heatmaps import check_pixel, plot_heatmaps
     from icnn_zoo.analysis.heatmaps import heatmap as compute
-    from icnn_zoo.io.files import read_image
+    from icnn_zoo.io.images import read_image
 
     image, pixel = read_image(options.image), tuple(options.pixel)
     check_pixel(pixel, image.shape[:2])
@@ -159,7 +161,7 @@ def _add_html(parser: argparse.ArgumentParser) -> None:
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    from icnn_zoo.io.files import FIGURE_SUFFIXES, check_target
+    from icnn_zoo.io.files import check_target
 
     if options.to is None and options.html is None:
         raise ValueError("there is nothing to write: give --to picture.png, --to picture.svg or --html page.html.")
@@ -191,7 +193,6 @@ def _load_all(options: argparse.Namespace) -> tuple[Source, dict[str, Segmentati
 
 
 def _save(figure: Any, path: Path, quiet: bool = False) -> None:
-    from icnn_zoo.io.files import save_figure
 
     save_figure(figure, path)
     if not quiet:  # where data are printed, nothing else is
@@ -210,3 +211,17 @@ def _write_html(
     write_page(tasks, options.html, samples, source=source)
     if not getattr(options, "json", False):
         print(f"Written: {options.html}")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a figure as PNG or SVG, by its suffix.
+
+    Raises:
+        ValueError: Another suffix.
+        FileNotFoundError: The folder does not exist.
+    """
+    from icnn_zoo.io.files import check_target, replacing
+
+    path = check_target(path, FIGURE_SUFFIXES)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.resources
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from icnn_zoo.data.voc_classes import color_map
+from icnn_zoo.io.files import write_whole
 
 _IMAGE_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 _LABEL_MODES = ("1", "L", "P", "I;16", "I")
@@ -183,17 +183,6 @@ def write_picture(picture: Image.Image, path: Path) -> None:
     data = io.BytesIO()
     picture.save(data, format="PNG")
     write_whole(path, data.getvalue())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is there whole or not at all, making its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def palette_picture(labels: np.ndarray, palette: np.ndarray) -> Image.Image:

@@ -63,9 +63,9 @@ def deploy(model: nn.Module) -> nn.Module:
     ``torch.nn`` runs: ONNX, TensorRT, Core ML, without this package. Each layer takes the form that costs least
     (:mod:`icnn_zoo.deployment.standard_forms`): a ``torch.nn.Conv2d``, a ``torch.nn.Sequential``, or a
     ``torch.fx.GraphModule`` that adds up branches of them, which no class of ``torch.nn`` does. A BatchNorm (also
-    timm's with an activation)
-    that alone reads an irregular layer's output is folded into it and becomes an ``Identity`` (the activation stays),
-    where a trace of the whole network by ``torch.fx`` proves it; a network that cannot be traced keeps its norms.
+    timm's with an activation) that alone reads an irregular layer's output is folded into it and becomes an
+    ``Identity`` (the activation stays), where a trace of the whole network by ``torch.fx`` proves it; a network that
+    cannot be traced keeps its norms.
 
     Args:
         model: A network with irregular layers; it is not changed.

@@ -1,4 +1,4 @@
-"""Reading images and writing pictures: complete files or none."""
+"""Writing files: checked before the work that makes them, and there whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps
-
-FIGURE_SUFFIXES = (".png", ".svg")
 
 
 def check_target(path: str | Path, suffixes: Sequence[str]) -> Path:
@@ -41,44 +35,48 @@ def check_target(path: str | Path, suffixes: Sequence[str]) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary file that takes the place of ``path`` at the end, unless there was an error."""
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary file beside ``path`` that takes its place at the end, whole and synced, or not at all.
+
+    The temporary file is hidden, has the suffix of ``path`` (libraries choose a format by it) and the mode that
+    ``open()`` would give; it is removed after an error. A kill leaves it behind and ``path`` as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem[:100]}-{secrets.token_hex(4)}{path.suffix}")
     # As open() makes a file, by the user's mask; to ask for the mask would change it for all threads for a moment.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
+        sync(temporary)  # before the move: else a power cut can leave an empty file under the name
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Writes a figure as PNG or SVG, by its suffix.
+def write_whole(path: str | Path, content: bytes | str) -> Path:
+    """Writes a file that is there whole or not at all, making its folder.
 
-    Raises:
-        ValueError: Another suffix.
-        FileNotFoundError: The folder does not exist.
-    """
-    path = check_target(path, FIGURE_SUFFIXES)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    Args:
+        path: The file.
+        content: Bytes, or text that is stored as UTF-8.
 
-
-def read_image(path: str | Path) -> np.ndarray:
-    """Reads an image as RGB uint8 [H, W, 3], turned upright as its camera says.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no image that Pillow reads.
+    Returns:
+        The path.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"`image`: there is no file {str(path)!r}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the entries of a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and needs no sync of them
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNGs
-        raise ValueError(
-            f"`image`: {str(path)!r} is no image that can be read (JPEG, PNG, WebP, ...): {error}"
-        ) from error
+        os.fsync(handle)
+    finally:
+        os.close(handle)

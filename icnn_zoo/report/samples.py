@@ -12,7 +12,7 @@ import numpy as np
 
 from icnn_zoo.data import SegmentationDataModule, ShapesDataModule
 from icnn_zoo.data.voc_classes import color_map
-from icnn_zoo.io.files import read_image
+from icnn_zoo.io.images import read_image
 from icnn_zoo.training.network_sources import Source
 from icnn_zoo.training.task import SegmentationTask
 

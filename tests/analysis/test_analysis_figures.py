@@ -14,7 +14,8 @@ from icnn_zoo import IrregularConv2d, convert
 from icnn_zoo.analysis import layer_shapes, plot_shapes, plot_shapes_3d, shape_statistics
 from icnn_zoo.analysis.colors import tap_colors
 from icnn_zoo.analysis.shape_figures import MOST_POINTS, reach
-from icnn_zoo.io.files import replacing, save_figure
+from icnn_zoo.cli.pictures import save_figure
+from icnn_zoo.io.files import replacing
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from icnn_zoo.data.cityscapes import CityscapesDataModule
 from icnn_zoo.data.datamodule import Split
 from icnn_zoo.data.file_datamodule import FileDataModule, Item
 from icnn_zoo.data.inspection import SHOWN_PROBLEMS, progress, survey
-from icnn_zoo.data.label_files import palette_picture, read_classes, write_picture, write_whole
+from icnn_zoo.data.label_files import palette_picture, read_classes, write_picture
 from icnn_zoo.data.pascal_context import PascalContextDataModule
 from icnn_zoo.data.preparation.archives import fetch, sbd_archive, voc_archive
 from icnn_zoo.data.voc2012 import VOC2012DataModule
 from icnn_zoo.data.voc_classes import color_map
+from icnn_zoo.io.files import write_whole
 
 _LABELLED: tuple[Split, ...] = ("train", "val")
 
