@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.resources
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
