@@ -14,7 +14,7 @@ from icnn_zoo.deployment.rewriting import deploy
 from icnn_zoo.nn.conv_rules import ConvRules, register_conv_rules
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
 from icnn_zoo.ops import irregular_conv2d
-from icnn_zoo.optim import bound_positions, freeze_norm, parameter_groups, poly_policy
+from icnn_zoo.optim import bound_positions, freeze_norm, move_positions, parameter_groups, poly_policy
 
 if TYPE_CHECKING:
     from icnn_zoo.zoo.networks import create_model, load_checkpoint
@@ -40,6 +40,7 @@ __all__ = [
     "irregular_layers",
     "list_checkpoints",
     "load_checkpoint",
+    "move_positions",
     "parameter_groups",
     "plan",
     "poly_policy",

@@ -6,6 +6,7 @@ of its own: an average of positions lies between them. What Eq. 7 limits is one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -153,6 +154,84 @@ def bound_positions(optimizer: torch.optim.Optimizer, model: nn.Module, *, bound
         ValueError: ``bound_epsilon`` is not positive, or ``optimizer`` lacks a displacement that requires a gradient
             (it was made before converting), or holds none.
     """
+    return _after_steps(optimizer, model, bound_epsilon, rule=None)
+
+
+def move_positions(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    *,
+    momentum: float = 0.9,
+    memory: float = 0.99,
+    bound_epsilon: float = 1e-3,
+) -> BoundHandle:
+    """Moves positions by a rule that normalises their gradients layer by layer, within the bound of Eq. 7.
+
+    In place of ``bound_positions``: whatever step the optimizer takes with the weights, and whatever it would do with
+    the positions, each of its steps moves a layer's positions P with gradient g by::
+
+        m = momentum * m + (1 - momentum) * g
+        v = memory * v + (1 - memory) * mean(g ** 2)      one number, the mean over all taps of the layer
+        P = P - rate * m / sqrt(v)                        m and v corrected for their start at 0, as Adam's
+
+    The rate is that of the group which holds the displacement ("positions" of :func:`parameter_groups`), with its
+    schedule, in pixels: the step of a tap whose gradient is steady and as large as the root mean square of its layer.
+    The scale of the loss and of the layer cancels, so that one rate suits networks from scratch and pretrained ones;
+    what stays is which taps have the larger gradients. Adam, which divides by each coordinate's own size, moves taps
+    that hardly matter as far as those that do.
+
+    The state (m, v and the number of steps) is kept in ``optimizer.state`` and hence in its state dict. Correct under
+    gradient accumulation, a GradScaler (fused optimizers included), clipping, closures, and in several processes, as
+    :func:`bound_positions` is. Weight decay does not act on positions.
+
+    Args:
+        optimizer: Any torch optimizer that holds the displacements.
+        model: The converted network.
+        momentum: Of the mean of gradients, 0 to 1.
+        memory: Of the mean of squared gradients, 0 to 1.
+        bound_epsilon: As in :func:`bound_positions`.
+
+    Returns:
+        A handle whose ``remove()`` leaves the positions to the optimizer again, without a bound.
+
+    Raises:
+        ValueError: ``momentum`` or ``memory`` is not in [0, 1), or as :func:`bound_positions`.
+
+    Example:
+        >>> import torch, icnn_zoo
+        >>> model = icnn_zoo.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), start="0")
+        >>> groups = icnn_zoo.parameter_groups(model, lr=1e-3, position_lr=0.03, head=None)
+        >>> optimizer = torch.optim.AdamW(groups)
+        >>> handle = icnn_zoo.move_positions(optimizer, model)
+        >>> model(torch.randn(2, 3, 9, 9)).square().mean().backward()
+        >>> optimizer.step()
+        >>> bool(model[0].displacement.detach().abs().max() > 0.01)
+        True
+    """
+    for name, value in {"momentum": momentum, "memory": memory}.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"`{name}` must be at least 0 and below 1; got {value}.")
+
+    def step(displacement: Tensor, gradient: Tensor) -> Tensor:
+        state = optimizer.state[displacement]
+        steps = state["position_steps"] = state.get("position_steps", 0) + 1
+        mean = state.setdefault("position_mean", torch.zeros_like(displacement))
+        square = state.setdefault("position_square", torch.zeros((), dtype=mean.dtype, device=mean.device))
+        mean.lerp_(gradient, 1 - momentum)
+        square.lerp_(gradient.square().mean(), 1 - memory)
+        scale = (square / (1 - memory**steps)).sqrt().clamp(min=torch.finfo(mean.dtype).tiny)
+        return mean / (1 - momentum**steps) / scale
+
+    return _after_steps(optimizer, model, bound_epsilon, rule=step)
+
+
+def _after_steps(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    bound_epsilon: float,
+    rule: Callable[[Tensor, Tensor], Tensor] | None,
+) -> BoundHandle:
+    """Hooks that bound every step, which is the optimizer's own without a rule and rate times the rule's with one."""
     if not bound_epsilon > 0:
         raise ValueError(f"`bound_epsilon` must be positive, or positions on integers never move; got {bound_epsilon}.")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -166,16 +245,30 @@ def bound_positions(optimizer: torch.optim.Optimizer, model: nn.Module, *, bound
             "network first, then make the optimizer from its parameters (icnn_zoo.parameter_groups). A displacement "
             "that is not to be trained has requires_grad False."
         )
-    last: list[Tensor] = []
+    last: list[tuple[Tensor, Tensor]] = []
 
     def remember(*_: object) -> None:
         # The very float32 positions that the forward used: floor(grid + displacement) differs from
         # grid + floor(displacement) by rounding.
-        last[:] = [layer.positions.detach() for layer in layers]
+        last[:] = [(layer.displacement.detach().clone(), layer.positions.detach()) for layer in layers]
+
+    def move() -> None:
+        # After the step and not before it: in a closure's step there is no gradient yet. A fused optimizer sees to
+        # the scaler's infinities itself, and leaves gradients unscaled.
+        overflow = getattr(optimizer, "found_inf", None)
+        skipped = overflow is not None and bool(overflow)
+        rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        for layer, (displacement, _) in zip(layers, last, strict=True):
+            layer.displacement.copy_(displacement)
+            if rule is not None and layer.displacement.grad is not None and not skipped:
+                step = rule(layer.displacement, layer.displacement.grad)
+                layer.displacement.sub_(rates[id(layer.displacement)] * step)
 
     @torch.no_grad()
     def bound(*_: object) -> None:
-        for layer, positions in zip(layers, last, strict=True):
+        if rule is not None:
+            move()
+        for layer, (_, positions) in zip(layers, last, strict=True):
             bounded = layer.positions.clamp(positions.floor() - bound_epsilon, positions.ceil() + bound_epsilon)
             layer.displacement.copy_(
                 torch.where(bounded == layer.positions, layer.displacement, bounded - layer.regular_grid)

@@ -5,6 +5,7 @@ from icnn_zoo.analysis.heatmaps import heatmap, input_gradient, plot_heatmaps
 from icnn_zoo.analysis.kernel_shapes import LayerShapes, layer_shapes
 from icnn_zoo.analysis.receptive_field import ReceptiveField, effective_receptive_field, plot_receptive_fields
 from icnn_zoo.analysis.shape_figures import plot_shapes, plot_shapes_3d
+from icnn_zoo.analysis.signal import SignalShare, signal_share, signal_shares
 from icnn_zoo.analysis.statistics import ShapeStatistics, depth_trends, shape_statistics, statistics_table
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LayerShapes",
     "ReceptiveField",
     "ShapeStatistics",
+    "SignalShare",
     "depth_trends",
     "displacement_statistics",
     "effective_receptive_field",
@@ -23,5 +25,7 @@ __all__ = [
     "plot_shapes",
     "plot_shapes_3d",
     "shape_statistics",
+    "signal_share",
+    "signal_shares",
     "statistics_table",
 ]
