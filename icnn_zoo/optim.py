@@ -212,15 +212,22 @@ def move_positions(
         if not 0 <= value < 1:
             raise ValueError(f"`{name}` must be at least 0 and below 1; got {value}.")
 
-    def step(displacement: Tensor, gradient: Tensor) -> Tensor:
+    def step(displacement: Tensor) -> Tensor | float:
+        gradient = displacement.grad
+        overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer skips a scaler's infinities by itself
+        if gradient is None or (overflow is not None and bool(overflow)):
+            return 0.0
+        rate: float = next(
+            group["lr"] for group in optimizer.param_groups if any(it is displacement for it in group["params"])
+        )
         state = optimizer.state[displacement]
         steps = state["position_steps"] = state.get("position_steps", 0) + 1
         mean = state.setdefault("position_mean", torch.zeros_like(displacement))
-        square = state.setdefault("position_square", torch.zeros((), dtype=mean.dtype, device=mean.device))
+        square = state.setdefault("position_square", mean.new_zeros(()))
         mean.lerp_(gradient, 1 - momentum)
         square.lerp_(gradient.square().mean(), 1 - memory)
         scale = (square / (1 - memory**steps)).sqrt().clamp(min=torch.finfo(mean.dtype).tiny)
-        return mean / (1 - momentum**steps) / scale
+        return rate * mean / (1 - momentum**steps) / scale
 
     return _after_steps(optimizer, model, bound_epsilon, rule=step)
 
@@ -229,9 +236,9 @@ def _after_steps(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
     bound_epsilon: float,
-    rule: Callable[[Tensor, Tensor], Tensor] | None,
+    rule: Callable[[Tensor], Tensor | float] | None,
 ) -> BoundHandle:
-    """Hooks that bound every step, which is the optimizer's own without a rule and rate times the rule's with one."""
+    """Hooks that bound each step of positions: the optimizer's own, or what ``rule`` gives for a displacement."""
     if not bound_epsilon > 0:
         raise ValueError(f"`bound_epsilon` must be positive, or positions on integers never move; got {bound_epsilon}.")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -252,23 +259,11 @@ def _after_steps(
         # grid + floor(displacement) by rounding.
         last[:] = [(layer.displacement.detach().clone(), layer.positions.detach()) for layer in layers]
 
-    def move() -> None:
-        # After the step and not before it: in a closure's step there is no gradient yet. A fused optimizer sees to
-        # the scaler's infinities itself, and leaves gradients unscaled.
-        overflow = getattr(optimizer, "found_inf", None)
-        skipped = overflow is not None and bool(overflow)
-        rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
-        for layer, (displacement, _) in zip(layers, last, strict=True):
-            layer.displacement.copy_(displacement)
-            if rule is not None and layer.displacement.grad is not None and not skipped:
-                step = rule(layer.displacement, layer.displacement.grad)
-                layer.displacement.sub_(rates[id(layer.displacement)] * step)
-
     @torch.no_grad()
     def bound(*_: object) -> None:
-        if rule is not None:
-            move()
-        for layer, (_, positions) in zip(layers, last, strict=True):
+        for layer, (displacement, positions) in zip(layers, last, strict=True):
+            if rule is not None:  # only now, as a closure makes the gradients within the step
+                layer.displacement.copy_(displacement - rule(layer.displacement))
             bounded = layer.positions.clamp(positions.floor() - bound_epsilon, positions.ceil() + bound_epsilon)
             layer.displacement.copy_(
                 torch.where(bounded == layer.positions, layer.displacement, bounded - layer.regular_grid)

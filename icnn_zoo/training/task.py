@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from icnn_zoo.conversion.converter import convert
 from icnn_zoo.models.segmentation import SegmentationModel, shrink_labels
-from icnn_zoo.optim import bound_positions, parameter_groups, poly_policy
+from icnn_zoo.optim import bound_positions, move_positions, parameter_groups, poly_policy
 from icnn_zoo.training.callbacks.pictures import DisplacementMonitor, GeneratorStates
 from icnn_zoo.training.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits
 from icnn_zoo.training.provenance import provenance
@@ -56,7 +56,10 @@ class SegmentationTask(pl.LightningModule):
         optimizer: "sgd" or "adamw".
         lr: Rate of the backbone's weights.
         head_lr_factor: Rate of the head's weights over ``lr``; its biases have twice that. DeepLab's 10 is for SGD.
-        position_lr: Rate of the positions.
+        position_lr: Rate of the positions: pixels a step of a steady gradient for the rule "layer" (0.03 to 0.1), for
+            "optimizer" pixels a step with adamw and pixels per unit of gradient with sgd.
+        position_rule: How positions move: "layer" by gradients normalised layer by layer
+            (:func:`icnn_zoo.move_positions`), "optimizer" by the optimizer's own rule, as in the paper.
         momentum: Momentum of SGD.
         weight_decay: Decay of weights; never of positions, biases and norm parameters.
         poly_power: Power of the poly policy, over the run's whole number of steps.
@@ -97,6 +100,7 @@ class SegmentationTask(pl.LightningModule):
         lr: float = 1e-3,
         head_lr_factor: float = 10.0,
         position_lr: float = 50.0,
+        position_rule: Literal["layer", "optimizer"] = "optimizer",
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         poly_power: float = 0.9,
@@ -114,6 +118,8 @@ class SegmentationTask(pl.LightningModule):
         self.save_hyperparameters()
         if optimizer not in ("sgd", "adamw"):
             raise ValueError(f"`optimizer` must be sgd or adamw; got {optimizer!r}.")
+        if position_rule not in ("layer", "optimizer"):
+            raise ValueError(f"`position_rule` must be layer or optimizer; got {position_rule!r}.")
         if loss_resolution not in ("logits", "image"):
             raise ValueError(f"`loss_resolution` must be logits or image; got {loss_resolution!r}.")
         check_evaluation(evaluation, window, scales, window_batch)
@@ -128,6 +134,7 @@ class SegmentationTask(pl.LightningModule):
         self.lr = lr
         self.head_lr_factor = head_lr_factor
         self.position_lr = position_lr
+        self.position_rule = position_rule
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.poly_power = poly_power
@@ -218,7 +225,8 @@ class SegmentationTask(pl.LightningModule):
         else:
             optimizer = torch.optim.AdamW(groups, lr=self.lr)
         if self.start is not None:
-            bound_positions(optimizer, self.model, bound_epsilon=self.bound_epsilon)
+            hook = move_positions if self.position_rule == "layer" else bound_positions
+            hook(optimizer, self.model, bound_epsilon=self.bound_epsilon)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("The poly policy needs the run's length: set trainer.max_steps or trainer.max_epochs.")

@@ -59,10 +59,13 @@ class Losses(Callback):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, optimizer, accumulate):
+@pytest.mark.parametrize(
+    ("optimizer", "rule", "position_lr"),
+    [("sgd", "optimizer", 20.0), ("adamw", "optimizer", 0.1), ("adamw", "layer", 0.1)],
+)
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, optimizer, rule, position_lr, accumulate):
     def run(ckpt_path=None):
-        task = make_task(optimizer=optimizer, position_lr=20.0 if optimizer == "sgd" else 0.1)
+        task = make_task(optimizer=optimizer, position_rule=rule, position_lr=position_lr)
         record = Losses()
         saving = ModelCheckpoint(tmp_path / "all", "{step}", save_top_k=-1, every_n_train_steps=3)
         trainer = make_trainer(tmp_path, record, saving, accumulate_grad_batches=accumulate)
@@ -258,6 +261,7 @@ def test_positions_never_leave_the_cell_of_a_step_in_training(tmp_path):
         pytest.param({"task": {"loss_resolution": "image"}}, id="loss at image resolution"),
         pytest.param({"task": {"start": None}}, id="regular baseline"),
         pytest.param({"task": {"start": "classifier"}}, id="head alone"),
+        pytest.param({"task": {"position_rule": "layer", "position_lr": 0.05}}, id="rule of positions"),
         pytest.param({"task": {"per_kernel": True, "start": "layer4.0.conv2"}}, id="full version"),
         pytest.param({"trainer": {"precision": "bf16-mixed"}}, id="bf16-mixed"),
         pytest.param({"task": {"compile": True}}, id="compile", marks=pytest.mark.slow),
