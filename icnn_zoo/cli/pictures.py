@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from icnn_zoo.cli.options import FIGURE_SUFFIXES, NETWORK, Command
+
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
@@ -15,15 +17,11 @@ if TYPE_CHECKING:
     from icnn_zoo.training.network_sources import Source
     from icnn_zoo.training.task import SegmentationTask
 
-FIGURE_SUFFIXES = (".png", ".svg")
-_SOURCE = "checkpoint of a run (.ckpt, or its folder), of the zoo (its name), or a config (.yaml)"
 _SAMPLES = 16  # images for the receptive field if none is given
 
 
-def shapes(arguments: Sequence[str]) -> None:
-    """Draws the learned kernel shapes of a network (PNG, SVG, animated GIF), or prints their statistics."""
-    parser = argparse.ArgumentParser(prog="icnn-zoo shapes", description=shapes.__doc__)
-    parser.add_argument("source", help=f"{_SOURCE}; with --animate the folder of a run")
+def _shapes_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help=f"{NETWORK}; with --animate the folder of a run")
     parser.add_argument("images", type=Path, nargs="*", help="images for the page; none: of the run's validation data")
     parser.add_argument("--to", type=Path, help="picture to write: .png or .svg, or .gif with --animate")
     parser.add_argument("--three-d", action="store_true", help="draw rows, columns and channels in space")
@@ -31,8 +29,10 @@ def shapes(arguments: Sequence[str]) -> None:
     parser.add_argument("--animate", action="store_true", help="animate the shapes that ShapesLogger logged in a run")
     parser.add_argument("--json", action="store_true", help="print the statistics as data")
     _add_html(parser)
-    options = parser.parse_args(arguments)
 
+
+def _shapes(options: argparse.Namespace) -> None:
+    """Draws the learned kernel shapes of a network (PNG, SVG, animated GIF), or prints their statistics."""
     from icnn_zoo.io.files import check_target
 
     if options.animate:
@@ -65,17 +65,18 @@ def shapes(arguments: Sequence[str]) -> None:
     _write_html(options, source, tasks, options.images)
 
 
-def heatmap(arguments: Sequence[str]) -> None:
-    """Shows which pixels of an image the output at one pixel depends on."""
-    parser = argparse.ArgumentParser(prog="icnn-zoo heatmap", description=heatmap.__doc__)
-    parser.add_argument("source", help=_SOURCE)
+def _heatmap_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help=NETWORK)
     parser.add_argument("image", type=Path, help="image file")
     parser.add_argument("--pixel", type=int, nargs=2, required=True, metavar=("ROW", "COL"), help="the output pixel")
     parser.add_argument("--class", dest="class_name", metavar="NAME", help="derive this class's score; else their sum")
     _add_against(parser)
     parser.add_argument("--to", type=Path, help="picture to write: .png or .svg")
     _add_html(parser)
-    options = parser.parse_args(arguments)
+
+
+def _heatmap(options: argparse.Namespace) -> None:
+    """Shows which pixels of an image the output at one pixel depends on."""
     _check_outputs(options)
 
     from icnn_zoo.analysis.heatmaps import check_pixel, plot_heatmaps
@@ -96,10 +97,8 @@ def heatmap(arguments: Sequence[str]) -> None:
     _write_html(options, source, tasks, [options.image])
 
 
-def erf(arguments: Sequence[str]) -> None:
-    """Measures the effective receptive field of a network, averaged over images."""
-    parser = argparse.ArgumentParser(prog="icnn-zoo erf", description=erf.__doc__)
-    parser.add_argument("source", help=_SOURCE)
+def _erf_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help=NETWORK)
     parser.add_argument(
         "images", type=Path, nargs="*", help=f"image files; none: {_SAMPLES} of the run's validation data"
     )
@@ -108,7 +107,10 @@ def erf(arguments: Sequence[str]) -> None:
     parser.add_argument("--to", type=Path, help="picture to write: .png or .svg")
     parser.add_argument("--json", action="store_true", help="print the radii as data")
     _add_html(parser)
-    options = parser.parse_args(arguments)
+
+
+def _erf(options: argparse.Namespace) -> None:
+    """Measures the effective receptive field of a network, averaged over images."""
     if options.to is not None or options.html is not None:
         _check_outputs(options)
 
@@ -225,3 +227,10 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     path = check_target(path, FIGURE_SUFFIXES)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+
+
+COMMANDS = {
+    "shapes": Command(_shapes, _shapes_options),
+    "heatmap": Command(_heatmap, _heatmap_options),
+    "erf": Command(_erf, _erf_options),
+}

@@ -1,19 +1,21 @@
-"""The zoo on the command line: list, show, load, verify, publish and segment."""
+"""The zoo's commands: ``icnn-zoo list``, ``show``, ``load``, ``verify``, ``publish`` and ``segment``."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from icnn_zoo.cli.options import Command, add_registry, check_output
 
-def _list(arguments: Sequence[str]) -> None:
-    """Lists the published checkpoints."""
-    parser = _parser("list", _list)
+
+def _list_options(parser: argparse.ArgumentParser) -> None:
+    add_registry(parser)
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern of names, such as '*drawn*'")
-    options = parser.parse_args(arguments)
 
+
+def _list_names(options: argparse.Namespace) -> None:
+    """Lists the published checkpoints."""
     import fnmatch
 
     from icnn_zoo.zoo.registry import open_registries
@@ -31,15 +33,16 @@ def _list(arguments: Sequence[str]) -> None:
         print(f"{name:<{width}}  {size:>9}  {summary}")
 
 
-def _show(arguments: Sequence[str]) -> None:
-    """Shows what is known of a checkpoint."""
-    parser = _parser("show", _show)
+def _show_options(parser: argparse.ArgumentParser) -> None:
+    add_registry(parser)
     parser.add_argument("name", help="arch.tag")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the whole card")
     form.add_argument("--config", action="store_true", help="print the training configuration, starting from it")
-    options = parser.parse_args(arguments)
 
+
+def _show(options: argparse.Namespace) -> None:
+    """Shows what is known of a checkpoint."""
     from icnn_zoo.zoo.cards import dump, readme, training_config
     from icnn_zoo.zoo.registry import find_checkpoint
 
@@ -51,15 +54,17 @@ def _show(arguments: Sequence[str]) -> None:
         print(training_config(card) if options.config else readme(card, {}), end="")
 
 
-def _load(arguments: Sequence[str]) -> None:
-    """Fetches a checkpoint, verifies it and builds its network."""
-    parser = _parser("load", _load)
+def _load_options(parser: argparse.ArgumentParser) -> None:
+    add_registry(parser)
     parser.add_argument("name", help="arch.tag")
     parser.add_argument("--to", type=Path, help="write the weights to this file too, such as model.safetensors")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
-    options = parser.parse_args(arguments)
+
+
+def _load(options: argparse.Namespace) -> None:
+    """Fetches a checkpoint, verifies it and builds its network."""
     if options.to is not None:
-        _check_output(options.to, options.force, (".safetensors",))
+        check_output(options.to, options.force, (".safetensors",))
 
     from icnn_zoo.zoo.networks import rebuild
     from icnn_zoo.zoo.registry import find_checkpoint
@@ -75,16 +80,17 @@ def _load(arguments: Sequence[str]) -> None:
         print(f"Written: {options.to}")
 
 
-def _verify(arguments: Sequence[str]) -> None:
-    """Checks checkpoints from end to end: index, card, hashes, weights, golden output, and metrics if asked."""
-    parser = _parser("verify", _verify)
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    add_registry(parser)
     parser.add_argument("names", nargs="*", metavar="NAME", help="arch.tag (default: all)")
     parser.add_argument("--metrics", action="store_true", help="measure the card's metrics too, on its data")
     parser.add_argument(
         "--data-root", type=Path, help="folder of the data for --metrics (default: the one of the training run)"
     )
-    options = parser.parse_args(arguments)
 
+
+def _verify(options: argparse.Namespace) -> None:
+    """Checks checkpoints from end to end: index, card, hashes, weights, golden output, and metrics if asked."""
     from icnn_zoo.zoo.golden import check_golden
     from icnn_zoo.zoo.networks import rebuild
     from icnn_zoo.zoo.registry import find_checkpoint, list_checkpoints
@@ -109,13 +115,8 @@ def _verify(arguments: Sequence[str]) -> None:
     print(f"{len(names)} checked")
 
 
-def _publish(arguments: Sequence[str]) -> None:
-    """Adds the network of a run to a registry."""
-    parser = argparse.ArgumentParser(
-        prog="icnn-zoo publish",
-        description=_publish.__doc__,
-        epilog="What follows -- goes to the measuring of metrics, such as -- --data.init_args.root elsewhere.",
-    )
+def _publish_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "What follows -- goes to the measuring of metrics, such as -- --data.init_args.root elsewhere."
     parser.add_argument("source", type=Path, help="run folder (runs/<name>/version_<n>) or checkpoint (.ckpt) in one")
     parser.add_argument("--name", required=True, help="arch.tag, such as resnet18.drawn_voc_irregular")
     parser.add_argument("--to", type=Path, required=True, help="folder of the registry, such as checkpoints")
@@ -126,21 +127,18 @@ def _publish(arguments: Sequence[str]) -> None:
         help="YAML with description, licence, dataset (name, split, licence, attribution) and metrics (name, protocol, "
         "value; without a value it is measured)",
     )
-    own, overrides = list(arguments), []
-    if "--" in own:
-        place = own.index("--")
-        own, overrides = own[:place], own[place + 1 :]
-    options = parser.parse_args(own)
 
+
+def _publish(options: argparse.Namespace) -> None:
+    """Adds the network of a run to a registry."""
     from icnn_zoo.publishing.publisher import publish
 
-    folder = publish(options.source, options.name, options.to, options.about, overrides=overrides)
+    folder = publish(options.source, options.name, options.to, options.about, overrides=options.overrides)
     print(f"Published: {folder}")
 
 
-def _segment(arguments: Sequence[str]) -> None:
-    """Labels an image: a picture of it beside its labels, with a legend."""
-    parser = _parser("segment", _segment)
+def _segment_options(parser: argparse.ArgumentParser) -> None:
+    add_registry(parser)
     parser.add_argument("name", help="arch.tag")
     parser.add_argument("image", type=Path, help="photograph")
     parser.add_argument("--to", type=Path, required=True, help="picture to write, such as picture.png")
@@ -148,11 +146,14 @@ def _segment(arguments: Sequence[str]) -> None:
     parser.add_argument("--longest-side", type=int, help="scale larger images down to this many pixels for the network")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     parser.add_argument("--force", action="store_true", help="replace existing files")
-    options = parser.parse_args(arguments)
+
+
+def _segment(options: argparse.Namespace) -> None:
+    """Labels an image: a picture of it beside its labels, with a legend."""
     outputs = [path for path in (options.to, options.labels) if path is not None]
-    _check_output(options.to, options.force, (".png", ".jpg", ".jpeg", ".webp"))
+    check_output(options.to, options.force, (".png", ".jpg", ".jpeg", ".webp"))
     if options.labels is not None:
-        _check_output(options.labels, options.force, (".png",))  # others would not keep indices
+        check_output(options.labels, options.force, (".png",))  # others would not keep indices
 
     from PIL import Image
 
@@ -170,34 +171,11 @@ def _segment(arguments: Sequence[str]) -> None:
     print("\n".join(f"Written: {path}" for path in outputs))
 
 
-ZOO_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "list": _list,
-    "show": _show,
-    "load": _load,
-    "verify": _verify,
-    "publish": _publish,
-    "segment": _segment,
+COMMANDS = {
+    "list": Command(_list_names, _list_options),
+    "show": Command(_show, _show_options),
+    "load": Command(_load, _load_options),
+    "verify": Command(_verify, _verify_options),
+    "publish": Command(_publish, _publish_options, overrides=True),
+    "segment": Command(_segment, _segment_options),
 }
-
-
-def _parser(name: str, command: Callable[[Sequence[str]], None]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"icnn-zoo {name}", description=command.__doc__)
-    parser.add_argument(
-        "--registry",
-        action="append",
-        help="folder or URL to search, once or several times in order; 'default' is the one of this package "
-        "(default: ICNN_ZOO_REGISTRY, else default)",
-    )
-    parser.add_argument(
-        "--cache", type=Path, help="folder for downloads (default: ICNN_ZOO_CACHE, else the platform's)"
-    )
-    return parser
-
-
-def _check_output(path: Path, force: bool, suffixes: Sequence[str]) -> None:
-    if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{str(path)!r} must end in {' or '.join(suffixes)}.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(path.parent)!r}; make it first.")
-    if path.exists() and not force:
-        raise ValueError(f"{str(path)!r} exists; take another name, or --force.")

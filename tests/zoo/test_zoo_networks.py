@@ -179,7 +179,7 @@ def test_segment_writes_a_picture_to_look_at_and_a_label_map(tmp_path, capsys):
     labels = Image.open(outputs[1])
     assert (labels.mode, labels.size) == ("P", (300, 200))
     assert np.array_equal(np.asarray(labels), icnn_zoo.load_checkpoint(NAME).predict(photograph))
-    with pytest.raises(SystemExit, match="exists; take another name, or --force"):
+    with pytest.raises(SystemExit, match="exists; choose another name, or --force"):
         zoo_main(command)
     zoo_main([*command, "--force"])
     with pytest.raises(SystemExit, match=r"must end in \.png or"):

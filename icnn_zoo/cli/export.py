@@ -1,0 +1,37 @@
+"""``icnn-zoo export``: networks as ONNX."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from icnn_zoo.cli.options import NETWORK, Command, check_output
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Input: RGB images [B, 3, H, W] in 0..255; output: logits at the output stride."
+    parser.add_argument("source", help=NETWORK)
+    parser.add_argument("--to", type=Path, required=True, help="file to write, such as model.onnx")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(257, 321),
+        metavar=("H", "W"),
+        help="image size to check and time with; the file takes any (default: 257 321)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+
+
+def _export(options: argparse.Namespace) -> None:
+    """Writes a network as ONNX in standard convolutions, checks it against onnxruntime, and times both."""
+    check_output(options.to, options.force, (".onnx",))
+
+    from icnn_zoo.deployment.onnx_export import PixelsToLogits, export_onnx
+    from icnn_zoo.training.network_sources import load_task
+
+    network = PixelsToLogits(load_task(options.source).model)
+    print(export_onnx(network, options.to, (3, *options.size), overwrite=options.force))
+
+
+COMMANDS = {"export": Command(_export, _export_options)}

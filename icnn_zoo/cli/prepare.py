@@ -1,0 +1,27 @@
+"""``icnn-zoo prepare``: datasets and pretrained weights."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from icnn_zoo.cli.options import Command
+
+
+def _prepare_options(parser: argparse.ArgumentParser) -> None:
+    from icnn_zoo.data.preparation.catalog import DATASETS, OPTIONS
+
+    parser.add_argument("name", choices=sorted(DATASETS), help="what to prepare")
+    parser.add_argument("--root", type=Path, default=Path("data"), help="folder to store it in (default: data)")
+    for option, explanation in OPTIONS.items():
+        parser.add_argument(f"--{option.replace('_', '-')}", action="store_true", help=explanation)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    """Fetches a dataset or pretrained weights and stores them ready for training."""
+    from icnn_zoo.data.preparation.catalog import OPTIONS, prepare
+
+    print(prepare(options.name, options.root, **{name: getattr(options, name) for name in OPTIONS}))
+
+
+COMMANDS = {"prepare": Command(_prepare, _prepare_options)}
