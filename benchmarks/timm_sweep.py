@@ -31,7 +31,7 @@ import timm_check
 import torch
 
 import icnn_zoo
-from icnn_zoo.conversion.converter import SkippedLayer
+from icnn_zoo.conversion.planning import SkippedLayer
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "results" / "timm_sweep.json"
 STATUSES = ("passed", "skipped", "failed", "not run")

@@ -9,12 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from icnn_zoo._version import __version__
-from icnn_zoo.conversion.converter import ConversionPlan, convert, irregular_layers, plan
+from icnn_zoo.conversion.converter import convert
+from icnn_zoo.conversion.planning import ConversionPlan, plan
 from icnn_zoo.deployment.rewriting import deploy
 from icnn_zoo.nn.conv_rules import ConvRules, register_conv_rules
-from icnn_zoo.nn.irregular_conv import IrregularConv2d
+from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
+from icnn_zoo.nn.norms import freeze_norm
 from icnn_zoo.ops import irregular_conv2d
-from icnn_zoo.optim import bound_positions, freeze_norm, move_positions, parameter_groups, poly_policy
+from icnn_zoo.optim import bound_positions, move_positions, parameter_groups, poly_policy
 
 if TYPE_CHECKING:
     from icnn_zoo.zoo.networks import create_model, load_checkpoint

@@ -11,13 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.hooks import RemovableHandle
 
-from icnn_zoo.conversion.converter import irregular_layers
-
-_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
+from icnn_zoo.nn.irregular_conv import irregular_layers
 
 
 def parameter_groups(
@@ -85,23 +82,6 @@ def parameter_groups(
         for name, params in members.items()
         if params
     ]
-
-
-def freeze_norm(model: nn.Module) -> nn.Module:
-    """Freezes the statistics and the affine parameters of every norm layer, as DeepLab fine-tunes.
-
-    ``model.train()`` puts norm layers back into training mode: call this after it
-    (:class:`icnn_zoo.models.SegmentationModel` does).
-
-    Returns:
-        The same model.
-    """
-    for module in model.modules():
-        if isinstance(module, _NORMS):
-            module.eval()
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
-    return model
 
 
 def poly_policy(optimizer: torch.optim.Optimizer, max_steps: int, power: float = 0.9) -> PolynomialLR:

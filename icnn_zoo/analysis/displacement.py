@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from icnn_zoo.conversion.converter import irregular_layers
-from icnn_zoo.nn.irregular_conv import IrregularConv2d
+from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 
 
 class InputSizes:

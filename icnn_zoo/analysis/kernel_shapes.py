@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from icnn_zoo.conversion.converter import irregular_layers
-from icnn_zoo.nn.irregular_conv import IrregularConv2d
+from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 
 
 @dataclass(frozen=True)

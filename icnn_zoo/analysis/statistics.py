@@ -14,8 +14,7 @@ from torch import nn
 
 from icnn_zoo.analysis.displacement import dead_taps
 from icnn_zoo.analysis.kernel_shapes import LayerShapes, layer_shapes
-from icnn_zoo.conversion.converter import irregular_layers
-from icnn_zoo.nn.irregular_conv import IrregularConv2d
+from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 
 COLUMNS = ("kernel", "shapes", "centre shift", "length", "width", "anisotropy", "elongation", "outside", "dead")
 

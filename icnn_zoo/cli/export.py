@@ -27,7 +27,8 @@ def _export(options: argparse.Namespace) -> None:
     """Writes a network as ONNX in standard convolutions, checks it against onnxruntime, and times both."""
     check_output(options.to, options.force, (".onnx",))
 
-    from icnn_zoo.deployment.onnx_export import PixelsToLogits, export_onnx
+    from icnn_zoo.deployment.onnx_export import export_onnx
+    from icnn_zoo.models import PixelsToLogits
     from icnn_zoo.training.network_sources import load_task
 
     network = PixelsToLogits(load_task(options.source).model)

@@ -28,7 +28,7 @@ def _plan(options: argparse.Namespace) -> None:
     import torch
 
     import icnn_zoo
-    from icnn_zoo.models.segmentation import check_backbone
+    from icnn_zoo.models.backbones import check_backbone
 
     check_backbone(options.backbone)
     kwargs: dict[str, Any] = {"features_only": True} if options.features_only or options.output_stride else {}

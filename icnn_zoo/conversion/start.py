@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from icnn_zoo.nn.modules import evaluating, find_name
+
 Order = Literal["registration", "execution"]
 ORDERS = ("registration", "execution")
 ExampleInput = Tensor | tuple[Any, ...] | Mapping[str, Any]
-
-# Where wrappers keep the network they wrap: timm's three kinds of feature extractors, DataParallel.
-WRAPPERS = ("model", "body", "graph_module", "module")
 
 
 def resolve_start(model: nn.Module, start: str) -> str:
@@ -40,27 +37,12 @@ def resolve_start(model: nn.Module, start: str) -> str:
     if not isinstance(start, str):
         raise TypeError(f"`start` must be the dotted name of a module, such as 'layer3.11'; got {start!r}.")
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    for wanted in (start, start.replace(".", "_", 1)):
-        if wanted in names:
-            return wanted
-        endings = [name for name in names if name.endswith(f".{wanted}")]
-        wrapped = [name for name in endings if name.removesuffix(f".{wanted}") in WRAPPERS]
-        for found in (endings, wrapped):
-            if len(found) == 1:
-                return found[0]
-        if endings:
-            raise ValueError(f"`start`={start!r} is the ending of several modules, name one: {', '.join(endings[:8])}.")
-    top = [name for name in names if name and "." not in name]
-    near = difflib.get_close_matches(start, names, n=5, cutoff=0.4) or top
-    is_cut = any(hasattr(getattr(module, "feature_info", None), "out_indices") for module in model.modules())
-    cut = (
-        " This feature extractor ends with the last stage of its `out_indices`; later ones are cut off."
-        if is_cut
-        else ""
-    )
-    raise ValueError(
-        f"`start`={start!r} names no module of {type(model).__name__}; the nearest are {', '.join(near)}.{cut}"
-    )
+    stage = start.replace(".", "_", 1)
+    wanted = next((name for name in (start, stage) if any(f".{known}".endswith(f".{name}") for known in names)), start)
+    what = f"module of {type(model).__name__}"
+    if any(hasattr(getattr(module, "feature_info", None), "out_indices") for module in model.modules()):
+        what += ", which ends with the last stage of its `out_indices` (later ones are cut off)"
+    return find_name(wanted, names, argument="start", what=what)
 
 
 def modules_from(
@@ -124,7 +106,7 @@ def _first_calls(model: nn.Module, example_input: ExampleInput) -> list[nn.Modul
 
     handles = [module.register_forward_pre_hook(remember) for module in model.modules()]
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             if isinstance(example_input, Mapping):
                 model(**example_input)
             elif isinstance(example_input, tuple):
@@ -135,15 +117,3 @@ def _first_calls(model: nn.Module, example_input: ExampleInput) -> list[nn.Modul
         for handle in handles:
             handle.remove()
     return list(calls.values())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, in which a forward changes no statistics, and each module's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from icnn_zoo.conversion.converter import irregular_layers
-from icnn_zoo.deployment.rewriting import Deployment, replace_modules, rewrite
+from icnn_zoo.deployment.rewriting import Deployment, rewrite
 from icnn_zoo.deployment.standard_forms import standard_form
-from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.nn.conv_rules import conv_rules, dynamic_same_padding
-from icnn_zoo.nn.irregular_conv import IrregularConv2d
+from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
+from icnn_zoo.nn.modules import replace_modules
 
 # Largest allowed difference between onnxruntime and the network, over the network's largest output.
 TOLERANCE = 1e-4
@@ -55,21 +54,6 @@ class ExportReport:
                 f"Written: {self.path}",
             ]
         )
-
-
-class PixelsToLogits(nn.Module):
-    """A segmentation network with its normalisation in front: RGB images [B, 3, H, W] in 0..255 to logits.
-
-    Args:
-        model: The network.
-    """
-
-    def __init__(self, model: SegmentationModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(self.model.preprocess(images))
 
 
 def export_onnx(
@@ -158,7 +142,7 @@ def _require(*names: str) -> None:
 def _trace_friendly(model: nn.Module) -> nn.Module:
     """A copy whose regular layers that pad by input size are rewritten: in timm's words an export takes minutes."""
     model = copy.deepcopy(model)
-    replacements: dict[int, nn.Module] = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         if not isinstance(module, nn.Conv2d) or module.dilation != (1, 1):
             continue
@@ -166,7 +150,7 @@ def _trace_friendly(model: nn.Module) -> nn.Module:
         if rules is not None and rules.padding is dynamic_same_padding:
             # A regular layer is an irregular one with epsilon 0: its dense form is the same convolution.
             layer = IrregularConv2d.from_conv2d(module, epsilon=0.0)
-            replacements[id(module)] = standard_form(layer, layer.weight_rule(layer), layer.bias).module.eval()
+            replacements[module] = standard_form(layer, layer.weight_rule(layer), layer.bias).module.eval()
     return replace_modules(model, replacements)
 
 

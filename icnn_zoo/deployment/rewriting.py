@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import sys
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
-from icnn_zoo.conversion.converter import irregular_layers
 from icnn_zoo.conversion.rewrite_guards import unguard
+from icnn_zoo.deployment.norm_folding import attached_hooks, fold, foldable_norms, without_norm
 from icnn_zoo.deployment.standard_forms import has_standard_form, standard_form
-from icnn_zoo.nn.irregular_conv import IrregularConv2d
+from icnn_zoo.nn.irregular_conv import irregular_layers
+from icnn_zoo.nn.modules import replace_modules
 
 
 @dataclass(frozen=True)
@@ -108,18 +105,18 @@ def rewrite(model: nn.Module) -> Deployment:
     result = copy.deepcopy(model).eval().requires_grad_(False)
     unguard(result)
     layers = irregular_layers(result)
-    norms = _foldable_norms(result)
-    replacements: dict[int, nn.Module] = {}
+    norms = foldable_norms(result)
+    replacements: dict[nn.Module, nn.Module] = {}
     report = []
     for name, layer in layers.items():
         weight, bias = layer.weight_rule(layer).double(), None if layer.bias is None else layer.bias.double()
         norm_name = norms.get(name)
         if norm_name is not None:
             norm = result.get_submodule(norm_name)
-            weight, bias = _fold(weight, bias, norm)
-            replacements[id(norm)] = _without_norm(norm)
+            weight, bias = fold(weight, bias, norm)
+            replacements[norm] = without_norm(norm)
         rewritten = standard_form(layer, weight, bias)
-        replacements[id(layer)] = rewritten.module
+        replacements[layer] = rewritten.module
         report.append(DeployedLayer(name, rewritten.form, rewritten.box, rewritten.outliers, rewritten.cost, norm_name))
     return Deployment(replace_modules(result, replacements).eval(), tuple(report))
 
@@ -143,79 +140,8 @@ def _check(model: nn.Module) -> None:
                 f"Layer {name!r} pads its input by {layer.padding_rule.__name__}, which has no standard form; "
                 "static_padding and dynamic_same_padding of icnn_zoo.nn.conv_rules have one."
             )
-        attached = _attached(layer)
+        attached = attached_hooks(layer)
         if attached:
             raise ValueError(
                 f"Layer {name!r} carries {', '.join(attached)}, which its standard form would lose; remove them first."
             )
-
-
-def _attached(module: nn.Module) -> list[str]:
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    return [kind.strip("_") for kind in kinds if getattr(module, kind)]
-
-
-def replace_modules(model: nn.Module, replacements: dict[int, nn.Module]) -> nn.Module:
-    """Puts modules in the place of others, given by their ids, under all their names; returns the (new) root."""
-    if id(model) in replacements:
-        return replacements[id(model)]
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():  # named_children leaves out a module's second name
-            if child is not None and id(child) in replacements:
-                setattr(parent, name, replacements[id(child)])
-    return model
-
-
-class _Tracer(fx.Tracer):
-    """Follows a network down to irregular layers and norms; what holds none of them may compute anything."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        kinds: tuple[type[nn.Module], ...] = (IrregularConv2d, *_norm_types())
-        return isinstance(m, kinds) or not any(isinstance(part, kinds) for part in m.modules())
-
-
-def _foldable_norms(model: nn.Module) -> dict[str, str]:
-    """Maps irregular layers to the norms that alone read their output, both called once, where that can be proved."""
-    # An argument with a default stays at it: a proxy would be traced as if it were given.
-    arguments = inspect.signature(model.forward).parameters
-    defaults = {name: item.default for name, item in arguments.items() if item.default is not item.empty}
-    try:
-        graph = _Tracer().trace(model, defaults)
-    except Exception:  # whatever the network's own code raises when its input is no tensor
-        return {}
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    # Parameters that the network's own code uses have to stay what they are.
-    used = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    modules = dict(model.named_modules())
-    found = {}
-    for node in graph.nodes:
-        if node.op != "call_module" or not isinstance(modules[node.target], IrregularConv2d) or len(node.users) != 1:
-            continue
-        (reader,) = node.users
-        alone = reader.op == "call_module" and reader.args == (node,) and not reader.kwargs
-        if not alone or calls[node.target] != 1 or calls[reader.target] != 1 or {node.target, reader.target} & used:
-            continue
-        norm = modules[reader.target]
-        if type(norm) in _norm_types() and norm.running_var is not None and not _attached(norm):
-            found[node.target] = reader.target
-    return found
-
-
-def _norm_types() -> tuple[type[nn.Module], ...]:
-    timm_norms = sys.modules.get("timm.layers.norm_act")  # whoever has such a layer has imported timm; we need not
-    timm_types: list[type[nn.Module]] = [] if timm_norms is None else [timm_norms.BatchNormAct2d]
-    return (nn.BatchNorm2d, nn.SyncBatchNorm, *timm_types)
-
-
-def _fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    shift = shift if norm.bias is None else shift + norm.bias.double()
-    return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
-
-
-def _without_norm(norm: nn.Module) -> nn.Module:
-    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        return nn.Identity()
-    return nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from icnn_zoo.conversion.converter import plan
+from icnn_zoo.conversion.planning import plan
 from icnn_zoo.training.lightning_cli import ZooCLI
 from icnn_zoo.training.task import SegmentationTask
 

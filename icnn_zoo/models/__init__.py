@@ -1,5 +1,5 @@
 """Segmentation networks with a timm backbone."""
 
-from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.models.segmentation import PixelsToLogits, SegmentationModel, shrink_labels
 
-__all__ = ["SegmentationModel"]
+__all__ = ["PixelsToLogits", "SegmentationModel", "shrink_labels"]

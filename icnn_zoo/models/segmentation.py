@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from icnn_zoo.optim import freeze_norm
-
-OUTPUT_STRIDES = (8, 16)
-HEADS = ("largefov",)
-DILATION_RULES = ("caffe", "timm")
+from icnn_zoo.models.backbones import DILATION_RULES, create_backbone, dilate_as_caffe, feature_info
+from icnn_zoo.models.heads import HEADS, default_dilation
+from icnn_zoo.nn.norms import freeze_norm as freeze_norm_layers
 
 
 class SegmentationModel(nn.Module):
-    """A timm backbone and DeepLab's LargeFOV head, which is one 3x3 convolution with dilation 12 on the last stage.
+    """A timm backbone and a head on its last stage: DeepLab's LargeFOV, one 3x3 convolution with dilation 12.
 
     Its parts are named ``backbone`` and ``classifier``, so that ``icnn_zoo.convert(model, start="classifier")``
     converts the head and ``start="layer3.11"`` the backbone from there on and the head.
@@ -30,7 +25,7 @@ class SegmentationModel(nn.Module):
         backbone: Any timm name that can be dilated ("resnet101", "tf_efficientnet_lite0").
         num_classes: Classes, background included.
         output_stride: Input pixels per logit: 8 (the paper's) or 16.
-        head: "largefov".
+        head: Name of the head in :data:`icnn_zoo.models.heads.HEADS`.
         head_dilation: Dilation of the head; None for the paper's 12 at output stride 8, and 6 at 16, the same field of
             view. Feature maps smaller than the dilation leave only the head's centre tap alive.
         dilation_rule: Dilation of the convolutions that lost their stride, the first 3x3 of each dilated stage. "timm"
@@ -43,6 +38,7 @@ class SegmentationModel(nn.Module):
     Attributes:
         backbone: The timm network, giving the last stage's features.
         classifier: The head.
+        head_dilation: Dilation of the head, the default resolved.
 
     Raises:
         ValueError: No such backbone, one that timm cannot dilate to this output stride, or one for which Caffe's rule
@@ -90,14 +86,12 @@ class SegmentationModel(nn.Module):
         self.num_classes = num_classes
         self.output_stride = output_stride
         self.freeze_norm = freeze_norm
-        self.backbone = _create_backbone(backbone, output_stride)
+        self.backbone = create_backbone(backbone, output_stride)
         if dilation_rule == "caffe":
-            _dilate_as_caffe(self.backbone, backbone, output_stride)
-        channels = _feature_info(self.backbone).channels()[-1]
-        dilation = 12 * 8 // output_stride if head_dilation is None else head_dilation
-        self.classifier = nn.Conv2d(channels, num_classes, 3, padding=dilation, dilation=dilation)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.constant_(cast(Tensor, self.classifier.bias), 0)
+            dilate_as_caffe(self.backbone, backbone, output_stride)
+        self.head_dilation = default_dilation(output_stride) if head_dilation is None else head_dilation
+        channels = feature_info(self.backbone).channels()[-1]
+        self.classifier = HEADS[head](channels, num_classes, self.head_dilation)
         cfg = timm.get_pretrained_cfg(backbone, allow_unregistered=True)
         for name, values, default in (("mean", mean, cfg and cfg.mean), ("std", std, cfg and cfg.std)):
             values = tuple(values or default or (0.5, 0.5, 0.5))
@@ -132,7 +126,7 @@ class SegmentationModel(nn.Module):
             hint = " Make it with: icnn-zoo prepare efficientnet-lite0 --root data" if "lite0" in str(file) else ""
             raise FileNotFoundError(f"`pretrained`: there is no file {str(file)!r}.{hint}")
         overlay = None if file is None else {"file": str(file)}
-        source = _create_backbone(
+        source = create_backbone(
             self.backbone_name, self.output_stride, pretrained=True, pretrained_cfg_overlay=overlay
         )
         missing, unexpected = self.backbone.load_state_dict(source.state_dict(), strict=False)
@@ -166,8 +160,23 @@ class SegmentationModel(nn.Module):
     def train(self, mode: bool = True) -> SegmentationModel:
         super().train(mode)
         if self.freeze_norm:
-            freeze_norm(self)
+            freeze_norm_layers(self)
         return self
+
+
+class PixelsToLogits(nn.Module):
+    """A segmentation network with its normalisation in front: RGB images [B, 3, H, W] in 0..255 to logits.
+
+    Args:
+        model: The network.
+    """
+
+    def __init__(self, model: SegmentationModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(self.model.preprocess(images))
 
 
 def shrink_labels(labels: Tensor, output_stride: int) -> Tensor:
@@ -184,76 +193,3 @@ def shrink_labels(labels: Tensor, output_stride: int) -> Tensor:
                 f"Take {low} or {low + output_stride} for {extent}, or loss_resolution='image'."
             )
     return labels[..., ::output_stride, ::output_stride]
-
-
-def check_backbone(name: str) -> None:
-    """Checks that timm has a network of this name.
-
-    Raises:
-        ValueError: It has not; the message lists the nearest names.
-    """
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
-        raise ValueError(f"`backbone`={name!r} is no timm model; the nearest are {', '.join(near) or 'none'}.")
-
-
-def _create_backbone(name: str, output_stride: int, **kwargs: Any) -> nn.Module:
-    if output_stride not in OUTPUT_STRIDES:
-        raise ValueError(f"`output_stride` must be one of {OUTPUT_STRIDES}; got {output_stride}.")
-    check_backbone(name)
-    try:
-        backbone = timm.create_model(name, features_only=True, output_stride=output_stride, out_indices=(-1,), **kwargs)
-        reduction = _feature_info(backbone).reduction()[-1]
-    except (TypeError, AssertionError, RuntimeError) as error:
-        if kwargs:  # the network itself was built before without an error, so the weights are at fault
-            raise
-        raise ValueError(_cannot_dilate(name, output_stride)) from error
-    if reduction != output_stride:
-        raise ValueError(_cannot_dilate(name, output_stride))
-    return backbone
-
-
-def _dilate_as_caffe(backbone: nn.Module, name: str, output_stride: int) -> None:
-    """Multiplies the dilation of every convolution that lost its stride by that stride, and its padding alike."""
-    with torch.device("meta"):
-        original = timm.create_model(name, features_only=True, out_indices=(-1,))
-    strided = {path: layer for path, layer in original.named_modules() if isinstance(layer, nn.Conv2d)}
-    changes: dict[nn.Conv2d, int] = {}
-    for path, layer in backbone.named_modules():
-        before = strided.get(path)
-        if not isinstance(layer, nn.Conv2d) or before is None or max(before.kernel_size) == 1:
-            continue
-        factor = before.stride[0] // layer.stride[0]
-        if factor > 1:
-            changes[layer] = factor
-    total = _feature_info(original).reduction()[-1] // output_stride
-    wanted = {2**power for power in range(1, total.bit_length())}
-    found = {layer.dilation[0] * factor for layer, factor in changes.items()}
-    if found != wanted or not all(_has_centre(layer) for layer in changes):
-        raise ValueError(
-            f"`dilation_rule`='caffe' is for backbones whose stages begin with a strided 3x3 convolution, such as "
-            f"resnet or regnet; {name!r} at output stride {output_stride} is none. Take dilation_rule='timm'."
-        )
-    for layer, factor in changes.items():
-        layer.dilation = (layer.dilation[0] * factor, layer.dilation[1] * factor)
-        if not isinstance(layer, Conv2dSame):  # which pads by its dilation in every forward
-            layer.padding = tuple(int(pad) * factor for pad in layer.padding)
-
-
-def _has_centre(layer: nn.Conv2d) -> bool:
-    """Whether a dilation can change without moving the output: odd kernel, padded by half of it with zeros."""
-    if any(extent % 2 == 0 for extent in layer.kernel_size) or layer.padding_mode != "zeros":
-        return False
-    halves = tuple(dilation * (extent // 2) for dilation, extent in zip(layer.dilation, layer.kernel_size, strict=True))
-    return isinstance(layer, Conv2dSame) or layer.padding == halves
-
-
-def _feature_info(backbone: nn.Module) -> Any:
-    return backbone.feature_info
-
-
-def _cannot_dilate(name: str, output_stride: int) -> str:
-    return (
-        f"`backbone`={name!r} cannot be dilated to output stride {output_stride} by timm; families that can: resnet, "
-        "resnetv2, regnet, efficientnet, mobilenetv3, convnext, rexnet, nfnet, byobnet, cspnet, xception."
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,36 @@ from torch.nn.utils import parametrize, prune
 
 from icnn_zoo.ops.functional import resolve_padding
 
-if TYPE_CHECKING:
-    from icnn_zoo.nn.irregular_conv import IrregularConv2d
-
 Padding = tuple[int, int, int, int]
-PaddingRule = Callable[["IrregularConv2d", Tensor], Padding]
-WeightRule = Callable[["IrregularConv2d"], Tensor]
 
 
-def static_padding(layer: IrregularConv2d, input: Tensor) -> Padding:
+class ConvLike(Protocol):
+    """What rules read of a layer that took over a convolution; more of what the convolution held is there by name."""
+
+    @property
+    def out_channels(self) -> int: ...
+    @property
+    def kernel_size(self) -> tuple[int, int]: ...
+    @property
+    def stride(self) -> tuple[int, int]: ...
+    @property
+    def padding(self) -> tuple[int, int] | str: ...
+    @property
+    def dilation(self) -> tuple[int, int]: ...
+    @property
+    def weight(self) -> Tensor: ...
+
+
+PaddingRule = Callable[[ConvLike, Tensor], Padding]
+WeightRule = Callable[[ConvLike], Tensor]
+
+
+def static_padding(layer: ConvLike, input: Tensor) -> Padding:
     """Padding (top, bottom, left, right) of nn.Conv2d: the same for every input size."""
     return resolve_padding(layer.padding, layer.kernel_size, layer.stride, layer.dilation)
 
 
-def dynamic_same_padding(layer: IrregularConv2d, input: Tensor) -> Padding:
+def dynamic_same_padding(layer: ConvLike, input: Tensor) -> Padding:
     """Padding of timm's Conv2dSame (TensorFlow's SAME): by input size, the extra one at the bottom and right."""
     rows, cols = (
         max((math.ceil(size / stride) - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
@@ -38,20 +54,20 @@ def dynamic_same_padding(layer: IrregularConv2d, input: Tensor) -> Padding:
     return rows // 2, rows - rows // 2, cols // 2, cols - cols // 2
 
 
-def plain_weight(layer: IrregularConv2d) -> Tensor:
+def plain_weight(layer: ConvLike) -> Tensor:
     """The parameter itself."""
     return layer.weight
 
 
-def standardized_weight(layer: IrregularConv2d) -> Tensor:
+def standardized_weight(layer: ConvLike) -> Tensor:
     """Weight standardisation: every kernel with mean 0 and variance 1 (arXiv:1903.10520; timm's StdConv2d)."""
     return _standardize(layer, None)
 
 
-def scaled_standardized_weight(layer: IrregularConv2d) -> Tensor:
+def scaled_standardized_weight(layer: ConvLike) -> Tensor:
     """Standardised kernels times a learned gain and a fixed scale (arXiv:2101.08692; timm's ScaledStdConv2d)."""
-    gain: Any = layer.gain
-    return _standardize(layer, (gain * layer.scale).view(-1))
+    held: Any = layer
+    return _standardize(layer, (held.gain * held.scale).view(-1))
 
 
 def _standardize(layer: Any, gain: Tensor | None) -> Tensor:

@@ -234,3 +234,8 @@ class IrregularConv2d(nn.Module):
         if self.weight_rule is not plain_weight:
             text += f", weight_rule={self.weight_rule.__name__}"
         return text if self.bias is not None else text + ", bias=False"
+
+
+def irregular_layers(model: nn.Module) -> dict[str, IrregularConv2d]:
+    """The irregular layers of a network by dotted name, in registration order, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, IrregularConv2d)}

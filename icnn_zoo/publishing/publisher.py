@@ -228,7 +228,7 @@ def _make_card(
     palette = about.palette or [f"#{bytes(color).hex()}" for color in color_map(len(task.class_names))]
     network = {key: value for key, value in options.items() if key in taken}
     if network.get("head_dilation") is None:  # a default that another version might choose otherwise
-        network["head_dilation"] = model.classifier.dilation[0]
+        network["head_dilation"] = model.head_dilation
     try:
         return Card(
             format=FORMAT,

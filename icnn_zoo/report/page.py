@@ -15,8 +15,8 @@ import numpy as np
 from icnn_zoo._version import __version__
 from icnn_zoo.analysis.kernel_shapes import layer_shapes
 from icnn_zoo.analysis.statistics import depth_trends, shape_statistics
-from icnn_zoo.conversion.converter import irregular_layers
 from icnn_zoo.io.files import check_target, replacing
+from icnn_zoo.nn.irregular_conv import irregular_layers
 from icnn_zoo.report import sections as parts
 from icnn_zoo.report.curves import curves
 from icnn_zoo.report.payload import heatmaps_payload, shapes_payload

@@ -11,7 +11,7 @@ import torch
 
 from icnn_zoo.analysis.heatmaps import image_scores
 from icnn_zoo.analysis.statistics import COLUMNS, ShapeStatistics, cells
-from icnn_zoo.conversion.converter import irregular_layers
+from icnn_zoo.nn.irregular_conv import irregular_layers
 from icnn_zoo.report.payload import data_uri
 from icnn_zoo.report.samples import Sample
 from icnn_zoo.training.task import SegmentationTask

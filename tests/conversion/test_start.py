@@ -24,7 +24,7 @@ def test_a_unique_ending_names_the_start():
 
 
 def test_an_ambiguous_ending_is_refused_with_the_candidates():
-    with pytest.raises(ValueError, match=r"several modules.*layer1\.0\.conv1"):
+    with pytest.raises(ValueError, match=r"several names.*layer1\.0\.conv1"):
         resolve_start(timm.create_model("resnet18"), "0.conv1")
 
 

@@ -1,0 +1,75 @@
+"""A BatchNorm folded into the irregular layer before it, where a trace proves that nothing else reads the layer."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import Counter
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from icnn_zoo.nn.irregular_conv import IrregularConv2d
+
+
+def attached_hooks(module: nn.Module) -> list[str]:
+    """Kinds of forward hooks that a module carries, which a module in its place would lose."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    return [kind.strip("_") for kind in kinds if getattr(module, kind)]
+
+
+class _Tracer(fx.Tracer):
+    """Follows a network down to irregular layers and norms; what holds none of them may compute anything."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        kinds: tuple[type[nn.Module], ...] = (IrregularConv2d, *_norm_types())
+        return isinstance(m, kinds) or not any(isinstance(part, kinds) for part in m.modules())
+
+
+def foldable_norms(model: nn.Module) -> dict[str, str]:
+    """Maps irregular layers to the norms that alone read their output, both called once, where that can be proved."""
+    # An argument with a default stays at it: a proxy would be traced as if it were given.
+    arguments = inspect.signature(model.forward).parameters
+    defaults = {name: item.default for name, item in arguments.items() if item.default is not item.empty}
+    try:
+        graph = _Tracer().trace(model, defaults)
+    except Exception:  # whatever the network's own code raises when its input is no tensor
+        return {}
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    # Parameters that the network's own code uses have to stay what they are.
+    used = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    modules = dict(model.named_modules())
+    found = {}
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], IrregularConv2d) or len(node.users) != 1:
+            continue
+        (reader,) = node.users
+        alone = reader.op == "call_module" and reader.args == (node,) and not reader.kwargs
+        if not alone or calls[node.target] != 1 or calls[reader.target] != 1 or {node.target, reader.target} & used:
+            continue
+        norm = modules[reader.target]
+        if type(norm) in _norm_types() and norm.running_var is not None and not attached_hooks(norm):
+            found[node.target] = reader.target
+    return found
+
+
+def _norm_types() -> tuple[type[nn.Module], ...]:
+    timm_norms = sys.modules.get("timm.layers.norm_act")  # whoever has such a layer has imported timm; we need not
+    timm_types: list[type[nn.Module]] = [] if timm_norms is None else [timm_norms.BatchNormAct2d]
+    return (nn.BatchNorm2d, nn.SyncBatchNorm, *timm_types)
+
+
+def fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution (float64) that computes what it and the norm after it do in eval mode."""
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    shift = shift if norm.bias is None else shift + norm.bias.double()
+    return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
+
+
+def without_norm(norm: nn.Module) -> nn.Module:
+    """What stays of a norm that was folded: nothing, or the activation of timm's norms that have one."""
+    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        return nn.Identity()
+    return nn.Sequential(norm.get_submodule("drop"), norm.get_submodule("act"))

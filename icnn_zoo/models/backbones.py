@@ -1,0 +1,98 @@
+"""Backbones from timm at output stride 8 or 16, dilated by timm's rule or by Caffe's."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Conv2dSame
+from torch import nn
+
+OUTPUT_STRIDES = (8, 16)
+DILATION_RULES = ("caffe", "timm")
+
+
+def check_backbone(name: str) -> None:
+    """Checks that timm has a network of this name.
+
+    Raises:
+        ValueError: It has not; the message lists the nearest names.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
+        raise ValueError(f"`backbone`={name!r} is no timm model; the nearest are {', '.join(near) or 'none'}.")
+
+
+def create_backbone(name: str, output_stride: int, **kwargs: Any) -> nn.Module:
+    """A timm network that gives the last stage's features.
+
+    Args:
+        name: timm's name.
+        output_stride: Input pixels per pixel of the features.
+        **kwargs: More arguments of ``timm.create_model``, for weights.
+
+    Raises:
+        ValueError: There is no such network, or timm cannot dilate it so.
+    """
+    if output_stride not in OUTPUT_STRIDES:
+        raise ValueError(f"`output_stride` must be one of {OUTPUT_STRIDES}; got {output_stride}.")
+    check_backbone(name)
+    try:
+        backbone = timm.create_model(name, features_only=True, output_stride=output_stride, out_indices=(-1,), **kwargs)
+        reduction = feature_info(backbone).reduction()[-1]
+    except (TypeError, AssertionError, RuntimeError) as error:
+        if kwargs:  # the network itself was built before without an error, so the weights are at fault
+            raise
+        raise ValueError(_cannot_dilate(name, output_stride)) from error
+    if reduction != output_stride:
+        raise ValueError(_cannot_dilate(name, output_stride))
+    return backbone
+
+
+def dilate_as_caffe(backbone: nn.Module, name: str, output_stride: int) -> None:
+    """Multiplies the dilation of every convolution that lost its stride by that stride, and its padding alike."""
+    with torch.device("meta"):
+        original = timm.create_model(name, features_only=True, out_indices=(-1,))
+    strided = {path: layer for path, layer in original.named_modules() if isinstance(layer, nn.Conv2d)}
+    changes: dict[nn.Conv2d, int] = {}
+    for path, layer in backbone.named_modules():
+        before = strided.get(path)
+        if not isinstance(layer, nn.Conv2d) or before is None or max(before.kernel_size) == 1:
+            continue
+        factor = before.stride[0] // layer.stride[0]
+        if factor > 1:
+            changes[layer] = factor
+    total = feature_info(original).reduction()[-1] // output_stride
+    wanted = {2**power for power in range(1, total.bit_length())}
+    found = {layer.dilation[0] * factor for layer, factor in changes.items()}
+    if found != wanted or not all(_has_centre(layer) for layer in changes):
+        raise ValueError(
+            f"`dilation_rule`='caffe' is for backbones whose stages begin with a strided 3x3 convolution, such as "
+            f"resnet or regnet; {name!r} at output stride {output_stride} is none. Take dilation_rule='timm'."
+        )
+    for layer, factor in changes.items():
+        layer.dilation = (layer.dilation[0] * factor, layer.dilation[1] * factor)
+        if not isinstance(layer, Conv2dSame):  # which pads by its dilation in every forward
+            layer.padding = tuple(int(pad) * factor for pad in layer.padding)
+
+
+def _has_centre(layer: nn.Conv2d) -> bool:
+    """Whether a dilation can change without moving the output: odd kernel, padded by half of it with zeros."""
+    if any(extent % 2 == 0 for extent in layer.kernel_size) or layer.padding_mode != "zeros":
+        return False
+    halves = tuple(dilation * (extent // 2) for dilation, extent in zip(layer.dilation, layer.kernel_size, strict=True))
+    return isinstance(layer, Conv2dSame) or layer.padding == halves
+
+
+def feature_info(backbone: nn.Module) -> Any:
+    """Channels and reductions of the stages, as timm keeps them."""
+    return backbone.feature_info
+
+
+def _cannot_dilate(name: str, output_stride: int) -> str:
+    return (
+        f"`backbone`={name!r} cannot be dilated to output stride {output_stride} by timm; families that can: resnet, "
+        "resnetv2, regnet, efficientnet, mobilenetv3, convnext, rexnet, nfnet, byobnet, cspnet, xception."
+    )

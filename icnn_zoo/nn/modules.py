@@ -1,0 +1,72 @@
+"""Modules of a network: found by name, run in eval mode for a while, replaced."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+# Where wrappers keep the network they wrap: timm's three kinds of feature extractors, DataParallel, torch.compile.
+WRAPPERS = ("model", "body", "graph_module", "module", "_orig_mod")
+
+
+def find_name(wanted: str, names: Sequence[str], *, argument: str, what: str) -> str:
+    """Finds the name that a person means: an exact one, or the only one that ends so.
+
+    Of several endings the one directly in a wrapper (``model.``, ``body.``, ``graph_module.``, ``module.``,
+    ``_orig_mod.``) is meant.
+
+    Args:
+        wanted: A dotted name, or the ending of one.
+        names: The names there are.
+        argument: The caller's argument, for messages.
+        what: What the names are of, such as "module of ResNet", for messages.
+
+    Returns:
+        One of ``names``.
+
+    Raises:
+        ValueError: None of them is meant (the message lists the nearest), or several could be.
+    """
+    if wanted in names:
+        return wanted
+    endings = [name for name in names if name.endswith(f".{wanted}")]
+    wrapped = [name for name in endings if set(name.removesuffix(f".{wanted}").split(".")) <= set(WRAPPERS)]
+    for found in (endings, wrapped):
+        if len(found) == 1:
+            return found[0]
+    if endings:
+        raise ValueError(
+            f"`{argument}`={wanted!r} is the ending of several names, give one in full: {', '.join(endings[:8])}."
+        )
+    top = [name for name in names if name and "." not in name] or list(names[:5])
+    near = difflib.get_close_matches(wanted, names, n=5, cutoff=0.4) or top
+    raise ValueError(f"`{argument}`={wanted!r} names no {what}; the nearest are {', '.join(near)}.")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, in which a forward changes no statistics, and each module's own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Puts modules in the place of others, under all their names; returns the (new) root.
+
+    Order of registration stays, which sequences and feature extractors go by.
+    """
+    if model in replacements:
+        return replacements[model]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():  # named_children leaves out a module's second name
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+    return model
