@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from icnn_zoo.conversion.converter import irregular_layers
+from icnn_zoo.nn.irregular_conv import irregular_layers
 
 
 @dataclass(frozen=True)

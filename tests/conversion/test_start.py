@@ -88,7 +88,7 @@ def test_networks_of_other_packages_convert_and_keep_their_function(make, start,
 
 def test_a_start_that_out_indices_cut_off_is_an_error_that_says_so():
     model = timm.create_model("resnet18", features_only=True, out_indices=(1, 2))
-    with pytest.raises(ValueError, match=r"names no module.*`out_indices`; later ones are cut off"):
+    with pytest.raises(ValueError, match=r"names no module.*`out_indices` .later ones are cut off"):
         convert(model, "layer4")
 
 
