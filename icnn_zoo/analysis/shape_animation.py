@@ -108,7 +108,7 @@ def find_records(run: str | Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(
             f"there are no records of shapes in {str(run / FOLDER)!r}: name the folder of a run that was trained with "
-            "--trainer.callbacks+=icnn_zoo.training.callbacks.shapes_logger.ShapesLogger."
+            "--trainer.callbacks+=icnn_zoo.training.callbacks.ShapesLogger."
         )
     if len(files) < 2:
         raise ValueError(f"{str(files[0].parent)!r} holds one record of shapes; an animation needs two or more.")

@@ -9,7 +9,7 @@ from icnn_zoo.cli.options import Command
 
 
 def _reproduce_options(parser: argparse.ArgumentParser) -> None:
-    from icnn_zoo.experiments.runner import EXPERIMENTS
+    from icnn_zoo.experiments.catalog import EXPERIMENTS
 
     rows = "; ".join(f"{name}: {', '.join(experiment.starts)}" for name, experiment in EXPERIMENTS.items())
     parser.description = f"{_reproduce.__doc__} Interrupted runs go on, finished ones are kept."

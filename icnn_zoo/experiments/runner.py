@@ -15,72 +15,22 @@ import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-ROWS = {"regular": "null", "classifier": "classifier", "layer4": "layer4", "layer3.11": "layer3.11", "layer3": "layer3"}
+from icnn_zoo.experiments.catalog import EXPERIMENTS, Experiment, find_config
+from icnn_zoo.experiments.table import write_table
+from icnn_zoo.io.files import write_whole
+from icnn_zoo.training.run_folder import RunFolder
+
 _PACKAGES = ("icnn-zoo", "torch", "torchvision", "lightning", "timm", "albumentations", "numpy")
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A table of the paper, or one of ours on data without a licence.
-
-    Attributes:
-        title: Heading of the table.
-        config: Name of the file in ``configs/``.
-        rows: What ``model.start`` is, by the name of the row; the first is the regular baseline.
-        splits: Splits to evaluate with the weights of the last step.
-        paper_gain: Gain of the irregular network in the paper, in points of mIoU; None where it says nothing.
-        peers: Rows with a peer's layers in the place of irregular ones: what they are and where they start. Their
-            program is ``icnn_zoo.experiments.peers``.
-    """
-
-    title: str
-    config: str
-    rows: Mapping[str, str] = field(default_factory=lambda: ROWS)
-    splits: tuple[str, ...] = ("val",)
-    paper_gain: float | None = None
-    peers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-
-    @property
-    def starts(self) -> dict[str, str]:
-        """What ``model.start`` is, by the name of the row, peers included."""
-        return {**self.rows, **dict.fromkeys(self.peers, "null")}
-
-
-EXPERIMENTS = {
-    "table1": Experiment("PASCAL VOC 2012", "voc2012.yaml", paper_gain=2.5),
-    "table2": Experiment("PASCAL-Context", "pascal_context.yaml", paper_gain=1.4),
-    "table3": Experiment("Cityscapes", "cityscapes.yaml", paper_gain=1.9),
-    "drawn-voc": Experiment(
-        "Drawings of the VOC classes",
-        "drawn_voc.yaml",
-        {
-            "regular": "null",
-            "classifier": "classifier",
-            "blocks.6": "blocks.6",
-            "blocks.4": "blocks.4",
-            "blocks.2": "blocks.2",
-        },
-        ("val", "test"),
-        peers={"dilation": ("dilation", "blocks.4"), "deformable": ("deformable", "blocks.4")},
-    ),
-    "drawn-voc-dense": Experiment(
-        "Drawings of the VOC classes, dense convolutions (ResNet-18 from scratch)",
-        "drawn_voc_dense.yaml",
-        {"regular": "null", "classifier": "classifier", "layer4": "layer4", "layer3": "layer3"},
-        ("val", "test"),
-    ),
-}
 
 
 def reproduce(
@@ -99,7 +49,7 @@ def reproduce(
         rows: Names of the rows to run; None for all.
         seeds: Seeds of each row: of weights, order and augmentation.
         out: Folder of the runs and tables.
-        config: YAML file; None for the experiment's in ``configs/``.
+        config: YAML file; None for the experiment's, which comes with the package.
         overrides: Further arguments for every run, such as ``["--trainer.max_steps", "100"]``.
 
     Returns:
@@ -125,7 +75,7 @@ def reproduce(
             "reproduce starts every run itself: call it once, without torchrun or srun, and say how many devices each "
             "run may use: -- --trainer.devices 8. For several machines run `icnn-zoo fit` row by row."
         )
-    config = _find_config(experiment.config) if config is None else config
+    config = find_config(experiment.config) if config is None else config
     if not config.is_file():
         raise FileNotFoundError(f"`config`: there is no file {str(config)!r}.")
     folder = out / name
@@ -187,7 +137,7 @@ class _Run:
                 self._run(lock.fileno())
 
     def _run(self, lock: int) -> None:
-        _write(self.folder / "request.json", json.dumps(self.request, indent=2))
+        write_whole(self.folder / "request.json", json.dumps(self.request, indent=2))
         checkpoint = self._last_checkpoint()
         if checkpoint is None or not self._is_finished(checkpoint):
             resume = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
@@ -201,16 +151,16 @@ class _Run:
         for split in self.experiment.splits:
             verb = {"val": "validate", "test": "test"}[split]
             self._lightning(verb, split, lock, "--ckpt_path", str(checkpoint))
-            metrics |= _last_metrics(self.folder / split / "metrics.csv", split)
+            metrics |= _last_metrics(RunFolder(self.folder / split).metrics, split)
         record = {
             **self.request,
             "metrics": metrics,
-            "resolved_config": (checkpoint.parents[1] / "config.yaml").read_text(encoding="utf-8"),
+            "resolved_config": RunFolder.around(checkpoint).config.read_text(encoding="utf-8"),
             "attempts": len(self._attempts()),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
-        _write(self.result, json.dumps(record, indent=2))
+        write_whole(self.result, json.dumps(record, indent=2))
 
     def _lightning(self, verb: str, attempt: str, lock: int, *arguments: str) -> None:
         # A subprocess: it gives back all memory, its crash is not ours, and Lightning can start further ones of it.
@@ -237,13 +187,13 @@ class _Run:
         return sorted(self.folder.glob("attempt_*"), key=lambda path: int(path.name.partition("_")[2]))
 
     def _last_checkpoint(self) -> Path | None:
-        found = [path / "checkpoints" / "last.ckpt" for path in self._attempts()]
+        found = [RunFolder(path).last for path in self._attempts()]
         return next((path for path in reversed(found) if path.is_file()), None)
 
     def _is_finished(self, checkpoint: Path) -> bool:
         import torch
 
-        trainer = yaml.safe_load((checkpoint.parents[1] / "config.yaml").read_text(encoding="utf-8"))["trainer"]
+        trainer = yaml.safe_load(RunFolder.around(checkpoint).config.read_text(encoding="utf-8"))["trainer"]
         if (trainer.get("max_steps") or -1) < 0:
             raise ValueError("reproduce needs the length of a run as trainer.max_steps.")
         state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
@@ -263,95 +213,9 @@ def _check_folder(folder: Path, run: _Run) -> None:
                 )
 
 
-def write_table(name: str, out: Path) -> Path:
-    """Writes ``OUT/NAME.md`` and ``OUT/NAME.json`` from the results below ``OUT/NAME``.
-
-    mIoU in per cent, mean and sample standard deviation over the seeds; the gain over the regular row is taken seed by
-    seed, where both have the seed. Of the paper, only its gains are known here: the numbers of single rows are not.
-
-    Returns:
-        The Markdown file.
-    """
-    experiment = EXPERIMENTS[name]
-    results: dict[str, dict[int, dict[str, float]]] = {row: {} for row in experiment.starts}
-    for row in experiment.starts:
-        for file in sorted((out / name / row).glob("seed_*/result.json")):
-            record = json.loads(file.read_text(encoding="utf-8"))
-            results[row][record["seed"]] = record["metrics"]
-    regular = next(iter(experiment.rows))
-    summary: dict[str, Any] = {"title": experiment.title, "paper": {"gain": experiment.paper_gain, "mIoU": None}}
-    summary["rows"] = {}
-    for row, of_seeds in results.items():
-        cells: dict[str, Any] = {"start": experiment.starts[row], "seeds": sorted(of_seeds)}
-        summary["rows"][row] = cells
-        for split in experiment.splits:
-            key = f"{split}/mIoU"
-            cells[key] = _statistics([100 * metrics[key] for _, metrics in sorted(of_seeds.items())])
-            shared = sorted(set(of_seeds) & set(results[regular])) if row != regular else []
-            gains = [100 * (of_seeds[seed][key] - results[regular][seed][key]) for seed in shared]
-            cells[f"{split}/gain"] = _statistics(gains)
-    _write(out / f"{name}.json", json.dumps(summary, indent=2) + "\n")
-    return _write(out / f"{name}.md", _markdown(name, experiment, summary))
-
-
-def _markdown(name: str, experiment: Experiment, summary: dict[str, Any]) -> str:
-    columns = [title for split in experiment.splits for title in (f"{split} mIoU", f"{split} gain")]
-    lines = [f"# {name}: {experiment.title}", "", "| start | " + " | ".join([*columns, "seeds"]) + " |"]
-    lines.append("| --- " * (len(columns) + 2) + "|")
-    for row, cells in summary["rows"].items():
-        numbers = [cells[f"{split}/{key}"] for split in experiment.splits for key in ("mIoU", "gain")]
-        seeds = ", ".join(map(str, cells["seeds"])) or "not run"
-        lines.append("| " + " | ".join([row, *map(_cell, numbers), seeds]) + " |")
-    lines += [
-        "",
-        "Mean and sample standard deviation over the seeds; weights of the last step; gain over regular, seed by seed.",
-    ]
-    if experiment.paper_gain is not None:
-        lines.append(
-            f"The paper's gain of the irregular over the regular network: +{experiment.paper_gain} mIoU. Its numbers "
-            "row by row are not in this package."
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _cell(values: Mapping[str, Any]) -> str:
-    if not values["values"]:
-        return "-"
-    return f"{values['mean']:.2f}" if values["std"] is None else f"{values['mean']:.2f} ± {values['std']:.2f}"
-
-
-def _statistics(values: list[float]) -> dict[str, Any]:
-    """Mean and sample standard deviation, None where there are too few values."""
-    return {
-        "mean": statistics.fmean(values) if values else None,
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "values": values,
-    }
-
-
 def _last_metrics(file: Path, split: str) -> dict[str, float | None]:
     with file.open(encoding="utf-8") as lines:
         row = list(csv.DictReader(lines))[-1]
     numbers = {name: float(value) for name, value in row.items() if name.startswith(f"{split}/") and value}
     # A class that neither occurs nor is predicted has no IoU, and JSON has no NaN.
     return {name: None if math.isnan(value) else value for name, value in numbers.items()}
-
-
-def _find_config(name: str) -> Path:
-    candidates = [Path("configs") / name, Path(__file__).parents[2] / "configs" / name]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"looked for {' and '.join(str(path) for path in candidates)}: call this from a clone of the repository, or "
-        "give the file with --config."
-    )
-
-
-def _write(path: Path, text: str) -> Path:
-    """Writes a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path

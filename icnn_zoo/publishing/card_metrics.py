@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.training.lightning_cli import ZooCLI
 from icnn_zoo.zoo.cards import Card
 
 TOLERANCE = 1e-3  # of a metric in 0 to 1: rounding turns over single pixels
@@ -40,7 +37,9 @@ def measure(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that `args` replace sys.argv, and that loaders have few workers
-            cli = _make_cli(config, overrides)
+            cli = ZooCLI.build(
+                {**config, "model": {**config.get("model", {}), "pretrained": False, "compile": False}}, overrides
+            )
             try:
                 cli.model.model.load_state_dict(model.state_dict())
             except RuntimeError as error:
@@ -80,32 +79,3 @@ def check_metrics(model: SegmentationModel, card: Card, overrides: Sequence[str]
                 f"{card.name}: {metric.name} is {found[metric.name]:.4f}, its card says {metric.value:.4f}."
             )
     return found
-
-
-def _make_cli(config: Mapping[str, Any], overrides: Sequence[str]) -> Any:
-    from jsonargparse import ArgumentError
-
-    from icnn_zoo.data import SegmentationDataModule
-    from icnn_zoo.training.lightning_cli import ZooCLI
-    from icnn_zoo.training.task import SegmentationTask
-
-    # Only what makes network and data; the rest is about training and would make folders.
-    used = {key: config[key] for key in ("seed_everything", "model", "data") if key in config}
-    used["model"] = {**used.get("model", {}), "pretrained": False, "compile": False}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump(used, sort_keys=False), encoding="utf-8")
-        try:
-            return ZooCLI(
-                SegmentationTask,
-                SegmentationDataModule,
-                subclass_mode_data=True,
-                run=False,
-                save_config_callback=None,
-                seed_everything_default=0,
-                trainer_defaults={"logger": False, "enable_checkpointing": False, "use_distributed_sampler": False},
-                parser_kwargs={"exit_on_error": False},
-                args=["--config", str(file), "--pictures.num_samples=0", *overrides],
-            )
-        except ArgumentError as error:
-            raise ValueError(f"the configuration does not fit this version of icnn_zoo: {error}") from error

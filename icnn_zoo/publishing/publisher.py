@@ -21,7 +21,8 @@ from pydantic import Field, ValidationError
 from icnn_zoo.data.voc_classes import color_map
 from icnn_zoo.io.transports import is_local, local_path
 from icnn_zoo.models.segmentation import SegmentationModel
-from icnn_zoo.training.network_sources import find_ckpt, load_task
+from icnn_zoo.training.network_sources import load_task
+from icnn_zoo.training.run_folder import RunFolder, find_ckpt
 from icnn_zoo.training.run_metrics import read_metrics, thinned
 from icnn_zoo.training.task import SegmentationTask
 from icnn_zoo.zoo.cards import (
@@ -166,7 +167,7 @@ def _read_about(about: str | Path | Mapping[str, Any]) -> tuple[About, dict[str,
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    path = file.parents[1] / "config.yaml"
+    path = RunFolder.around(file).config
     if not path.is_file():
         raise FileNotFoundError(
             f"`source`: a card holds the run's configuration, and there is no {str(path)!r}; publish from a run folder."
@@ -204,7 +205,7 @@ def _training(file: Path, config: dict[str, Any], wanted: About) -> Training:
             f"{str(file)!r} does not say which software made it: give `provenance` (packages, commit) in `about`."
         )
     steps = checkpoint.get("global_step", 0)
-    table = file.parents[1] / "metrics.csv"
+    table = RunFolder.around(file).metrics
     metrics = read_metrics(table, steps) if table.is_file() else {}
     curves = {
         name: tuple(thinned(series, _CURVE_POINTS))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from icnn_zoo.training.run_folder import RunFolder, find_ckpt
 from icnn_zoo.training.run_metrics import Series, read_metrics
 from icnn_zoo.training.task import SegmentationTask
 from icnn_zoo.zoo.cards import NAME, Card
@@ -44,7 +43,7 @@ class Source:
         if self.file is None:
             card = self.card()
             return None if card is None else card.training.config
-        path = self.file if self.file.suffix in _CONFIGS else self.file.parent.parent / "config.yaml"
+        path = self.file if self.file.suffix in _CONFIGS else RunFolder.around(self.file).config
         return _read_yaml(path) if path.is_file() else None
 
     def metrics(self) -> dict[str, Series]:
@@ -54,7 +53,7 @@ class Source:
             return {name: list(series) for name, series in card.training.curves.items()}
         if self.file is None or self.file.suffix in _CONFIGS:
             return {}
-        table = self.file.parent.parent / "metrics.csv"
+        table = RunFolder.around(self.file).metrics
         if not table.is_file():
             return {}
         step: int = torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)["global_step"]
@@ -97,24 +96,6 @@ def find_source(source: str | Path, *, registry: Registries = None, cache: str |
         raise ValueError(f"The source must be a checkpoint (.ckpt) or a config (.yaml); got {text!r}.")
     title = f"{path.parent.parent.parent.name}, {path.name}" if path.suffix == ".ckpt" else path.stem
     return Source(title, file=path)
-
-
-def find_ckpt(source: Path) -> Path:
-    """The checkpoint that a source means: itself, or best.ckpt, else last.ckpt of a run folder.
-
-    Raises:
-        FileNotFoundError: There is none.
-    """
-    if source.is_file():
-        return source
-    for name in ("best.ckpt", "last.ckpt"):
-        file = source / "checkpoints" / name
-        if file.is_file():
-            return file
-    raise FileNotFoundError(
-        f"`source`: {str(source)!r} is neither a checkpoint (.ckpt) nor a run folder (runs/<name>/version_<n>) with "
-        "checkpoints/best.ckpt or last.ckpt."
-    )
 
 
 def load_task(source: str | Path | Source) -> SegmentationTask:
@@ -208,31 +189,13 @@ def _from_checkpoint(source: Path) -> SegmentationTask:
 
 
 def _from_config(source: Path) -> SegmentationTask:
-    from icnn_zoo.data import SegmentationDataModule
     from icnn_zoo.training.lightning_cli import ZooCLI
 
     config = _read_yaml(source)
     missing = [key for key in ("model", "data") if key not in config]
     if missing:
         raise ValueError(f"{str(source)!r} is no config of a run: it has no section {' and no '.join(missing)}.")
-    # Only what makes the network; the rest is about training and would make folders or ask for devices.
-    used: dict[str, Any] = {key: config[key] for key in ("seed_everything", "model", "data") if key in config}
-    logging.disable(logging.INFO)  # LightningCLI makes a trainer too, and tells of devices
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that `args` replace sys.argv, and Lightning's own use of jsonargparse
-            cli = ZooCLI(
-                SegmentationTask,
-                SegmentationDataModule,
-                subclass_mode_data=True,
-                run=False,
-                save_config_callback=None,
-                seed_everything_default=0,
-                trainer_defaults={"accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-                args=used,
-            )
-    finally:
-        logging.disable(logging.NOTSET)
+    cli = ZooCLI.build(config, accelerator="cpu")
     task: SegmentationTask = cli.model
     if task.pretrained:
         task.load_pretrained()

@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "lightning", "albumentations", "num
 
 
 @cache
-def provenance() -> dict[str, Any]:
+def find_provenance() -> dict[str, Any]:
     """Versions of the packages that decide a run's numbers, and the commit of this package.
 
     Returns:

@@ -18,9 +18,11 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from icnn_zoo.conversion.converter import convert
 from icnn_zoo.models.segmentation import SegmentationModel, shrink_labels
 from icnn_zoo.optim import bound_positions, move_positions, parameter_groups, poly_policy
-from icnn_zoo.training.callbacks.pictures import DisplacementMonitor, GeneratorStates
+from icnn_zoo.training.callbacks.monitors import DisplacementMonitor
+from icnn_zoo.training.callbacks.resuming import GeneratorStates
 from icnn_zoo.training.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits
-from icnn_zoo.training.provenance import provenance
+from icnn_zoo.training.provenance import find_provenance
+from icnn_zoo.training.scores import background_miou, scores
 
 Batch = dict[str, Any]
 
@@ -202,7 +204,7 @@ class SegmentationTask(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a published checkpoint has to say of its making."""
-        checkpoint["provenance"] = provenance()
+        checkpoint["provenance"] = find_provenance()
 
     def _load_from_zoo(self) -> None:
         if not self._has_weights and isinstance(self.pretrained, str) and self.pretrained.startswith("zoo:"):
@@ -334,22 +336,3 @@ def _check_strategy(trainer: pl.Trainer, model: nn.Module) -> None:
             f"such as {dropped[0]}: take a backbone with plain BatchNorm (resnet), or leave it off (freeze_norm=true "
             "needs no statistics of other devices)."
         )
-
-
-def scores(confusion: Tensor) -> tuple[Tensor, Tensor]:
-    """IoU of every class and pixel accuracy from a confusion matrix [true, predicted].
-
-    Returns:
-        IoU [num_classes], NaN for a class that neither occurs nor is predicted, and the share of right pixels.
-    """
-    confusion = confusion.double()
-    right = confusion.diagonal()
-    iou = right / (confusion.sum(0) + confusion.sum(1) - right)
-    return iou.float(), (right.sum() / confusion.sum()).float()
-
-
-def background_miou(confusion: Tensor) -> float:
-    """The mIoU that predicting class 0 everywhere would have on the same labels."""
-    background = torch.zeros_like(confusion)
-    background[:, 0] = confusion.sum(dim=1)
-    return float(scores(background)[0].nanmean())

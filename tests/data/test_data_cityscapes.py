@@ -12,8 +12,8 @@ from PIL import Image
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from icnn_zoo.data import CityscapesDataModule
-from icnn_zoo.training.callbacks.pictures import PredictionWriter
-from icnn_zoo.training.task import scores
+from icnn_zoo.training.callbacks import PredictionWriter
+from icnn_zoo.training.scores import scores
 
 cityscapesscripts = pytest.importorskip("cityscapesscripts")
 from cityscapesscripts.helpers.labels import id2label, trainId2label  # noqa: E402

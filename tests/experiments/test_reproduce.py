@@ -11,7 +11,9 @@ import yaml
 
 from icnn_zoo.cli.programs import zoo_main
 from icnn_zoo.experiments import runner as module
-from icnn_zoo.experiments.runner import EXPERIMENTS, reproduce, write_table
+from icnn_zoo.experiments.catalog import EXPERIMENTS
+from icnn_zoo.experiments.runner import reproduce
+from icnn_zoo.experiments.table import write_table
 
 ROOT = Path(__file__).parents[2]
 

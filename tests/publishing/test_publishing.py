@@ -13,8 +13,8 @@ from zoo_cases import ABOUT, NAME, files, interpreter
 
 import icnn_zoo
 from icnn_zoo.cli.programs import lightning_main, zoo_main
+from icnn_zoo.publishing import publisher as publishing
 from icnn_zoo.publishing.publisher import publish
-from icnn_zoo.publishing.publisher import publisher as publishing
 from icnn_zoo.training.network_sources import load_task
 from icnn_zoo.zoo.cards import Card, parse
 from icnn_zoo.zoo.networks import verify_checkpoint
@@ -161,7 +161,7 @@ def test_what_is_no_run_is_refused_with_the_reason(zoo_run, tmp_path):
 def test_a_kill_while_publishing_leaves_the_old_state_and_the_way_free(zoo_run, tmp_path, moment):
     killed = """
 import json, os, signal, sys
-from icnn_zoo.publishing.publisher import publisher as publishing
+from icnn_zoo.publishing import publisher as publishing
 moment, run, name, folder, about = sys.argv[1:]
 setattr(publishing, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 publishing.publish(run, name, folder, json.loads(about))

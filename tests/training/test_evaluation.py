@@ -12,7 +12,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from icnn_zoo.models import SegmentationModel
 from icnn_zoo.training.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits, window_starts
-from icnn_zoo.training.task import SegmentationTask, scores
+from icnn_zoo.training.scores import scores
+from icnn_zoo.training.task import SegmentationTask
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -15,8 +15,10 @@ from PIL import Image
 
 from icnn_zoo import irregular_layers
 from icnn_zoo.data import ShapesDataModule
-from icnn_zoo.training.callbacks.pictures import LastCheckpoint, PredictionWriter, SamplePictures, run_folder
-from icnn_zoo.training.task import SegmentationTask, background_miou, scores
+from icnn_zoo.training.callbacks import LastCheckpoint, PredictionWriter, SamplePictures
+from icnn_zoo.training.run_folder import RunFolder
+from icnn_zoo.training.scores import background_miou, scores
+from icnn_zoo.training.task import SegmentationTask
 
 # Lightning's own warnings on CPU runs, workers and short epochs say nothing about the package.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -212,7 +214,7 @@ def test_fit_validate_test_and_predict_leave_tables_pictures_and_label_maps(tmp_
     task, data = make_task(), make_data()
     trainer = make_trainer(tmp_path, SamplePictures(2), PredictionWriter(), max_steps=2)
     trainer.fit(task, data)
-    rows = (run_folder(trainer) / "metrics.csv").read_text()
+    rows = RunFolder.of(trainer).metrics.read_text()
     assert "displacement/max/backbone.layer3" in rows
     assert "displacement/dead" in rows
     trainer.validate(task, data)
@@ -220,8 +222,8 @@ def test_fit_validate_test_and_predict_leave_tables_pictures_and_label_maps(tmp_
     trainer.test(task, data)
     assert "test/IoU/0" in trainer.callback_metrics
     trainer.predict(task, data, return_predictions=False)
-    assert len(list((run_folder(trainer) / "pictures").glob("*.png"))) == 4
-    maps = sorted((run_folder(trainer) / "predictions").glob("*.png"))
+    assert len(list(RunFolder.of(trainer).pictures.glob("*.png"))) == 4
+    maps = sorted(RunFolder.of(trainer).predictions.glob("*.png"))
     assert len(maps) == 5
     picture = Image.open(maps[0])
     assert (picture.mode, picture.size) == ("P", (33, 33))

@@ -1,161 +1,19 @@
-"""What a run keeps and shows: its last state, displacement statistics, tables, pictures and predictions."""
+"""Pictures and label maps of a run."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.distributed
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 
-from icnn_zoo.analysis.displacement import InputSizes, displacement_statistics
 from icnn_zoo.data.label_files import write_picture
 from icnn_zoo.training.loggers import log_picture
-
-
-def run_folder(trainer: pl.Trainer) -> Path:
-    """The folder of a run: beside the logger's files, where ModelCheckpoint puts its own folder too."""
-    logger = trainer.logger
-    if logger is None or logger.save_dir is None:
-        return Path(trainer.default_root_dir)
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir) / str(logger.name) / version
-
-
-class GeneratorStates(Callback):
-    """Saves every process's random generator states in checkpoints, so that a resumed run draws what the other had."""
-
-    def __init__(self) -> None:
-        self._restored: list[Any] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        states: list[Any] = [_generator_states()]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, _generator_states())
-        return {"states": states}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict["states"]
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        # As late as possible: building loaders and sanity checks may draw from the generators.
-        if self._restored is None:
-            return
-        if len(self._restored) != trainer.world_size:
-            raise ValueError(
-                f"the checkpoint holds generator states of {len(self._restored)} processes, this run has "
-                f"{trainer.world_size}: resume with as many devices as before, or start a new run from its weights."
-            )
-        _set_generator_states(self._restored[trainer.global_rank])
-        self._restored = None
-
-
-def _generator_states() -> dict[str, Any]:
-    numpy_state: Any = np.random.get_state()
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": (numpy_state[0], torch.from_numpy(np.array(numpy_state[1], dtype=np.int64)), *numpy_state[2:]),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_generator_states(states: dict[str, Any]) -> None:
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(states["torch"].cpu())
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
-
-
-class LastCheckpoint(Callback):
-    """Saves ``last.ckpt`` after step ``max_steps``, beside every ModelCheckpoint that has ``save_last``.
-
-    ModelCheckpoint itself saves it with each validation, hence not the last steps of a run whose length is no multiple
-    of ``val_check_interval``.
-    """
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        # Not when training ends: by then Lightning counts the epoch as over, and resuming would begin the next one.
-        if trainer.global_step != trainer.max_steps:
-            return
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.dirpath:
-                trainer.save_checkpoint(Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}.ckpt")
-
-
-class DisplacementMonitor(Callback):
-    """Logs how far taps moved and the share of dead ones, per layer, every ``trainer.log_every_n_steps`` steps.
-
-    Metrics are ``displacement/<statistic>/<layer>`` with the statistics of
-    :func:`icnn_zoo.analysis.displacement_statistics`, and ``displacement/<statistic>`` for the worst layer.
-    """
-
-    def __init__(self) -> None:
-        self._sizes: InputSizes | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._sizes = InputSizes(pl_module)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._sizes is None or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
-        statistics = displacement_statistics(pl_module, self._sizes.sizes)
-        values: dict[str, float] = {}
-        for layer, of_layer in statistics.items():
-            for statistic, value in of_layer.items():
-                values[f"displacement/{statistic}/{layer.removeprefix('model.')}"] = value
-                values[f"displacement/{statistic}"] = max(values.get(f"displacement/{statistic}", 0.0), value)
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._sizes is not None:
-            self._sizes.remove()
-            self._sizes = None
-
-
-class ScoreTable(Callback):
-    """Prints IoU per class, mIoU and pixel accuracy after training, validating and testing."""
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._print(trainer, pl_module, "val")
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._print(trainer, pl_module, "val")
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._print(trainer, pl_module, "test")
-
-    def _print(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        metrics = trainer.callback_metrics
-        if not trainer.is_global_zero or f"{split}/mIoU" not in metrics:
-            return
-        table = Table(title=f"{split}: intersection over union", title_justify="left")
-        table.add_column("class")
-        table.add_column("IoU", justify="right")
-        for name in pl_module.class_names:  # type: ignore[union-attr]
-            value = float(metrics[f"{split}/IoU/{name}"])
-            table.add_row(name, "absent" if np.isnan(value) else f"{value:.3f}")
-        table.add_section()
-        table.add_row("mIoU", f"{float(metrics[f'{split}/mIoU']):.3f}")
-        first = pl_module.class_names[0]  # type: ignore[index]
-        table.add_row(f"mIoU of {first} everywhere", f"{float(metrics[f'{split}/mIoU_background']):.3f}")
-        table.add_row("pixel accuracy", f"{float(metrics[f'{split}/pixel_accuracy']):.3f}")
-        Console().print(table)
+from icnn_zoo.training.run_folder import RunFolder
 
 
 class SamplePictures(Callback):
@@ -194,7 +52,7 @@ class SamplePictures(Callback):
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str) -> None:
         if not self._kept:
             return
-        folder = run_folder(trainer) / "pictures"
+        folder = RunFolder.of(trainer).pictures
         folder.mkdir(parents=True, exist_ok=True)
         palette = trainer.datamodule.palette  # type: ignore[attr-defined]
         for name, image, mask in self._kept:
@@ -236,7 +94,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        folder, data = run_folder(trainer) / "predictions", trainer.datamodule  # type: ignore[attr-defined]
+        folder, data = RunFolder.of(trainer).predictions, trainer.datamodule  # type: ignore[attr-defined]
         for labels, name, padding in zip(prediction["labels"], prediction["name"], batch["padding"], strict=True):
             if padding:
                 continue

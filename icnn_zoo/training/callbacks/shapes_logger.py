@@ -15,8 +15,8 @@ from icnn_zoo.analysis.shape_animation import FOLDER, save_record
 from icnn_zoo.analysis.shape_figures import draw_shapes
 from icnn_zoo.analysis.statistics import describe
 from icnn_zoo.io.files import replacing
-from icnn_zoo.training.callbacks.pictures import run_folder
 from icnn_zoo.training.loggers import log_picture
+from icnn_zoo.training.run_folder import RunFolder
 
 STATISTICS = ("centre_shift", "length", "width", "anisotropy", "elongation", "outside")
 
@@ -87,7 +87,7 @@ class ShapesLogger(Callback):
     def _submit(self, trainer: pl.Trainer, shapes: list[LayerShapes]) -> None:
         assert self._worker is not None
         self._last_step = trainer.global_step
-        self._jobs.append(self._worker.submit(_draw, run_folder(trainer) / FOLDER, trainer.global_step, shapes))
+        self._jobs.append(self._worker.submit(_draw, RunFolder.of(trainer).path / FOLDER, trainer.global_step, shapes))
 
     def _hand_over(self, trainer: pl.Trainer, wait: bool) -> None:
         # Loggers are called from the training loop's thread only, as they expect.

@@ -1,0 +1,75 @@
+"""What a run says while it trains: displacements, and scores as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.table import Table
+
+from icnn_zoo.analysis.displacement import InputSizes, displacement_statistics
+
+
+class DisplacementMonitor(Callback):
+    """Logs how far taps moved and the share of dead ones, per layer, every ``trainer.log_every_n_steps`` steps.
+
+    Metrics are ``displacement/<statistic>/<layer>`` with the statistics of
+    :func:`icnn_zoo.analysis.displacement_statistics`, and ``displacement/<statistic>`` for the worst layer.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: InputSizes | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sizes = InputSizes(pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._sizes is None or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        statistics = displacement_statistics(pl_module, self._sizes.sizes)
+        values: dict[str, float] = {}
+        for layer, of_layer in statistics.items():
+            for statistic, value in of_layer.items():
+                values[f"displacement/{statistic}/{layer.removeprefix('model.')}"] = value
+                values[f"displacement/{statistic}"] = max(values.get(f"displacement/{statistic}", 0.0), value)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._sizes is not None:
+            self._sizes.remove()
+            self._sizes = None
+
+
+class ScoreTable(Callback):
+    """Prints IoU per class, mIoU and pixel accuracy after training, validating and testing."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._print(trainer, pl_module, "val")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._print(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._print(trainer, pl_module, "test")
+
+    def _print(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        metrics = trainer.callback_metrics
+        if not trainer.is_global_zero or f"{split}/mIoU" not in metrics:
+            return
+        table = Table(title=f"{split}: intersection over union", title_justify="left")
+        table.add_column("class")
+        table.add_column("IoU", justify="right")
+        for name in pl_module.class_names:  # type: ignore[union-attr]
+            value = float(metrics[f"{split}/IoU/{name}"])
+            table.add_row(name, "absent" if np.isnan(value) else f"{value:.3f}")
+        table.add_section()
+        table.add_row("mIoU", f"{float(metrics[f'{split}/mIoU']):.3f}")
+        first = pl_module.class_names[0]  # type: ignore[index]
+        table.add_row(f"mIoU of {first} everywhere", f"{float(metrics[f'{split}/mIoU_background']):.3f}")
+        table.add_row("pixel accuracy", f"{float(metrics[f'{split}/pixel_accuracy']):.3f}")
+        Console().print(table)
