@@ -43,7 +43,8 @@ def _show_options(parser: argparse.ArgumentParser) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     """Shows what is known of a checkpoint."""
-    from icnn_zoo.zoo.cards import dump, readme, training_config
+    from icnn_zoo.zoo.card_readme import readme, training_config
+    from icnn_zoo.zoo.cards import dump
     from icnn_zoo.zoo.registry import find_checkpoint
 
     place, entry = find_checkpoint(options.name, registry=options.registry, cache=options.cache)
@@ -66,13 +67,16 @@ def _load(options: argparse.Namespace) -> None:
     if options.to is not None:
         check_output(options.to, options.force, (".safetensors",))
 
-    from icnn_zoo.zoo.networks import rebuild
+    from icnn_zoo.io.files import write_whole
+    from icnn_zoo.zoo.networks import assemble
     from icnn_zoo.zoo.registry import find_checkpoint
+    from icnn_zoo.zoo.weights import parse_weights
 
     place, entry = find_checkpoint(options.name, registry=options.registry, cache=options.cache)
-    _, card = rebuild(place, entry)
+    card, data = place.read(entry)
+    assemble(card, parse_weights(data, entry.name))
     if options.to is not None:
-        options.to.write_bytes(place.read_weights(entry))
+        write_whole(options.to, data)
     form = "regular" if card.conversion is None else f"irregular from {card.conversion.start!r} on"
     print(f"{card.name}: {card.weights.parameters:,} parameters, {form}, {len(card.classes)} classes")
     print(f"Verified: sha256 {card.weights.sha256}, from {place.url}")
@@ -157,17 +161,20 @@ def _segment(options: argparse.Namespace) -> None:
 
     from PIL import Image
 
+    from icnn_zoo.io.files import replacing
     from icnn_zoo.zoo.networks import load_checkpoint
     from icnn_zoo.zoo.segmenter import read_image, segmentation_picture
 
     pixels = read_image(options.image)
     model = load_checkpoint(options.name, device=options.device, registry=options.registry, cache=options.cache)
     labels = model.predict(pixels, longest_side=options.longest_side)
-    segmentation_picture(pixels, labels, model).save(options.to)
+    with replacing(options.to) as temporary:
+        segmentation_picture(pixels, labels, model).save(temporary)
     if options.labels is not None:
         indices = Image.fromarray(labels).convert("P")
         indices.putpalette(model.palette.tobytes())
-        indices.save(options.labels)
+        with replacing(options.labels) as temporary:
+            indices.save(temporary)
     print("\n".join(f"Written: {path}" for path in outputs))
 
 

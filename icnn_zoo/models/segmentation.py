@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import timm
 import torch
@@ -99,43 +98,6 @@ class SegmentationModel(nn.Module):
                 raise ValueError(f"`{name}` must have one number for each of R, G and B; got {values}.")
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.train()
-
-    def load_pretrained(
-        self, file: str | Path | None = None, classes: Sequence[str] | None = None
-    ) -> SegmentationModel:
-        """Loads the backbone's pretrained weights through timm, before or after converting, or a zoo checkpoint.
-
-        Args:
-            file: A local file of any kind timm reads (safetensors, pth) with the backbone's own names; None downloads
-                timm's default weights; ``"zoo:NAME"`` a checkpoint of the zoo (:func:`icnn_zoo.zoo.load_start`).
-            classes: Class names: the head of a zoo checkpoint is loaded if its classes are the same. None compares
-                only their number.
-
-        Returns:
-            This network.
-
-        Raises:
-            FileNotFoundError: ``file`` does not exist.
-            ValueError: The weights do not cover the backbone.
-        """
-        if isinstance(file, str) and file.startswith("zoo:"):
-            from icnn_zoo.zoo.networks import load_start
-
-            return load_start(self, file, classes)
-        if file is not None and not Path(file).is_file():
-            hint = " Make it with: icnn-zoo prepare efficientnet-lite0 --root data" if "lite0" in str(file) else ""
-            raise FileNotFoundError(f"`pretrained`: there is no file {str(file)!r}.{hint}")
-        overlay = None if file is None else {"file": str(file)}
-        source = create_backbone(
-            self.backbone_name, self.output_stride, pretrained=True, pretrained_cfg_overlay=overlay
-        )
-        missing, unexpected = self.backbone.load_state_dict(source.state_dict(), strict=False)
-        missing = [name for name in missing if not name.endswith(".displacement")]
-        if missing or unexpected:
-            raise ValueError(
-                f"`pretrained` weights do not fit {self.backbone_name}: missing {missing[:5]}, extra {unexpected[:5]}."
-            )
-        return self
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Normalises RGB images [B, 3, H, W] from 0..255 (uint8 or float) to what the backbone was trained on."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 FORMAT: Final = 1
@@ -195,49 +193,3 @@ def check_name(name: str) -> None:
     """
     if not re.fullmatch(NAME, name) or len(name) > 100:
         raise ValueError(f"a checkpoint's name must be arch.tag, of a-z, 0-9, _ and - in the tag; got {name!r}.")
-
-
-def training_config(card: Card) -> str:
-    """The configuration of the run as YAML, with the checkpoint itself as ``pretrained``.
-
-    ``lightning test -c`` on it gives the card's metric; ``lightning fit -c`` trains on from the checkpoint.
-    """
-    config = {
-        **card.training.config,
-        "model": {**card.training.config.get("model", {}), "pretrained": f"zoo:{card.name}"},
-    }
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-
-
-def readme(card: Card, pictures: Mapping[str, str]) -> str:
-    """The card for people, as Markdown.
-
-    Args:
-        card: The card.
-        pictures: File names beside it, and what they show.
-    """
-    form = "regular" if card.conversion is None else f"irregular from `{card.conversion.start or 'the first layer'}` on"
-    run = card.training
-    rows = {
-        "backbone": f"`{card.network['backbone']}`, {form}",
-        "parameters": f"{card.weights.parameters:,}",
-        "weights": f"{card.weights.size / 1e6:.1f} MB, {card.weights.licence}, sha256 `{card.weights.sha256}`",
-        "training data": f"{card.dataset.name}, {card.dataset.split} ({card.dataset.licence})",
-        "attribution": card.dataset.attribution,
-        "trained": f"{run.steps} steps, seed {run.seed}, commit {run.commit or 'unknown'}",
-        "classes": ", ".join(card.classes),
-    }
-    lines = [f"# {card.name}", "", card.description, "", "| metric | value | protocol |", "|---|---|---|"]
-    lines += [f"| {_cell(metric.name)} | {metric.value:.4f} | {_cell(metric.protocol)} |" for metric in card.metrics]
-    lines += ["", "| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items()), ""]
-    lines += ["```python", "import icnn_zoo", "", f'model = icnn_zoo.load_checkpoint("{card.name}")']
-    lines += ['labels = model.predict("photograph.jpg")', "```", ""]
-    lines += ["```bash", f"icnn-zoo segment {card.name} photograph.jpg --to picture.png"]
-    lines += [f"icnn-zoo show {card.name} --config > config.yaml", "lightning test -c config.yaml", "```", ""]
-    lines += [f"![{what}]({file})\n" for file, what in pictures.items()]
-    lines += ["Everything else is in [card.json](card.json).", ""]
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

@@ -1,16 +1,13 @@
-"""Networks made, loaded from the zoo, started from it, and verified."""
+"""Creates, loads and verifies networks."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -18,14 +15,10 @@ from icnn_zoo.conversion.converter import convert
 from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.zoo.cards import Card
 from icnn_zoo.zoo.golden import check_golden
+from icnn_zoo.zoo.pretrained import ZOO, load_pretrained
 from icnn_zoo.zoo.registry import Entry, Registries, Registry, find_checkpoint
 from icnn_zoo.zoo.segmenter import Segmenter
-
-PREFIX = "zoo:"
-_HEAD = "classifier."
-_DISPLACEMENT = ".displacement"
-
-_log = logging.getLogger(__name__)
+from icnn_zoo.zoo.weights import check_fit, parse_weights
 
 
 def create_model(
@@ -49,8 +42,8 @@ def create_model(
             for a regular network.
         epsilon: Initial displacement of every tap in pixels.
         per_kernel: One shape per kernel instead of per input channel.
-        pretrained: True for timm's weights of the backbone, a path for a local file of them, ``"zoo:NAME"`` for a
-            checkpoint of the zoo (see :func:`load_start`), False for random weights.
+        pretrained: True for timm's weights of the backbone, a file, ``"zoo:NAME"`` for a checkpoint of the zoo (see
+            :func:`icnn_zoo.zoo.pretrained.load_pretrained`), False for random weights.
         classes: Names by index, background first; None for numbers.
         palette: RGB, 0 to 255, by class; None for PASCAL VOC's colours.
         **network: Further arguments of :class:`icnn_zoo.models.SegmentationModel`: output_stride, ...
@@ -76,7 +69,7 @@ def create_model(
     if start is not None:
         convert(model, start, epsilon=epsilon, per_kernel=per_kernel)
     if pretrained:
-        model.load_pretrained(None if pretrained is True else pretrained, classes)
+        load_pretrained(model, pretrained, classes)
     return model
 
 
@@ -123,9 +116,8 @@ def rebuild(place: Registry, entry: Entry) -> tuple[Segmenter, Card]:
         FileNotFoundError: A file is missing.
         RuntimeError: The registry cannot be reached, or the cache not be written.
     """
-    card = place.read_card(entry)
-    tensors = parse_weights(place.read_weights(entry), entry.name)
-    return assemble(card, tensors), card
+    card, data = place.read(entry)
+    return assemble(card, parse_weights(data, entry.name)), card
 
 
 def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
@@ -155,90 +147,13 @@ def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
             )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} describes no network that can be built: {error}") from error
-    _check_fit(model.state_dict(), tensors, where)
+    check_fit(model.state_dict(), tensors, where)
     model.load_state_dict(dict(tensors))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters != card.weights.parameters:
         raise ValueError(f"{where} says {card.weights.parameters} parameters; the network has {parameters}.")
     model.card = card
     return model.eval()
-
-
-def parse_weights(data: bytes, name: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        ValueError: It is none.
-    """
-    try:
-        return safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"the weights of {name} are no safetensors file: {error}") from error
-
-
-def load_start(
-    model: SegmentationModel,
-    name: str,
-    classes: Sequence[str] | None = None,
-    *,
-    registry: Registries = None,
-    cache: str | Path | None = None,
-) -> SegmentationModel:
-    """Loads a published checkpoint into a network that is to be trained on.
-
-    The backbone must be the same. Where the classes differ, the head stays as it is. Where ``start`` differs,
-    displacements are loaded for the layers that have them on both sides: layers that are irregular only in ``model``
-    keep theirs, layers that are irregular only in the checkpoint become regular.
-
-    Args:
-        model: The network.
-        name: ``arch.tag``, with or without ``zoo:`` in front.
-        classes: The network's class names; None compares only their number.
-        registry: As in :func:`load_checkpoint`.
-        cache: As in :func:`load_checkpoint`.
-
-    Returns:
-        The same ``model``.
-
-    Raises:
-        ValueError: As :func:`load_checkpoint`; also another backbone, normalisation, or kind of shapes.
-        FileNotFoundError: As :func:`load_checkpoint`.
-        RuntimeError: As :func:`load_checkpoint`.
-    """
-    name = _bare(name)
-    place, entry = find_checkpoint(name, registry=registry, cache=cache)
-    card = place.read_card(entry)
-    backbone = card.network["backbone"]
-    if backbone != model.backbone_name:
-        raise ValueError(f"`pretrained`={PREFIX}{name} has the backbone {backbone}, the network {model.backbone_name}.")
-    for key, theirs in (("mean", card.mean), ("std", card.std)):
-        own = getattr(model, key).flatten().cpu()
-        if not torch.allclose(own, torch.tensor(theirs)):
-            raise ValueError(
-                f"`pretrained`={PREFIX}{name} was trained with {key} {list(theirs)}, the network has "
-                f"{[round(value, 6) for value in own.tolist()]}: set {key} to the former."
-            )
-    same = len(card.classes) == model.num_classes if classes is None else card.classes == tuple(classes)
-    state = model.state_dict()
-    tensors = parse_weights(place.read_weights(entry), name)
-    kept = {key: tensor for key, tensor in tensors.items() if same or not key.startswith(_HEAD)}
-    kept = {key: tensor for key, tensor in kept.items() if key in state or not key.endswith(_DISPLACEMENT)}
-    wanted = {
-        key: tensor
-        for key, tensor in state.items()
-        if key in kept or not (key.endswith(_DISPLACEMENT) or (key.startswith(_HEAD) and not same))
-    }
-    _check_fit(wanted, kept, f"`pretrained`={PREFIX}{name}")
-    model.load_state_dict({**state, **kept})
-    displacements = sum(key.endswith(_DISPLACEMENT) for key in kept)
-    _log.info(
-        "%s: %d tensors loaded, of them %d displacements; the head is %s.",
-        PREFIX + name,
-        len(kept),
-        displacements,
-        "loaded" if same else "new, as the classes differ",
-    )
-    return model
 
 
 def verify_checkpoint(name: str, *, registry: Registries = None, cache: str | Path | None = None) -> float:
@@ -265,7 +180,7 @@ def verify_checkpoint(name: str, *, registry: Registries = None, cache: str | Pa
 
 
 def _bare(name: str) -> str:
-    return name.removeprefix(PREFIX)
+    return name.removeprefix(ZOO)
 
 
 def _network_arguments() -> set[str]:
@@ -278,16 +193,3 @@ def _check_arguments(network: Mapping[str, Any]) -> None:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
             raise TypeError(f"create_model has no argument `{name}`; the nearest are {', '.join(near)}.")
-
-
-def _check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
-    missing = sorted(wanted.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - wanted.keys())
-    if missing or extra:
-        raise ValueError(f"{where} and its weights disagree: missing {missing[:5]}, extra {extra[:5]}.")
-    for name, tensor in wanted.items():
-        if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
-            raise ValueError(
-                f"{where} and its weights disagree: {name} must be {tensor.dtype} {list(tensor.shape)}; the file has "
-                f"{tensors[name].dtype} {list(tensors[name].shape)}."
-            )

@@ -121,15 +121,15 @@ class Registry:
                 raise ValueError(f"{url} does not belong to its entry in the index: {what} is {found}, not {said}.")
         return card
 
-    def read_weights(self, entry: Entry) -> bytes:
-        """The verified bytes of a checkpoint's safetensors file.
+    def read(self, entry: Entry) -> tuple[Card, bytes]:
+        """The card of a checkpoint and the verified bytes of its safetensors file.
 
         Raises:
-            FileNotFoundError: It is not there.
+            FileNotFoundError: A file is not there.
             DownloadError: It cannot be had.
-            ValueError: It is not the one of the index; a copy of it was removed.
+            ValueError: It is not the one of the index (a copy of it was removed), or as :meth:`read_card`.
         """
-        return self._read(self.join(entry.name, WEIGHTS), entry.weights)
+        return self.read_card(entry), self._read(self.join(entry.name, WEIGHTS), entry.weights)
 
     def join(self, *parts: str) -> str:
         """The URL of something in the registry."""

@@ -3,10 +3,9 @@
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 
 from icnn_zoo import convert, irregular_layers
-from icnn_zoo.models import SegmentationModel, shrink_labels
+from icnn_zoo.models.segmentation import SegmentationModel, shrink_labels
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "tf_efficientnet_lite0", "convnext_atto"])
@@ -57,19 +56,6 @@ def test_labels_shrink_to_every_8th_pixel_and_other_sizes_name_the_nearest():
     assert torch.equal(shrink_labels(labels, 8), labels[:, ::8, ::8])
     with pytest.raises(ValueError, match=r"153 or 161 for 160"):
         shrink_labels(torch.zeros(1, 160, 161), 8)
-
-
-def test_local_weights_load_before_or_after_converting(tmp_path):
-    source = timm.create_model("resnet18")
-    save_file(source.state_dict(), tmp_path / "weights.safetensors")
-    for model in (SegmentationModel("resnet18", 3), convert(SegmentationModel("resnet18", 3), "layer3")):
-        model.load_pretrained(tmp_path / "weights.safetensors")
-        assert torch.equal(model.backbone.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
-
-
-def test_missing_weights_are_a_clear_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="pretrained"):
-        SegmentationModel("resnet18", 3).load_pretrained(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnet101"])

@@ -13,7 +13,7 @@ from zoo_cases import ABOUT, NAME, files, interpreter
 
 import icnn_zoo
 from icnn_zoo.cli.programs import lightning_main, zoo_main
-from icnn_zoo.publishing import publisher as publishing
+from icnn_zoo.publishing import publisher
 from icnn_zoo.publishing.publisher import publish
 from icnn_zoo.training.network_sources import load_task
 from icnn_zoo.zoo.cards import Card, parse
@@ -157,14 +157,14 @@ def test_what_is_no_run_is_refused_with_the_reason(zoo_run, tmp_path):
     publish(run, NAME, tmp_path / "zoo", {**MEASURED, "provenance": made})
 
 
-@pytest.mark.parametrize("moment", ["_read_back", "_replace"])
+@pytest.mark.parametrize("moment", ["_read_back", "write_whole"])
 def test_a_kill_while_publishing_leaves_the_old_state_and_the_way_free(zoo_run, tmp_path, moment):
     killed = """
 import json, os, signal, sys
-from icnn_zoo.publishing import publisher as publishing
+from icnn_zoo.publishing import publisher
 moment, run, name, folder, about = sys.argv[1:]
-setattr(publishing, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-publishing.publish(run, name, folder, json.loads(about))
+setattr(publisher, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+publisher.publish(run, name, folder, json.loads(about))
 """
     publish(zoo_run, "test_resnet.first", tmp_path, MEASURED)
     before = (tmp_path / "index.json").read_bytes()
@@ -180,7 +180,7 @@ def test_another_output_after_reading_back_is_not_published(zoo_run, tmp_path, m
     def rounded(model):
         return {name: value.bfloat16().to(value.dtype) for name, value in model.state_dict().items()}
 
-    monkeypatch.setattr(publishing, "_plain_tensors", rounded)
+    monkeypatch.setattr(publisher, "_plain_tensors", rounded)
     with pytest.raises(ValueError, match="does not come back as it was"):
         publish(zoo_run, NAME, tmp_path, MEASURED)
     assert files(tmp_path) <= {".lock"}

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from icnn_zoo.zoo.cards import Card, dump, parse, readme, training_config
+from icnn_zoo.zoo.card_readme import readme, training_config
+from icnn_zoo.zoo.cards import Card, dump, parse
 from icnn_zoo.zoo.golden import check_golden, golden_image, golden_of
 from icnn_zoo.zoo.networks import create_model, rebuild
 from icnn_zoo.zoo.registry import PACKAGED, Index, find_checkpoint, list_checkpoints

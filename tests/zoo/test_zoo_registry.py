@@ -181,7 +181,7 @@ def test_weights_are_data_only(own):
     promised = {"sha256": sha256(bad), "size": len(bad)}
     rewrite(own, lambda index: index["checkpoints"][0].update(weights=promised))
     rewrite_card(own, weights={**card["weights"], **promised})
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         icnn_zoo.load_checkpoint(NAME, registry=own)
 
 
