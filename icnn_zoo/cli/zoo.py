@@ -159,22 +159,18 @@ def _segment(options: argparse.Namespace) -> None:
     if options.labels is not None:
         check_output(options.labels, options.force, (".png",))  # others would not keep indices
 
-    from PIL import Image
-
     from icnn_zoo.io.files import replacing
+    from icnn_zoo.io.images import read_image, write_picture
+    from icnn_zoo.io.label_pictures import palette_picture, segmentation_picture
     from icnn_zoo.zoo.networks import load_checkpoint
-    from icnn_zoo.zoo.segmenter import read_image, segmentation_picture
 
     pixels = read_image(options.image)
     model = load_checkpoint(options.name, device=options.device, registry=options.registry, cache=options.cache)
     labels = model.predict(pixels, longest_side=options.longest_side)
     with replacing(options.to) as temporary:
-        segmentation_picture(pixels, labels, model).save(temporary)
+        segmentation_picture(pixels, labels, model.classes, model.palette).save(temporary)
     if options.labels is not None:
-        indices = Image.fromarray(labels).convert("P")
-        indices.putpalette(model.palette.tobytes())
-        with replacing(options.labels) as temporary:
-            indices.save(temporary)
+        write_picture(palette_picture(labels, model.palette), options.labels)
     print("\n".join(f"Written: {path}" for path in outputs))
 
 

@@ -8,7 +8,8 @@ from icnn_zoo.data.pascal_context import PascalContextDataModule
 from icnn_zoo.data.shape_scenes import ShapesDataModule
 from icnn_zoo.data.transforms import TrainTransform
 from icnn_zoo.data.voc2012 import VOC2012DataModule
-from icnn_zoo.data.voc_classes import VOC_CLASSES, color_map
+from icnn_zoo.data.voc_classes import VOC_CLASSES
+from icnn_zoo.io.label_pictures import color_map
 
 __all__ = [
     "VOC_CLASSES",

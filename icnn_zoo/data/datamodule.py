@@ -13,21 +13,10 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from icnn_zoo.data.label_files import palette_picture
-from icnn_zoo.data.samples import (
-    EvalSampler,
-    EvalSamples,
-    Sample,
-    SampleDataset,
-    TrainLoader,
-    TrainSampler,
-    TrainSamples,
-    check_dataset,
-    collate,
-    start_worker,
-)
+from icnn_zoo.data.samplers import EvalSampler, TrainLoader, TrainSampler, start_worker
+from icnn_zoo.data.samples import EvalSamples, Sample, SampleDataset, TrainSamples, check_dataset, collate
 from icnn_zoo.data.transforms import IMAGENET_FILL, Size, TrainTransform, size_pair
-from icnn_zoo.data.voc_classes import color_map
+from icnn_zoo.io.label_pictures import color_map, palette_picture
 
 Split = Literal["train", "val", "test", "predict"]
 _STAGES: dict[str, tuple[Split, ...]] = {

@@ -199,7 +199,7 @@ def _read(path: Path) -> np.ndarray:
     # Not cv2.imread, which warns instead of failing.
     picture = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
     if picture is None:
-        raise ValueError(f"{str(path)!r} is no readable picture: remove its dataset and prepare it again.")
+        raise ValueError(f"{str(path)!r} is not a readable image: remove its dataset and prepare it again.")
     order = cv2.COLOR_BGRA2RGBA if picture.shape[2] == 4 else cv2.COLOR_BGR2RGB
     return cv2.cvtColor(picture, order)
 

@@ -10,10 +10,18 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from icnn_zoo.data.datamodule import SegmentationDataModule, Split
-from icnn_zoo.data.label_files import missing_files, read_classes, read_image
+from icnn_zoo.data.folders import missing_files
+from icnn_zoo.data.label_files import read_classes
 from icnn_zoo.data.samples import Sample
+from icnn_zoo.io.images import read_header, read_image
 
 Number = int | Literal["official", "any"]
+
+
+_TURNED = (
+    "The camera was turned (EXIF orientation), images are read upright, and the labels are of the pixels as they are "
+    "stored: turn the labels, or remove the orientation from the image (exiftool -Orientation= FILE)."
+)
 
 
 class Item(NamedTuple):
@@ -33,22 +41,26 @@ class Item(NamedTuple):
 
 
 class FileSamples:
-    """Items as samples: "image" uint8 [H, W, 3], "mask" uint8 [H, W] (``ignore_index`` without labels), "name"."""
+    """Items as samples: "image" uint8 [H, W, 3], "mask" uint8 [H, W] (``ignore_index`` without labels), "name".
 
-    def __init__(self, items: Sequence[Item], ignore_index: int) -> None:
+    Files are read by :func:`icnn_zoo.io.images.read_image`; of several pages the first, without a warning for each.
+    """
+
+    def __init__(self, items: Sequence[Item], ignore_index: int, white_level: int | None = None) -> None:
         self.items = items
         self.ignore_index = ignore_index
+        self.white_level = white_level
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int, /) -> Sample:
         item = self.items[index]
-        image = read_image(item.image)
+        image = read_image(item.image, white_level=self.white_level, warn_pages=False)
         if item.labels is None:
             mask = np.full(image.shape[:2], self.ignore_index, dtype=np.uint8)
         else:
-            mask = read_classes(item.labels, item.table)
+            mask = read_classes(item.labels, item.table, warn_pages=False)
             check_sizes(item, image.shape[:2], mask.shape)
         return {"image": image, "mask": mask, "name": item.name}
 
@@ -65,9 +77,14 @@ class FileDataModule(SegmentationDataModule):
         official: The official numbers by split.
         **kwargs: Those of :class:`icnn_zoo.data.SegmentationDataModule`.
 
+    Attributes:
+        white_level: The value that is white in images of 16 bits, which are refused where it is None.
+
     Raises:
         ValueError: An argument out of its range.
     """
+
+    white_level: int | None = None
 
     def __init__(
         self,
@@ -124,7 +141,7 @@ class FileDataModule(SegmentationDataModule):
         items = self.items(split)
         self.check_number(split, len(items))
         require_files(items, self.advice)
-        return FileSamples(items, self.ignore_index)
+        return FileSamples(items, self.ignore_index, self.white_level)
 
 
 def require_files(items: Sequence[Item], advice: str) -> None:
@@ -142,13 +159,15 @@ def require_files(items: Sequence[Item], advice: str) -> None:
 
 
 def check_sizes(item: Item, image: tuple[int, ...], labels: tuple[int, ...]) -> None:
-    """Checks that (height, width) of an item's image and labels are equal.
+    """Checks that (height, width) of an item's image, upright, and of its labels are equal.
 
     Raises:
         ValueError: They are not; the message names both files.
     """
-    if tuple(image) != tuple(labels):
-        raise ValueError(
-            f"image and labels must have one size: {str(item.image)!r} has {tuple(image)} and {str(item.labels)!r} "
-            f"{tuple(labels)} (height, width)."
-        )
+    if tuple(image) == tuple(labels):
+        return
+    turned = tuple(image) == tuple(labels)[::-1] and read_header(item.image).orientation != 1
+    raise ValueError(
+        f"image and labels must have one size: {str(item.image)!r} has {tuple(image)} and {str(item.labels)!r} "
+        f"{tuple(labels)} (height, width).{f' {_TURNED}' if turned else ''}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +41,8 @@ class FolderDataModule(FileDataModule):
         mask_values: The value that a mask has for each class, where that is not its index: [0, 255] for masks of
             black and white.
         ignore_value: The value of masks that is no class; None if there is none.
+        white_level: The value that is white in images of 16 bits a channel, such as 65535, or 4095 for 12 bits; None
+            refuses them.
         check: Whether to look at all files first. False leaves it to the moment that a sample is read.
         predict_split: "val", "train" or "test". Masks are not read.
         crop_size: Training crop in pixels: one number or (height, width).
@@ -65,6 +68,7 @@ class FolderDataModule(FileDataModule):
         mask_suffix: str = "",
         mask_values: Sequence[int] | None = None,
         ignore_value: int | None = 255,
+        white_level: int | None = None,
         check: bool = True,
         predict_split: Literal["train", "val", "test"] = "val",
         crop_size: Size = 321,
@@ -88,6 +92,7 @@ class FolderDataModule(FileDataModule):
         self.mask_suffix = mask_suffix
         self.mask_values = values
         self.ignore_value = None if ignore_value in values else ignore_value
+        self.white_level = white_level
         self.check = check
         super().__init__(
             num_train="any",
@@ -131,7 +136,9 @@ class FolderDataModule(FileDataModule):
         items: dict[str, list[Item]] = {split: self.items(split) for split in there if split != unlabelled}
         if not self.check or not items:
             return
-        found = survey(items, self.classes, whole_images=False)
+        found = survey(items, self.classes, whole_images=False, white_level=self.white_level)
+        for note in found.notes:
+            warnings.warn(note, stacklevel=2)
         if found.problems:
             hint = _two_values_hint([item for split in items.values() for item in split], self.mask_values)
             raise ValueError(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from rich.progress import track
 
 from icnn_zoo.data.file_datamodule import Item, check_sizes
-from icnn_zoo.data.label_files import picture_size, read_classes, read_image
+from icnn_zoo.data.label_files import read_classes
+from icnn_zoo.io.images import ImageHeader, read_header, read_image, require_white_level
 
 T = TypeVar("T")
 SHOWN_PROBLEMS = 20  # on the screen; the report file has all
@@ -25,12 +27,14 @@ class Survey:
         images: Number of images by split.
         pixels: Labelled pixels by split, int64 [256]: of each class index, and at 255 of those without a class.
         problems: One line for each thing that is wrong, with the name of its file.
+        notes: What may be wrong, and what was not read: photographs whose camera was turned, files of several pages.
     """
 
     classes: Sequence[str]
     images: dict[str, int] = field(default_factory=dict)
     pixels: dict[str, np.ndarray] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def text(self, shown: int | None = None) -> str:
         """The report: images, classes, pixels per class, problems (the first ``shown``; None for all)."""
@@ -42,6 +46,7 @@ class Survey:
         for index, name in [*enumerate(self.classes), (255, "no class")]:
             numbers = (self.pixels[split][index] / 1000 for split in splits)
             lines.append(f"  {name:<{width}}" + "".join(f"{number:>14,.1f}" for number in numbers))
+        lines += self.notes
         lines.append(f"Problems: {len(self.problems) or 'none'}")
         lines += [f"  {problem}" for problem in self.problems[:shown]]
         if shown is not None and len(self.problems) > shown:
@@ -49,31 +54,63 @@ class Survey:
         return "\n".join(lines)
 
 
-def survey(splits: Mapping[str, Sequence[Item]], classes: Sequence[str], *, whole_images: bool = True) -> Survey:
+def survey(
+    splits: Mapping[str, Sequence[Item]],
+    classes: Sequence[str],
+    *,
+    whole_images: bool = True,
+    white_level: int | None = None,
+) -> Survey:
     """Reads every label file, and every image or its header, with a progress bar.
 
     Args:
         splits: Items by the name of their split.
         classes: Class names by index.
-        whole_images: Decodes images; False only reads the size in their headers, which misses truncated ones.
+        whole_images: Decodes images; False only reads their headers, which misses truncated ones.
+        white_level: The value that is white in images of 16 bits; None counts them as problems.
 
     Returns:
         What was found. Nothing that is wrong with a file is raised.
     """
     result = Survey(classes)
+    turned: list[Path] = []
+    several: list[Path] = []
     for split, items in splits.items():
         counts = np.zeros(256, dtype=np.int64)
         for item in progress(items, f"Checking {split}"):
             try:
-                size = read_image(item.image).shape[:2] if whole_images else picture_size(item.image)
+                header = read_header(item.image)
+                if whole_images:
+                    read_image(item.image, white_level=white_level, warn_pages=False)
+                elif header.deep:
+                    require_white_level(repr(str(item.image)), white_level)
+                several += [item.image] if header.pages > 1 else []
                 if item.labels is not None:
-                    labels = read_classes(item.labels, item.table)
-                    check_sizes(item, size, labels.shape)
+                    labels = read_classes(item.labels, item.table, warn_pages=False)
+                    check_sizes(item, header.size, labels.shape)
                     counts += np.bincount(labels.ravel(), minlength=256)
+                    turned += [item.image] if _is_doubtful(header, item.labels) else []
             except (FileNotFoundError, ValueError) as error:
                 result.problems.append(str(error))
         result.images[split], result.pixels[split] = len(items), counts
+    if turned:
+        result.notes.append(
+            f"Of {len(turned)} photographs the camera was turned, such as {str(turned[0])!r}. They are read upright, "
+            "and nothing tells whether their masks are upright too: look at one, and where they are not, remove the "
+            "orientation from the photographs (exiftool -Orientation= FILE)."
+        )
+    if several:
+        result.notes.append(
+            f"{len(several)} image files hold more than one picture, such as {str(several[0])!r}: the first is read."
+        )
     return result
+
+
+def _is_doubtful(header: ImageHeader, labels: Path) -> bool:
+    """Whether labels may be of the pixels before the camera's turn, though their size fits."""
+    if header.orientation == 1 or (header.orientation > 4 and header.size[0] != header.size[1]):
+        return False
+    return labels.suffix == ".mat" or read_header(labels).orientation == 1
 
 
 def progress(things: Sequence[T], description: str) -> Iterable[T]:

@@ -11,18 +11,11 @@ from PIL import Image
 
 from icnn_zoo.data.datamodule import Split
 from icnn_zoo.data.file_datamodule import FileDataModule, Item, Number
-from icnn_zoo.data.label_files import (
-    class_table,
-    files_in,
-    find_folder,
-    palette_picture,
-    read_labels,
-    read_list,
-    read_table,
-    search_folder,
-)
+from icnn_zoo.data.folders import files_in, find_folder, read_list, search_folder
+from icnn_zoo.data.label_files import class_table, read_labels, read_table
 from icnn_zoo.data.transforms import Size
-from icnn_zoo.data.voc_classes import color_map
+from icnn_zoo.io.files import read_text
+from icnn_zoo.io.label_pictures import color_map, palette_picture
 
 Order = Literal["official", "alphabetical"]
 OFFICIAL = {"train": 4998, "val": 5105}
@@ -224,7 +217,7 @@ def recognise_order(folder: Path, voc_labels: Path, number: int = 40) -> Order:
     """
     note = folder / ORDER_FILE
     if note.is_file():
-        order = note.read_text(encoding="utf-8").strip()
+        order = read_text(note).strip()
         if order not in ("official", "alphabetical"):
             raise ValueError(f"{str(note)!r} must say official or alphabetical; it says {order[:40]!r}.")
         return "official" if order == "official" else "alphabetical"

@@ -11,9 +11,11 @@ from PIL import Image
 
 from icnn_zoo.data.datamodule import Split
 from icnn_zoo.data.file_datamodule import FileDataModule, Item, Number
-from icnn_zoo.data.label_files import class_table, files_in, find_folder, palette_picture, read_list, search_folder
+from icnn_zoo.data.folders import files_in, find_folder, read_list, search_folder
+from icnn_zoo.data.label_files import class_table
 from icnn_zoo.data.transforms import Size
-from icnn_zoo.data.voc_classes import VOC_CLASSES, color_map
+from icnn_zoo.data.voc_classes import VOC_CLASSES
+from icnn_zoo.io.label_pictures import color_map, palette_picture
 
 OFFICIAL = {"train": 1464, "train_aug": 10582, "val": 1449, "test": 1456}
 AUG_FOLDER = "SegmentationClassAug"

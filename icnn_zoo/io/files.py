@@ -1,4 +1,4 @@
-"""Writing files: checked before the work that makes them, and there whole or not at all."""
+"""Files: checked before they are read or made, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -32,6 +32,39 @@ def check_target(path: str | Path, suffixes: Sequence[str]) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into; make it first.")
     return path
+
+
+def require_file(path: str | Path) -> Path:
+    """Checks that there is a file to read.
+
+    Returns:
+        The path.
+
+    Raises:
+        FileNotFoundError: There is none: nothing, a folder, or a link to nothing.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise FileNotFoundError(f"{str(path)!r} is a folder; name a file.")
+    if path.is_symlink():
+        raise FileNotFoundError(f"{str(path)!r} is a link to {os.readlink(path)!r}, which is not there.")
+    raise FileNotFoundError(f"there is no file {str(path)!r}.")
+
+
+def read_text(path: str | Path) -> str:
+    """Reads a text file of UTF-8, with or without a byte order mark.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not UTF-8.
+    """
+    path = require_file(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not text in UTF-8: {error}. Store it as UTF-8.") from error
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from icnn_zoo.data import SegmentationDataModule, ShapesDataModule
-from icnn_zoo.data.voc_classes import color_map
 from icnn_zoo.io.images import read_image
+from icnn_zoo.io.label_pictures import color_map
 from icnn_zoo.training.network_sources import Source
 from icnn_zoo.training.task import SegmentationTask
 
@@ -33,7 +33,12 @@ class Sample:
 
 
 def find_samples(
-    source: Source, task: SegmentationTask, images: Sequence[str | Path] = (), number: int = 4
+    source: Source,
+    task: SegmentationTask,
+    images: Sequence[str | Path] = (),
+    number: int = 4,
+    *,
+    white_level: int | None = None,
 ) -> list[Sample]:
     """Takes the given images, or else the first validation samples of the run that a checkpoint is of.
 
@@ -42,6 +47,7 @@ def find_samples(
         task: The network.
         images: Image files; they have no truth.
         number: How many samples to take of the run's data.
+        white_level: The value that is white in images of 16 bits, which are refused without it.
 
     Returns:
         At least one sample.
@@ -51,7 +57,7 @@ def find_samples(
         ValueError: A file is no image, or there is neither an image nor data to take one from.
     """
     if images:
-        return [Sample(Path(path).name, read_image(path)) for path in images]
+        return [Sample(Path(path).name, read_image(path, white_level=white_level)) for path in images]
     data = find_data(source) or _procedural(task)
     if data is None:
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 
 from icnn_zoo.analysis.heatmaps import image_scores
 from icnn_zoo.analysis.statistics import COLUMNS, ShapeStatistics, cells
+from icnn_zoo.io.label_pictures import colored
 from icnn_zoo.nn.irregular_conv import irregular_layers
 from icnn_zoo.report.payload import data_uri
 from icnn_zoo.report.samples import Sample
@@ -71,8 +72,8 @@ def predictions_section(task: SegmentationTask, samples: Sequence[Sample], palet
         pictures = [f'<img id="image-{index}" {size} alt="{name}" src="{data_uri(sample.image, quality=85)}">']
         for what, values in shown:
             seen |= set(np.unique(values).tolist())
-            colored = _colored(np.asarray(values), palette)
-            pictures.append(f'<img {size} alt="{what} of {name}" src="{data_uri(colored)}">')
+            picture = data_uri(colored(np.asarray(values), palette))
+            pictures.append(f'<img {size} alt="{what} of {name}" src="{picture}">')
         small = " small" if max(height, width) < _SMALL else ""
         columns = "" if sample.mask is not None else " two"
         caption = "image, truth, prediction" if sample.mask is not None else "image, prediction"
@@ -175,12 +176,6 @@ def _section(title: str, body: str, identifier: str | None = None) -> str:
 def _definitions(rows: Sequence[tuple[str, str]], kind: str = "settings") -> str:
     entries = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
     return f'<dl class="{kind}">{entries}</dl>'
-
-
-def _colored(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    colors = np.full((256, 3), 255, np.uint8)  # what is ignored is white
-    colors[: len(palette)] = palette
-    return colors[labels]
 
 
 def _sentence(trends: Mapping[str, float | None]) -> str:

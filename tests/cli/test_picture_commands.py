@@ -97,7 +97,7 @@ def test_both_networks_stand_on_the_page(zoo_run, regular, picture, tmp_path):
         (["heatmap", "{run}", "{picture}", "--pixel", "49", "2", "--to", "a.png"], r"nearest inside is \(48, 2\)"),
         (["heatmap", "{run}", "{picture}", "--pixel", "1", "2", "--class", "unicorn", "--to", "a.png"], "it knows"),
         (["heatmap", "{run}", "{picture}", "--pixel", "1", "2"], "there is nothing to write"),
-        (["heatmap", "{run}", "{regular}", "--pixel", "1", "2", "--to", "a.png"], "is no image that can be read"),
+        (["heatmap", "{run}", "{regular}", "--pixel", "1", "2", "--to", "a.png"], "is not a readable image"),
         (["heatmap", "{run}", "none.jpg", "--pixel", "1", "2", "--to", "a.png"], "there is no file 'none.jpg'"),
         (["heatmap", "{run}", "{picture}", "--pixel", "1", "2", "--against", "{run}", "--to", "a.png"], "same network"),
     ],

@@ -8,7 +8,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from icnn_zoo.data import color_map
-from icnn_zoo.data.label_files import palette_picture, read_table
+from icnn_zoo.data.label_files import read_table
+from icnn_zoo.io.label_pictures import palette_picture
 
 VOC_TRAIN = ["2007_000032", "2007_000039", "2008_000008"]
 VOC_VAL = ["2007_000033", "2009_000001"]

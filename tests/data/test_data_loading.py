@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from icnn_zoo.data import SegmentationDataModule, color_map
-from icnn_zoo.data.samples import EvalSampler, TrainSampler, check_dataset, check_sample, collate
+from icnn_zoo.data.samplers import EvalSampler, TrainSampler
+from icnn_zoo.data.samples import check_dataset, check_sample, collate
 
 
 class Numbered(SegmentationDataModule):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from icnn_zoo.data import TrainTransform
-from icnn_zoo.models import shrink_labels
+from icnn_zoo.models.segmentation import shrink_labels
 
 FILL = (124, 116, 104)
 

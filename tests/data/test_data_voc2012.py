@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from icnn_zoo.data import VOC2012DataModule, color_map
-from icnn_zoo.data.label_files import palette_picture
+from icnn_zoo.io.label_pictures import palette_picture
 
 
 def voc(root: Path, **kwargs) -> VOC2012DataModule:
@@ -174,10 +174,10 @@ def test_missing_files_are_counted_and_named(root):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:60]), "2007_000033.png' is no readable picture"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "2007_000033.png' is not a readable image"),
         (
             lambda path: Image.open(path).convert("RGB").save(path),
-            r"2007_000033.png' must be a label map.* colour picture \(mode RGB\)",
+            r"2007_000033.png' must be a label map.* color picture \(mode RGB\)",
         ),
         (
             lambda path: palette_picture(np.full((40, 40), 21, np.uint8), color_map(256)).save(path),
@@ -198,10 +198,10 @@ def test_label_files_that_cannot_be_used_are_named(root, damage, message):
 
 def test_unreadable_images_and_mat_files_are_named(root):
     (root / "VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg").write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match=r"2007_000033.jpg' is no readable picture"):
+    with pytest.raises(ValueError, match=r"2007_000033.jpg' is not a readable image"):
         voc(root).make_dataset("val")[0]
     (root / "benchmark_RELEASE/dataset/cls/2008_000015.mat").write_bytes(b"<html>not found</html>")
-    with pytest.raises(ValueError, match=r"2008_000015.mat' is no readable .mat file"):
+    with pytest.raises(ValueError, match=r"2008_000015.mat' is not a readable .mat file"):
         voc(root).make_dataset("train")[3]
 
 

@@ -79,12 +79,12 @@ def test_photographs_are_turned_upright(model, tmp_path):
     ("image", "error", "message"),
     [
         ("none.png", FileNotFoundError, r"no file 'none\.png'"),
-        (ROOT / "pyproject.toml", ValueError, "cannot be read as an image"),
-        (np.zeros((4, 4, 3)), TypeError, "must be uint8, 0 to 255; got float64"),
+        (ROOT / "pyproject.toml", ValueError, "is not a readable image"),
+        (np.zeros((4, 4, 3)), TypeError, "must be uint8, 0 to 255, or uint16; got float64"),
         (np.zeros((3, 4, 5), np.uint8), ValueError, r"got \[3, 4, 5\]. Channels come last"),
         (np.zeros((0, 4, 3), np.uint8), ValueError, "not empty"),
         (torch.zeros(3, 4, 4), TypeError, "got Tensor"),
-        (Image.new("I;16", (4, 4)), ValueError, "8 bits a channel"),
+        (Image.new("I;16", (4, 4)), ValueError, "has 16 bits a channel"),
     ],
 )
 def test_what_is_no_image_is_refused(model, image, error, message):

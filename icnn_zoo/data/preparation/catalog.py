@@ -40,19 +40,19 @@ def _efficientnet_lite0(root: Path) -> Path:
 
 
 def _voc2012(root: Path, download: bool, any_number: bool) -> str:
-    from icnn_zoo.data.preparation.steps import prepare_voc2012
+    from icnn_zoo.data.preparation.voc2012 import prepare_voc2012
 
     return prepare_voc2012(root, download=download, any_number=any_number)
 
 
 def _pascal_context(root: Path, download: bool, any_number: bool) -> str:
-    from icnn_zoo.data.preparation.steps import prepare_pascal_context
+    from icnn_zoo.data.preparation.pascal_context import prepare_pascal_context
 
     return prepare_pascal_context(root, download=download, any_number=any_number)
 
 
 def _cityscapes(root: Path, train_ids: bool, any_number: bool) -> str:
-    from icnn_zoo.data.preparation.steps import prepare_cityscapes
+    from icnn_zoo.data.preparation.cityscapes import prepare_cityscapes
 
     return prepare_cityscapes(root, train_ids=train_ids, any_number=any_number)
 

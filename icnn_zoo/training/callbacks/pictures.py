@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from PIL import Image
 
-from icnn_zoo.data.label_files import write_picture
+from icnn_zoo.io.images import write_picture
+from icnn_zoo.io.label_pictures import colored
 from icnn_zoo.training.loggers import log_picture
 from icnn_zoo.training.run_folder import RunFolder
 
@@ -58,20 +59,12 @@ class SamplePictures(Callback):
         for name, image, mask in self._kept:
             images = torch.from_numpy(image)[None].to(pl_module.device)
             prediction = pl_module.predict_step({"image": images}, 0)[0].cpu().numpy()
-            panels = [image.transpose(1, 2, 0), colour(mask, palette), colour(prediction, palette)]
+            panels = [image.transpose(1, 2, 0), colored(mask, palette), colored(prediction, palette)]
             path = folder / f"{prefix}_{Path(name).name}.png"
             Image.fromarray(np.concatenate(panels, axis=1)).save(path)
             for logger in trainer.loggers:
                 log_picture(logger, f"pictures/{Path(name).name}", path, trainer.global_step)
         self._kept.clear()
-
-
-def colour(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Label map [H, W] to RGB [H, W, 3]; what is no class becomes light grey."""
-    picture = np.full((*labels.shape, 3), 224, dtype=np.uint8)
-    known = (labels >= 0) & (labels < len(palette))
-    picture[known] = palette[labels[known]]
-    return picture
 
 
 class PredictionWriter(BasePredictionWriter):
