@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -13,6 +12,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch import Tensor, nn
+
+from icnn_zoo.nn.modules import evaluating
 
 Pixel = tuple[int, int]
 
@@ -56,7 +57,7 @@ def input_gradient(
         raise ValueError(f"`class_indices` must be one for each of {len(pixels)} pixels; got {len(class_indices)}.")
     like = next((parameter for parameter in network.parameters() if parameter.is_floating_point()), image.float())
     # Also where the caller has turned gradients off, as Lightning does around validation.
-    with _evaluating(network), torch.inference_mode(False), torch.enable_grad():
+    with evaluating(network), torch.inference_mode(False), torch.enable_grad():
         images = image.detach().to(like).repeat(len(pixels), 1, 1, 1).requires_grad_()
         scores = image_scores(network, images)
         total = scores.new_zeros(())
@@ -194,15 +195,3 @@ def _mark(axes: Any, pixel: Pixel) -> None:
         axes.plot(
             pixel[1], pixel[0], marker, ms=size, mfc="none", mec="#7df9ff", mew=1.3, path_effects=outline, label="pixel"
         )
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, every module's own mode put back afterwards."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
+from icnn_zoo.nn.modules import find_name
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def find_layers(layers: Sequence[str] | None, names: Sequence[str]) -> list[str]
         layers = [layers]
     if not layers:
         raise ValueError(f"`layers` must name at least one layer, or be None for all: {', '.join(names[:3])}, ...")
-    return [_find(name, names) for name in layers]
+    return [find_name(name, names, argument="layers", what="irregular layer") for name in layers]
 
 
 def _shapes_of(name: str, layer: IrregularConv2d) -> LayerShapes:
@@ -101,13 +101,3 @@ def _shapes_of(name: str, layer: IrregularConv2d) -> LayerShapes:
             "earlier checkpoint, or train with a smaller `position_lr`."
         )
     return LayerShapes(name, layer.kernel_size, grid, positions)
-
-
-def _find(name: str, names: Sequence[str]) -> str:
-    matches = [name] if name in names else [known for known in names if known.endswith(f".{name}")]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise ValueError(f"`layers`: {name!r} could be {' or '.join(matches)}; give the whole name.")
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
-    raise ValueError(f"`layers`: there is no irregular layer {name!r}; the nearest are {', '.join(near)}.")

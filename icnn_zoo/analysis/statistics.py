@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.table import Table
+from scipy.stats import spearmanr
 from torch import nn
 
 from icnn_zoo.analysis.displacement import dead_taps
@@ -183,12 +184,10 @@ def depth_trends(statistics: Sequence[ShapeStatistics]) -> dict[str, float | Non
 
 
 def _rank_correlation(values: Sequence[float]) -> float:
-    """Spearman's correlation of the values with their place; equal values share their mean rank."""
-    array = np.asarray(values)
-    ranks = np.array([(array < value).sum() + ((array == value).sum() - 1) / 2 for value in array])
-    if np.ptp(ranks) == 0:
+    """Spearman's correlation of the values with their place; 0 where all values are equal."""
+    if np.ptp(values) == 0:
         return 0.0
-    return float(np.corrcoef(np.arange(len(ranks)), ranks)[0, 1])
+    return float(spearmanr(np.arange(len(values)), values).statistic)
 
 
 def statistics_table(statistics: Sequence[ShapeStatistics]) -> Table:

@@ -106,7 +106,7 @@ def test_shapes_come_in_the_order_of_layers_and_by_unique_endings():
     model = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 5, groups=4))), "")
     assert [shapes.name for shapes in layer_shapes(model)] == ["0", "1.0"]
     assert layer_shapes(model, ["1.0"])[0].positions.shape == (4, 25, 2)
-    with pytest.raises(ValueError, match=r"no irregular layer '1.1'; the nearest are 1.0"):
+    with pytest.raises(ValueError, match=r"'1.1' names no irregular layer; the nearest are 1.0"):
         layer_shapes(model, ["1.1"])
 
 
@@ -128,7 +128,7 @@ def test_layers_are_named_in_full_by_a_unique_ending_or_alone():
     model = convert(nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(2, 2, 3)), "b": nn.Sequential(nn.Conv2d(2, 2, 3))}), "")
     assert [shapes.name for shapes in layer_shapes(model, ["b.0", "a.0"])] == ["b.0", "a.0"]
     assert [shapes.name for shapes in layer_shapes(model, "b.0")] == ["b.0"]
-    with pytest.raises(ValueError, match=r"'0' could be a\.0 or b\.0; give the whole name"):
+    with pytest.raises(ValueError, match=r"'0' is the ending of several names, give one in full: a\.0, b\.0"):
         layer_shapes(model, ["0"])
     with pytest.raises(ValueError, match=r"must name at least one layer.*a\.0, b\.0"):
         layer_shapes(model, [])

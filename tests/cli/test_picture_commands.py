@@ -88,7 +88,7 @@ def test_both_networks_stand_on_the_page(zoo_run, regular, picture, tmp_path):
     ("arguments", "message"),
     [
         (["shapes", "{regular}"], "no irregular layer"),
-        (["shapes", "{run}", "--layers", "layer9"], "no irregular layer 'layer9'; the nearest are"),
+        (["shapes", "{run}", "--layers", "layer9"], "'layer9' names no irregular layer; the nearest are"),
         (["shapes", "{run}", "--to", "shapes.pdf"], "must end in .png or .svg"),
         (["shapes", "{run}", "--to", "none/shapes.png"], "there is no folder 'none'"),
         (["shapes", "{run}", "--html", "page.pdf"], "must end in .html"),

@@ -104,7 +104,7 @@ def test_a_run_that_fails_leaves_no_thread_behind(tmp_path):
 def test_a_regular_network_an_unknown_layer_and_zero_steps_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no irregular layer"):
         fit(tmp_path, ShapesLogger(), start=None)
-    with pytest.raises(ValueError, match="no irregular layer 'layer1'"):
+    with pytest.raises(ValueError, match="'layer1' names no irregular layer"):
         fit(tmp_path, ShapesLogger(layers=["layer1"]))
     with pytest.raises(ValueError, match="`every_n_steps` must be at least 1; got 0"):
         ShapesLogger(every_n_steps=0)
@@ -134,7 +134,7 @@ def test_animations_that_cannot_be_made_are_refused(run, tmp_path):
         animate_shapes(run, tmp_path / "shapes.mp4")
     with pytest.raises(FileNotFoundError, match=r"no records of shapes.*ShapesLogger"):
         animate_shapes(tmp_path, tmp_path / "shapes.gif")
-    with pytest.raises(ValueError, match=r"no irregular layer 'nothing'; the nearest are model\.backbone\.layer4"):
+    with pytest.raises(ValueError, match=r"'nothing' names no irregular layer; the nearest are model\.backbone\.layer4"):
         animate_shapes(run, tmp_path / "shapes.gif", layers=["nothing"])
     single = tmp_path / "shapes"
     single.mkdir()
