@@ -134,7 +134,7 @@ def test_animations_that_cannot_be_made_are_refused(run, tmp_path):
         animate_shapes(run, tmp_path / "shapes.mp4")
     with pytest.raises(FileNotFoundError, match=r"no records of shapes.*ShapesLogger"):
         animate_shapes(tmp_path, tmp_path / "shapes.gif")
-    with pytest.raises(ValueError, match=r"'nothing' names no irregular layer; the nearest are model\.backbone\.layer4"):
+    with pytest.raises(ValueError, match=r"'nothing' names no irregular layer; the nearest are model.*layer4"):
         animate_shapes(run, tmp_path / "shapes.gif", layers=["nothing"])
     single = tmp_path / "shapes"
     single.mkdir()
