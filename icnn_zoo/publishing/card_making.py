@@ -13,7 +13,7 @@ import torch
 import yaml
 from pydantic import ValidationError
 
-from icnn_zoo.data.voc_classes import color_map
+from icnn_zoo.io.label_pictures import color_map
 from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.publishing.about import About
 from icnn_zoo.publishing.card_metrics import measure
