@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import icnn_zoo
-from icnn_zoo.ops import operators
+from icnn_zoo.ops import backends
 
 SEED = 0
 LINUX = sys.platform == "linux"
@@ -76,7 +76,7 @@ def environment(
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    backend = operators.choose_backend("auto", device, dtype).__name__.rpartition(".")[2].removesuffix("_backend")
+    backend = backends.choose_backend("auto", device, dtype)
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         versions["git"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

@@ -8,6 +8,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -19,8 +20,11 @@ import torch
 
 from icnn_zoo.data import VOC_CLASSES
 from icnn_zoo.data.drawn_voc import FORMAT
-from icnn_zoo.ops import operators, torch_backend
-from icnn_zoo.ops.torch_backend import columns, dense
+from icnn_zoo.ops import register_backend, unregister_backend
+from icnn_zoo.ops.native_backend import Limits as NativeLimits
+from icnn_zoo.ops.native_backend import NativeBackend
+from icnn_zoo.ops.torch_backend import Limits as TorchLimits
+from icnn_zoo.ops.torch_backend import TorchBackend
 
 matplotlib.use("agg")
 torch.set_num_threads(1)  # tests are small: a second thread costs more than it gives
@@ -36,21 +40,25 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["dense kernels", "columns", "columns in small blocks", "native", "native in small blocks"])
-def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Force each way to compute: tiny sizes would take the first wherever it exists."""
+CPU_BACKENDS = {
+    "dense kernels": TorchBackend(TorchLimits(cells_per_tap=10**9, kernel_elements=500)),
+    "columns": TorchBackend(TorchLimits(cells_per_tap=0)),
+    "columns in small blocks": TorchBackend(TorchLimits(cells_per_tap=0, block_elements=500, copied_elements=500)),
+    "native kernel": NativeBackend(),
+    "native kernel in small blocks": NativeBackend(NativeLimits(depth=20, band=5)),
+}
+
+
+@pytest.fixture(params=CPU_BACKENDS)
+def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A backend for each way to compute: tiny sizes would take the first wherever it exists."""
     name = str(request.param)
-    backend = "native" if "native" in name else "torch"
-    if backend == "native" and (reason := operators.why_unavailable("native", torch.device("cpu"), torch.float32)):
+    backend = CPU_BACKENDS[name]
+    if reason := backend.unavailable(torch.device("cpu")):
         pytest.skip(reason)
-    monkeypatch.setattr(operators, "BACKENDS", (backend, "torch"))
-    monkeypatch.setattr(dense, "MAX_CELLS_PER_TAP", 10**9 if name == "dense kernels" else 0)
-    if "small blocks" in name:
-        monkeypatch.setattr(columns, "_BLOCK_ELEMENTS", 500)
-        monkeypatch.setattr(torch_backend, "_COPIED_ELEMENTS", 500)
-    else:
-        monkeypatch.setattr(dense, "_KERNEL_ELEMENTS", 500)
-    return name
+    register_backend(name, backend)
+    yield name
+    unregister_backend(name)
 
 
 @pytest.fixture(scope="session")

@@ -77,7 +77,7 @@ class Parsed(Exception):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples_run(name, monkeypatch):
-    monkeypatch.setattr("icnn_zoo.ops.operators._registered", {})
+    monkeypatch.setattr("icnn_zoo.ops.backends._registered", {})
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0
@@ -86,7 +86,7 @@ def test_docstring_examples_run(name, monkeypatch):
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python_blocks_run_as_they_stand(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("icnn_zoo.ops.operators._registered", {})
+    monkeypatch.setattr("icnn_zoo.ops.backends._registered", {})
     monkeypatch.setattr(
         "icnn_zoo.nn.conv_rules._READERS", dict(importlib.import_module("icnn_zoo.nn.conv_rules")._READERS)
     )

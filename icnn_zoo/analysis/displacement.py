@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
+from icnn_zoo.ops.interpolation import reach
 
 
 class InputSizes:
@@ -57,7 +58,7 @@ def displacement_statistics(
         values = [distance.mean(), _quantile(distance, 0.95), distance.max()]
         keys = ["mean", "p95", "max"]
         if input_sizes and name in input_sizes:
-            values.append(dead_taps(layer, input_sizes[name]).double().mean().to(distance.dtype))
+            values.append(dead_taps(layer, input_sizes[name]).to(distance.dtype).mean())
             keys.append("dead")
         statistics[name] = dict(zip(keys, torch.stack(values).tolist(), strict=True))
     return statistics
@@ -86,9 +87,9 @@ def dead_taps(layer: IrregularConv2d, input_size: tuple[int, int]) -> Tensor:
         extent = input_size[axis] + (0 if layer.padding_mode == "zeros" else before + after)
         outputs = (input_size[axis] + before + after - dilation * (kernel - 1) - 1) // stride + 1
         origin = dilation * ((kernel - 1) // 2) - before + outside
-        floor = layer.positions[..., axis].floor() + origin
-        first = torch.ceil((-1 - floor) / stride).clamp(min=0)  # first output whose cell is not above the input
-        dead |= (first > outputs - 1) | (first * stride + floor > extent - 1)
+        first_pixel, last_pixel = (pixel + origin for pixel in reach(layer.positions[..., axis]))
+        first = torch.ceil(-last_pixel / stride).clamp(min=0)  # first output that reads not only above the input
+        dead |= (first > outputs - 1) | (first * stride + first_pixel > extent - 1)
     return dead
 
 

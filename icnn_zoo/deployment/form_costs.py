@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from icnn_zoo.ops.interpolation import support
+
 # Costs are in multiply-adds of a wide convolution, for one output pixel. The constants lie between what PyTorch 2.15
 # and onnxruntime 1.32 take for the forms of eleven layers (64 to 2048 channels, float32, one core of an AMD EPYC).
 # benchmarks/deploy.py measures what is chosen against what they say.
@@ -178,7 +180,8 @@ def _choose_box(offsets: Tensor, far: Tensor, cost: Callable[[int, int], float])
     Returns:
         The box, and which pairs are outside [...].
     """
-    bounds = torch.cat([offsets.floor(), -offsets.ceil()], dim=-1).flatten(0, -2)[~far.flatten()].long()
+    low, high = support(offsets)
+    bounds = torch.cat([low, -high], dim=-1).flatten(0, -2)[~far.flatten()].long()
     if len(bounds) == 0:
         return Box(0, 0, 1, 1), far
     # Rows of `bounds`: top, left, -bottom, -right, so that each side is moved inwards by growing.
@@ -200,6 +203,5 @@ def _choose_box(offsets: Tensor, far: Tensor, cost: Callable[[int, int], float])
             gains.append((freed / int(counts[goes].sum()), goes))
         inside = inside & ~max(gains, key=lambda gain: gain[0])[1]
     top, left, bottom, right = (int(value) for value in best * torch.tensor([1, 1, -1, -1], device=best.device))
-    low, high = offsets.floor(), offsets.ceil()
     outside = (low < best[:2]).any(-1) | (high > -best[2:]).any(-1)
     return Box(top, left, bottom - top + 1, right - left + 1), outside | far

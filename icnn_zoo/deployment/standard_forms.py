@@ -28,7 +28,8 @@ from torch import Tensor, fx, nn
 from icnn_zoo.deployment.form_costs import MAX_DISTANCE, Box, Layout, Plan, conv_cost, count_digits, plans
 from icnn_zoo.nn.conv_rules import dynamic_same_padding, static_padding
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
-from icnn_zoo.ops.functional import resolve_padding
+from icnn_zoo.ops.geometry import resolve_padding
+from icnn_zoo.ops.interpolation import weigh_pixels
 
 # Larger depthwise kernels get their zeros from a module of its own: PyTorch 2.15 takes 10 times longer on a CPU
 # when the convolution pads (measured from 15x15 on).
@@ -99,13 +100,10 @@ def standard_form(layer: IrregularConv2d, weight: Tensor, bias: Tensor | None) -
 
 
 def _interpolation(offsets: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-    """Weights of a box's rows [..., height] and columns [..., width]: a hat around each offset."""
-    rows = torch.arange(box.row, box.row + box.height, device=offsets.device)
-    cols = torch.arange(box.col, box.col + box.width, device=offsets.device)
-    return (
-        (1 - (rows - offsets[..., :1]).abs()).clamp(min=0),
-        (1 - (cols - offsets[..., 1:]).abs()).clamp(min=0),
-    )
+    """Weights of a box's rows [..., height] and columns [..., width] for each offset."""
+    rows, _ = weigh_pixels(offsets[..., 0], box.row, box.height, offsets.dtype)
+    cols, _ = weigh_pixels(offsets[..., 1], box.col, box.width, offsets.dtype)
+    return rows, cols
 
 
 def _convolution(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize, prune
 
-from icnn_zoo.ops.functional import resolve_padding
+from icnn_zoo.ops.geometry import resolve_padding
 
 Padding = tuple[int, int, int, int]
 

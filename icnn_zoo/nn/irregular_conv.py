@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from icnn_zoo.nn.conv_rules import ConvRules, conv_rules, plain_weight, reason_to_refuse, static_padding
-from icnn_zoo.ops.functional import irregular_conv2d, pad_with_mode, pair
+from icnn_zoo.ops.functional import irregular_conv2d
+from icnn_zoo.ops.geometry import pad_with_mode, pair
 
 
 class IrregularConv2d(nn.Module):

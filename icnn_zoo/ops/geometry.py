@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -51,3 +52,49 @@ def memory_format(input: Tensor) -> torch.memory_format:
     if not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
+    """Reads an int or a pair of ints, rows first.
+
+    Raises:
+        TypeError: Neither an int nor a sequence.
+        ValueError: Not one or two ints, or less than ``minimum``.
+    """
+    try:
+        values = (value, value) if isinstance(value, int) else tuple(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be an int or a pair (rows, columns) of ints; got {value!r}.") from None
+    if len(values) != 2 or not all(isinstance(item, int) and item >= minimum for item in values):
+        raise ValueError(f"`{name}` must be an int or a pair (rows, columns) of at least {minimum}; got {value!r}.")
+    return values
+
+
+def resolve_padding(
+    padding: int | Sequence[int] | str,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int, int, int]:
+    """Zeros (top, bottom, left, right) that ``padding`` means, as ``nn.Conv2d`` does.
+
+    Raises:
+        ValueError: An unknown string, a negative number, or "same" with a stride.
+    """
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise ValueError(f'`padding` must be an int, a pair, "same" or "valid"; got {padding!r}.')
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if stride != (1, 1):
+            raise ValueError(f'`padding`="same" needs stride 1, as in nn.Conv2d; got stride {stride}.')
+        rows, cols = (step * (size - 1) for step, size in zip(dilation, kernel_size, strict=True))
+        return rows // 2, rows - rows // 2, cols // 2, cols - cols // 2
+    rows, cols = pair("padding", padding, 0)
+    return rows, rows, cols, cols
+
+
+def pad_with_mode(input: Tensor, padding: tuple[int, int, int, int], mode: str) -> Tensor:
+    """Pads by (top, bottom, left, right) with one of ``nn.Conv2d``'s modes other than "zeros"."""
+    top, bottom, left, right = padding
+    return F.pad(input, (left, right, top, bottom), mode=mode)

@@ -7,88 +7,15 @@ break an exported node into standard operators: ``exported.run_decompositions(DE
 
 from __future__ import annotations
 
-import importlib
-import logging
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from icnn_zoo.ops import formula
+from icnn_zoo.ops.backends import choose_backend, get_backend
 from icnn_zoo.ops.geometry import Geometry, memory_format
-
-logger = logging.getLogger(__name__)
-
-BACKENDS = ("triton", "native", "torch")
-"""In the order of preference."""
-
-
-class Backend(Protocol):
-    """What computes the operator: a module or object with these functions, as :mod:`icnn_zoo.ops.torch_backend` has."""
-
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why it cannot run on a device, None if it can."""
-
-    def supports(self, dtype: torch.dtype) -> bool:
-        """Whether it computes in a dtype."""
-
-    def forward(
-        self, input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry
-    ) -> Tensor:
-        """The output [B, N, Ho, Wo], in the memory format of ``input`` [B, C, H, W].
-
-        ``weight`` is [N, C / G, T], ``positions`` are absolute [C, T, 2], or [N, C / G, T, 2] in the full version.
-        """
-
-    def backward(
-        self,
-        grad_output: Tensor,
-        input: Tensor,
-        weight: Tensor,
-        positions: Tensor,
-        geometry: Geometry,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients for input, weight and positions, None where not in ``needs``."""
-
-
-_registered: dict[str, Backend] = {}
-
-
-def register_backend(name: str, backend: Backend) -> None:
-    """Adds a backend of your own in this process: ``backend=name`` computes with it, "auto" does not take it.
-
-    Checks, padding, dtypes, autograd of any order, ``torch.func``, ``torch.compile`` and export stay the package's own.
-
-    Args:
-        name: What ``backend`` is called.
-        backend: A module or object with the functions of :class:`Backend`.
-
-    Raises:
-        ValueError: The name is taken.
-        TypeError: A function is missing.
-
-    Example:
-        >>> from icnn_zoo.ops import register_backend, torch_backend
-        >>> register_backend("mine", torch_backend)
-        >>> import icnn_zoo, torch
-        >>> layer = icnn_zoo.IrregularConv2d(2, 3, 3)
-        >>> layer.backend = "mine"
-        >>> layer(torch.zeros(1, 2, 5, 5)).shape
-        torch.Size([1, 3, 3, 3])
-    """
-    if name in (*names(), "auto", "reference"):
-        raise ValueError(f"`name`: there is a backend {name!r} already; known are {', '.join(names())}.")
-    missing = [part for part in ("unavailable", "supports", "forward", "backward") if not hasattr(backend, part)]
-    if missing:
-        raise TypeError(f"`backend` must have {', '.join(missing)}; see icnn_zoo.ops.Backend.")
-    _registered[name] = backend
-
-
-def names() -> tuple[str, ...]:
-    """The names of all backends but "auto" and "reference"."""
-    return (*BACKENDS, *_registered)
-
 
 _library = torch.library.Library("icnn_zoo", "DEF")
 _SIZES = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
@@ -103,41 +30,6 @@ _library.define(
 )
 
 
-def _module(name: str) -> Backend:
-    """A backend; those of the package are modules, imported when they are first asked for."""
-    if name in _registered:
-        return _registered[name]
-    return cast(Backend, importlib.import_module(f"icnn_zoo.ops.{name}_backend"))
-
-
-def why_unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot compute on a device in a dtype, or None if it can."""
-    module = _module(name)
-    reason = module.unavailable(device)
-    if reason is None and not module.supports(dtype):
-        reason = f"it does not compute {dtype}"
-    return reason
-
-
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """Finds a backend; "auto" is the first one that can run.
-
-    Raises:
-        RuntimeError: The backend asked for cannot run; the message says why.
-    """
-    if name != "auto":
-        reason = why_unavailable(name, device, dtype)
-        if reason is not None:
-            raise RuntimeError(f'`backend`={name!r} cannot run: {reason}. `backend`="auto" takes one that can.')
-        return _module(name)
-    for candidate in BACKENDS[:-1]:
-        reason = why_unavailable(candidate, device, dtype)
-        if reason is None:
-            return _module(candidate)
-        logger.debug("`backend`=%r cannot run: %s.", candidate, reason)
-    return _module(BACKENDS[-1])
-
-
 def _forward(
     input: Tensor,
     weight: Tensor,
@@ -150,9 +42,9 @@ def _forward(
     backend: str,
 ) -> Tensor:
     geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
-    module = choose_backend(backend, input.device, input.dtype)
+    chosen = get_backend(choose_backend(backend, input.device, input.dtype))
     with torch.autocast(input.device.type, enabled=False):  # dtypes are settled; it would cast what is inside
-        output = module.forward(input, weight.flatten(2), positions, bias, geometry)
+        output = chosen.forward(input, weight.flatten(2), positions, bias, geometry)
     return output
 
 
@@ -185,10 +77,10 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
-    module = choose_backend(backend, input.device, input.dtype)
+    chosen = get_backend(choose_backend(backend, input.device, input.dtype))
     needs = (output_mask[0], output_mask[1], output_mask[2])
     with torch.autocast(input.device.type, enabled=False):
-        grads = module.backward(grad_output, input, weight.flatten(2), positions, geometry, needs)
+        grads = chosen.backward(grad_output, input, weight.flatten(2), positions, geometry, needs)
     by_input, by_weight, by_positions = (
         like.new_empty(0) if grad is None else grad
         for grad, like in zip(grads, (input, weight, positions), strict=True)
@@ -282,7 +174,7 @@ class _GradientsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         def convolve(input: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
-            return formula(input, weight, positions, None, *ctx.sizes)
+            return formula.irregular_conv2d(input, weight, positions, None, *ctx.sizes)
 
         def gradients(grad_output: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
             pullback: Any = torch.func.vjp(convolve, *leaves)[1]
@@ -292,62 +184,5 @@ class _GradientsFunction(torch.autograd.Function):
         return (*pullback(tuple(c for c, need in zip(cotangents, ctx.needs, strict=True) if need)), None, None, None)
 
 
-def formula(
-    input: Tensor,
-    weight: Tensor,
-    positions: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    backend: str = "auto",
-) -> Tensor:
-    """The operator as a differentiable, traceable formula of standard operators; all columns are held in memory."""
-    geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
-    floor = positions.detach().floor()
-    fraction = positions - floor
-    integer = floor.nan_to_num(0.0).clamp(-(2.0**30), 2.0**30).long()
-    num_outputs, group_channels, *kernel = weight.shape
-    taps = kernel[0] * kernel[1]
-    grouped = input.unflatten(1, (groups, group_channels))
-    per_kernel = positions.dim() == 4
-    group = torch.arange(groups, device=input.device).repeat_interleave(
-        (num_outputs if per_kernel else groups) // groups
-    )
-    owner_shape = (group.shape[0], group_channels, taps, 1, 1)
-    channel = torch.arange(group_channels, device=input.device)[:, None, None, None]
-
-    def corner(down: int, right: int) -> Tensor:
-        rows, cols = (
-            torch.arange(geometry.output_size[axis], device=input.device) * geometry.stride[axis]
-            + geometry.origin[axis]
-            + step
-            + integer[..., axis].reshape(*owner_shape[:3], 1)
-            for axis, step in ((0, down), (1, right))
-        )
-        height, width = geometry.input_size
-        inside = ((rows >= 0) & (rows < height))[..., None] & ((cols >= 0) & (cols < width))[..., None, :]
-        index = (
-            group[:, None, None, None, None],
-            channel,
-            rows.clamp(0, height - 1)[..., None],
-            cols.clamp(0, width - 1)[..., None, :],
-        )
-        return grouped[:, *index] * inside.to(input.dtype)  # [B, owners, C / G, T, Ho, Wo]
-
-    down, right = (fraction[..., axis].reshape(owner_shape) for axis in range(2))
-    top = corner(0, 0) * (1 - right) + corner(0, 1) * right
-    bottom = corner(1, 0) * (1 - right) + corner(1, 1) * right
-    columns = (top * (1 - down) + bottom * down).to(input.dtype)
-    if per_kernel:
-        output = torch.einsum("bncthw,nct->bnhw", columns, weight.flatten(2))
-    else:
-        grouped_weight = weight.flatten(2).unflatten(0, (groups, -1))
-        output = torch.einsum("bgcthw,gnct->bgnhw", columns, grouped_weight).flatten(1, 2)
-    output = output if bias is None else output + bias[:, None, None]
-    return output.contiguous(memory_format=memory_format(input))
-
-
-DECOMPOSITIONS = {torch.ops.icnn_zoo.irregular_conv2d.default: formula}
+DECOMPOSITIONS = {torch.ops.icnn_zoo.irregular_conv2d.default: formula.irregular_conv2d}
 """For ``torch.export.ExportedProgram.run_decompositions``: leaves standard operators only."""

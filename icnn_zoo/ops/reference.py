@@ -36,6 +36,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from icnn_zoo.ops import interpolation
+
 __all__ = ["irregular_conv2d", "irregular_conv2d_backward", "irregular_conv2d_forward"]
 
 Plane: TypeAlias = list[list[float]]  # [row][col]
@@ -222,10 +224,10 @@ def _neighbours(origin: int, position: float, size: int) -> list[tuple[int, floa
     The origin is an integer, so the cell and the fraction are those of the position alone; adding first would
     only round.
     """
-    cell = math.floor(position)
-    fraction = position - cell
-    candidates = [(origin + cell, 1.0 - fraction, -1.0), (origin + cell + 1, fraction, 1.0)]
-    return [(q, g, slope) for q, g, slope in candidates if 0 <= q < size]
+    cell, fraction = interpolation.split(position)
+    read = zip(interpolation.OFFSETS, interpolation.weights(fraction), interpolation.slopes(fraction), strict=True)
+    candidates = [(origin + int(cell) + offset, weight, slope) for offset, weight, slope in read]
+    return [(q, weight, slope) for q, weight, slope in candidates if 0 <= q < size]
 
 
 def _sample(plane: Plane, corners: list[_Corner]) -> float:

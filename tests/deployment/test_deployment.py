@@ -13,7 +13,7 @@ from icnn_zoo import IrregularConv2d, convert, deploy, irregular_conv2d, irregul
 from icnn_zoo.deployment import standard_forms
 from icnn_zoo.deployment.rewriting import rewrite
 from icnn_zoo.models import SegmentationModel
-from icnn_zoo.ops.functional import resolve_padding
+from icnn_zoo.ops.geometry import resolve_padding
 
 SIZES = ((9, 14), (16, 5))
 LAYERS = {

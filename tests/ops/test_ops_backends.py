@@ -19,18 +19,16 @@ def away_from_integers(positions: Tensor) -> None:
 
 
 @each_case
-@pytest.mark.usefixtures("cpu_path")
-def test_output_and_all_gradients_equal_the_reference(case: Case) -> None:
-    output = case.run(tensors := case.tensors())
+def test_output_and_all_gradients_equal_the_reference(case: Case, cpu_path: str) -> None:
+    output = case.run(tensors := case.tensors(), cpu_path)
     expected, expected_grads = oracle(case)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(gradients(output, tensors), expected_grads)
 
 
 @each_case
-@pytest.mark.usefixtures("cpu_path")
-def test_float32_is_as_near_to_the_reference_as_float32_allows(case: Case) -> None:
-    output = case.run(tensors := case.tensors(torch.float32))
+def test_float32_is_as_near_to_the_reference_as_float32_allows(case: Case, cpu_path: str) -> None:
+    output = case.run(tensors := case.tensors(torch.float32), cpu_path)
     assert output.dtype == torch.float32
     expected, expected_grads = oracle(case)
     close = {"rtol": 1e-4, "atol": 2e-4, "check_dtype": False}
@@ -38,25 +36,23 @@ def test_float32_is_as_near_to_the_reference_as_float32_allows(case: Case) -> No
     torch.testing.assert_close(gradients(output, tensors), expected_grads, **close)
 
 
-@pytest.mark.usefixtures("cpu_path")
-def test_many_images_and_large_maps_equal_the_reference() -> None:
+def test_many_images_and_large_maps_equal_the_reference(cpu_path: str) -> None:
     """More output pixels than one slab of images holds."""
     case = Case(channels=(1, 1), kernel=(1, 2), padding=0, size=(70, 70), spread=3.0)
-    output = case.run(tensors := case.tensors())
+    output = case.run(tensors := case.tensors(), cpu_path)
     expected, expected_grads = oracle(case)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(gradients(output, tensors), expected_grads)
 
 
 @each_case
-@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # F.conv2d copies its input
-def test_regular_positions_equal_conv2d(case: Case) -> None:
+def test_regular_positions_equal_conv2d(case: Case, cpu_path: str) -> None:
     input, weight, _, *bias = case.tensors()
     arguments = (weight, *(bias or [None]), case.stride, case.padding, case.dilation, case.groups)
     expected = F.conv2d(input, *arguments)
     regular = [input, weight, case.regular_positions(), *bias]
-    output, leaves = case.run(regular), [input, weight, *bias]
+    output, leaves = case.run(regular, cpu_path), [input, weight, *bias]
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(gradients(output, leaves), gradients(expected, leaves))
     if expected.numel() > 0 and case.size != (
@@ -64,7 +60,7 @@ def test_regular_positions_equal_conv2d(case: Case) -> None:
         1,
     ):  # negative control: the taps in reverse are another kernel
         regular[2] = regular[2].roll(1, 0).flip(-2) if case.kernel != (1, 1) else regular[2] + 1
-        assert not torch.allclose(case.run(regular), expected)
+        assert not torch.allclose(case.run(regular, cpu_path), expected)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +74,9 @@ def test_regular_positions_equal_conv2d(case: Case) -> None:
     ],
     ids=lambda case: case.name,
 )
-@pytest.mark.usefixtures("cpu_path")
-def test_equals_deform_conv2d_with_constant_offsets(case: Case) -> None:
+def test_equals_deform_conv2d_with_constant_offsets(case: Case, cpu_path: str) -> None:
     input, weight, positions, bias = tensors = case.tensors()
-    output = case.run(tensors)
+    output = case.run(tensors, cpu_path)
     per_tap = (positions - case.regular_positions()).detach().flatten()  # channel, tap, then row and col
     offset = per_tap[None, :, None, None].repeat(case.batch, 1, *output.shape[2:]).requires_grad_()
     expected = deform_conv2d(input, offset, weight, bias, case.stride, case.padding, case.dilation)
@@ -101,20 +96,18 @@ def test_equals_deform_conv2d_with_constant_offsets(case: Case) -> None:
     ],
     ids=lambda case: case.name,
 )
-@pytest.mark.usefixtures("cpu_path")
-def test_gradcheck_away_from_integers(case: Case) -> None:
+def test_gradcheck_away_from_integers(case: Case, cpu_path: str) -> None:
     tensors = case.tensors()
     away_from_integers(tensors[2])
-    assert torch.autograd.gradcheck(lambda *arguments: case.run(list(arguments)), tensors)
+    assert torch.autograd.gradcheck(lambda *arguments: case.run(list(arguments), cpu_path), tensors)
 
 
 @pytest.mark.parametrize("per_kernel", [False, True], ids=KINDS)
-@pytest.mark.usefixtures("cpu_path")
-def test_second_derivatives_are_right(per_kernel: bool) -> None:
+def test_second_derivatives_are_right(per_kernel: bool, cpu_path: str) -> None:
     case = Case(size=(2, 3), channels=(2, 2), kernel=(1, 2), padding=0, per_kernel=per_kernel, groups=1 + per_kernel)
     tensors = case.tensors()
     away_from_integers(tensors[2])
-    assert torch.autograd.gradgradcheck(lambda *arguments: case.run(list(arguments)), tensors)
+    assert torch.autograd.gradgradcheck(lambda *arguments: case.run(list(arguments), cpu_path), tensors)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
@@ -135,8 +128,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", [PLAIN, Case(groups=2, per_kernel=True, stride=2)], ids=["shared", "per kernel"])
-@pytest.mark.usefixtures("cpu_path")
-def test_any_strides_give_the_result_of_contiguous_tensors(case: Case, layout: str) -> None:
+def test_any_strides_give_the_result_of_contiguous_tensors(case: Case, layout: str, cpu_path: str) -> None:
     input, weight, positions, bias = case.tensors()
     strided = LAYOUTS[layout](input.detach()).requires_grad_()
     contiguous = strided.detach().contiguous().requires_grad_()
@@ -144,7 +136,7 @@ def test_any_strides_give_the_result_of_contiguous_tensors(case: Case, layout: s
     odd_positions = positions.detach().flip(-1).contiguous().flip(-1).transpose(0, -2).contiguous()
     odd_positions = odd_positions.transpose(0, -2).requires_grad_()
     tensors, plain = [strided, odd_weight, odd_positions, bias], [contiguous, weight, positions, bias]
-    output, expected = case.run(tensors), case.run(plain)
+    output, expected = case.run(tensors, cpu_path), case.run(plain, cpu_path)
     torch.testing.assert_close(output, expected)
     assert layout != "channels_last" or output.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(gradients(output, tensors), gradients(expected, plain))

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import CASES, DTYPES, FORMS, INTERPRETED, PER_KERNEL, Case, Tensors, assert_close, force, guard
+from triton_cases import CASES, DTYPES, FORMS, INTERPRETED, PER_KERNEL, Case, Guarded, Tensors, assert_close
 
-from icnn_zoo.ops import operators, triton_backend
-from icnn_zoo.ops.triton_backend import call, columns
+from icnn_zoo.ops import formula
+from icnn_zoo.ops.triton_backend import Limits, TritonBackend
 
-REASON = triton_backend.unavailable(torch.device("cuda")) if torch.cuda.is_available() else "it needs a CUDA device"
+REASON = TritonBackend().unavailable(torch.device("cuda")) if torch.cuda.is_available() else "it needs a CUDA device"
 if REASON is not None or INTERPRETED:
     pytest.skip(f"the Triton backend cannot run: {REASON or 'its interpreter is on'}", allow_module_level=True)
 
@@ -40,7 +40,7 @@ def differentiate(case: Case, tensors: Tensors, dtype: torch.dtype) -> list[Tens
     input, weight, positions, bias, grad_output = tensors
     leaves = [input.to(dtype), weight.to(dtype), positions.double() if dtype == torch.float64 else positions]
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
-    output = operators.formula(*leaves, None if bias is None else bias.to(dtype), *case.sizes)
+    output = formula.irregular_conv2d(*leaves, None if bias is None else bias.to(dtype), *case.sizes)
     grads = torch.autograd.grad(output, leaves, grad_output.to(dtype))
     return [output.detach(), grads[0], grads[1].flatten(2), grads[2]]
 
@@ -58,11 +58,10 @@ def _full_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", [*CASES, *PER_KERNEL], ids=lambda case: case.name)
-def test_equals_the_reference(case: Case, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    force(monkeypatch, form)
-    guard(monkeypatch)
+def test_equals_the_reference(case: Case, form: str) -> None:
+    backend = Guarded(FORMS[form])
     tensors = on_gpu(case)
-    assert_close(case.run(tensors), case.expected(tensors))
+    assert_close(case.run(tensors, backend), case.expected(tensors))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -95,51 +94,47 @@ def test_two_runs_are_equal_bit_for_bit(case: Case, dtype: torch.dtype, layout: 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
-def test_chunks_do_not_matter(case: Case, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_do_not_matter(case: Case, layout: torch.memory_format) -> None:
     case = replace(case, layout=layout)
     tensors = on_gpu(case)
     whole = case.run(tensors)
-    monkeypatch.setattr(call, "_CHUNK_BYTES", 1)
-    monkeypatch.setattr(columns, "_IMAGE_BYTES", 2**20)
-    for result, same in zip(case.run(tensors), whole, strict=True):
+    small = TritonBackend(Limits(chunk_bytes=1, image_bytes=2**20))
+    for result, same in zip(case.run(tensors, small), whole, strict=True):
         torch.testing.assert_close(result, same, rtol=1e-4, atol=1e-5 * same.abs().max().item())
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_positions_that_are_no_numbers(
-    value: float, dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    force(monkeypatch, form)
-    guard(monkeypatch)
+def test_positions_that_are_no_numbers(value: float, dtype: torch.dtype, form: str) -> None:
+    backend = Guarded(FORMS[form])
     case = Case(groups=2, channels=(4, 2), stride=(2, 1), dtype=dtype)
     tensors = on_gpu(case)
     tensors[2][1, 2] = value
-    for result, truth in zip(case.run(tensors), case.expected(tensors), strict=True):
+    for result, truth in zip(case.run(tensors, backend), case.expected(tensors), strict=True):
         assert 0 < truth.isnan().sum() < truth.numel()
         assert result.isnan().equal(truth.to(result.device).isnan())
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_infinite_pixels(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    force(monkeypatch, form)
+def test_infinite_pixels(form: str) -> None:
+    backend = TritonBackend(FORMS[form])
     case = Case()
     tensors = on_gpu(case)
     tensors[0][0, 1, 2, 0] = torch.inf
     tensors[0][1, 0, 3, 5] = torch.nan
-    for result, truth in zip(case.run(tensors), case.expected(tensors), strict=True):
+    for result, truth in zip(case.run(tensors, backend), case.expected(tensors), strict=True):
         assert result.isfinite().equal(truth.to(result.device).isfinite())
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_strided_input(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    force(monkeypatch, form)
+def test_strided_input(form: str) -> None:
+    backend = TritonBackend(FORMS[form])
     case = Case()
     input, *others = on_gpu(case)
     wide = torch.full((2, 9, 5, 4), torch.nan, device="cuda")
     strided = wide.permute(0, 3, 2, 1)[:, 1::2, 1:, 2:8].copy_(input)
-    assert_close(case.run((strided, *others)), case.expected((input, *others)))
+    assert_close(case.run((strided, *others), backend), case.expected((input, *others)))
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
@@ -168,19 +163,19 @@ def test_nothing_synchronises_and_a_graph_replays_it(case: Case) -> None:
 def test_more_than_2_to_the_31_elements() -> None:
     if torch.cuda.get_device_properties("cuda").total_memory < 60 * 2**30:
         pytest.skip("needs a GPU with 60 GiB")
-    channels, size = 66, (5800, 5800)
+    backend, channels, size = TritonBackend(), 66, (5800, 5800)
     case = Case("huge", batch=1, size=size, channels=(channels, channels), groups=channels, bias=False)
     input = torch.randn(1, channels, *size, device="cuda", dtype=torch.bfloat16)
     assert input.numel() > 2**31
     weight = torch.randn(channels, 1, 4, device="cuda", dtype=torch.bfloat16)
     positions = torch.randn(channels, 4, 2, device="cuda")
-    output = triton_backend.forward(input, weight, positions, None, case.geometry)
-    grads = triton_backend.backward(output, input, weight, positions, case.geometry, (True, True, True))
+    output = backend.forward(input, weight, positions, None, case.geometry)
+    grads = backend.backward(output, input, weight, positions, case.geometry, (True, True, True))
     one = replace(case, channels=(1, 1), groups=1).geometry
     last = slice(channels - 1, channels)
-    alone = triton_backend.forward(input[:, last], weight[last], positions[last], None, one)
+    alone = backend.forward(input[:, last], weight[last], positions[last], None, one)
     assert torch.equal(output[:, last], alone)
-    grads_alone = triton_backend.backward(alone, input[:, last], weight[last], positions[last], one, (True, True, True))
+    grads_alone = backend.backward(alone, input[:, last], weight[last], positions[last], one, (True, True, True))
     assert torch.equal(grads[0][:, last], grads_alone[0])
     for grad, grad_alone in zip(grads[1:], grads_alone[1:], strict=True):
         torch.testing.assert_close(grad[last], grad_alone, rtol=1e-2, atol=1e-3 * grad_alone.abs().max().item())

@@ -18,12 +18,13 @@ from torch import Tensor
     ],
     ids=lambda case: case.name,
 )
-@pytest.mark.usefixtures("cpu_path")
-def test_a_position_that_is_not_finite_gives_nan_and_never_a_made_up_number(case: Case, value: float) -> None:
+def test_a_position_that_is_not_finite_gives_nan_and_never_a_made_up_number(
+    case: Case, value: float, cpu_path: str
+) -> None:
     tensors = case.tensors()
     with torch.no_grad():
         tensors[2].view(-1)[5] = value
-    output, expected = case.run(tensors), case.run(tensors, "reference")
+    output, expected = case.run(tensors, cpu_path), case.run(tensors, "reference")
     assert torch.equal(output.isnan(), expected.isnan())
     assert output.isnan().any()
     assert output.isfinite().any()
@@ -34,22 +35,20 @@ def test_a_position_that_is_not_finite_gives_nan_and_never_a_made_up_number(case
 
 @pytest.mark.parametrize("value", [1e30, -1e30, 3e9, -(2.0**31), 2.0**31 - 1, 2.0**63])
 @pytest.mark.parametrize("case", [PLAIN, replace(PLAIN, per_kernel=True)], ids=KINDS)
-@pytest.mark.usefixtures("cpu_path")
-def test_huge_positions_are_dead_taps(case: Case, value: float) -> None:
+def test_huge_positions_are_dead_taps(case: Case, value: float, cpu_path: str) -> None:
     tensors = case.tensors(torch.float32)
     with torch.no_grad():
         tensors[2].view(-1)[::7] = value
-    expected, output = case.run(tensors, "reference"), case.run(tensors)
+    expected, output = case.run(tensors, "reference"), case.run(tensors, cpu_path)
     close = {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(output, expected, **close)
     torch.testing.assert_close(gradients(output, tensors), gradients(expected, tensors), **close)
 
 
 @pytest.mark.parametrize("case", [PLAIN, replace(PLAIN, per_kernel=True)], ids=KINDS)
-@pytest.mark.usefixtures("cpu_path")
-def test_two_runs_agree_bit_for_bit(case: Case) -> None:
+def test_two_runs_agree_bit_for_bit(case: Case, cpu_path: str) -> None:
     tensors = case.tensors(torch.float32)
-    first, second = case.run(tensors), case.run(tensors)
+    first, second = case.run(tensors, cpu_path), case.run(tensors, cpu_path)
     assert torch.equal(first, second)
     for one, other in zip(gradients(first, tensors), gradients(second, tensors), strict=True):
         assert torch.equal(one, other)
@@ -57,11 +56,10 @@ def test_two_runs_agree_bit_for_bit(case: Case) -> None:
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [PLAIN, Case(groups=2, per_kernel=True)], ids=KINDS)
-@pytest.mark.usefixtures("cpu_path")
-def test_half_precision_tensors_take_float32_positions(case: Case, half: torch.dtype) -> None:
+def test_half_precision_tensors_take_float32_positions(case: Case, half: torch.dtype, cpu_path: str) -> None:
     input, weight, _, bias = case.tensors(half)
     tensors = [input, weight, case.tensors(torch.float32)[2], bias]
-    output = case.run(tensors)
+    output = case.run(tensors, cpu_path)
     assert output.dtype == half
     same = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected = case.run(same, "reference")
@@ -72,9 +70,9 @@ def test_half_precision_tensors_take_float32_positions(case: Case, half: torch.d
     torch.testing.assert_close(grads, gradients(expected, same), **close)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.usefixtures("cpu_path")
-def test_autocast_gives_bfloat16_outputs_and_leaves_positions_float32(backend: str) -> None:
+@pytest.mark.parametrize("reference", [False, True])
+def test_autocast_gives_bfloat16_outputs_and_leaves_positions_float32(reference: bool, cpu_path: str) -> None:
+    backend = "reference" if reference else cpu_path
     tensors = PLAIN.tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         output = PLAIN.run(tensors, backend)
@@ -93,15 +91,14 @@ def test_autocast_gives_bfloat16_outputs_and_leaves_positions_float32(backend: s
 @pytest.mark.parametrize(
     "case", [PLAIN, Case("depthwise", channels=(4, 4), groups=4), Case("per kernel", per_kernel=True)]
 )
-@pytest.mark.usefixtures("cpu_path")
-def test_autocast_changes_no_bit_of_what_bfloat16_tensors_give(case: Case) -> None:
+def test_autocast_changes_no_bit_of_what_bfloat16_tensors_give(case: Case, cpu_path: str) -> None:
     """Nothing inside the operator is cast a second time."""
     tensors = case.tensors(torch.float32)
     half = [tensors[0].bfloat16(), tensors[1].bfloat16(), tensors[2], tensors[3].bfloat16()]
     with torch.autocast("cpu", torch.bfloat16):
-        output = case.run(tensors)
+        output = case.run(tensors, cpu_path)
         grads = gradients(output, tensors)
-    expected = case.run(half)
+    expected = case.run(half, cpu_path)
     assert torch.equal(output, expected)
     for grad, other in zip(grads, gradients(expected, tensors), strict=True):
         assert torch.equal(grad, other)
@@ -115,8 +112,7 @@ def test_autocast_changes_no_bit_of_what_bfloat16_tensors_give(case: Case) -> No
     ],
     ids=lambda case: case.name,
 )
-@pytest.mark.usefixtures("cpu_path")
-def test_what_is_kept_for_the_backward_is_no_more_than_the_arguments(case: Case) -> None:
+def test_what_is_kept_for_the_backward_is_no_more_than_the_arguments(case: Case, cpu_path: str) -> None:
     """Columns would be 9 times the input, expanded inputs of the full version 8 times."""
     tensors = case.tensors(torch.float32)
     kept: dict[int, Tensor] = {}
@@ -126,6 +122,6 @@ def test_what_is_kept_for_the_backward_is_no_more_than_the_arguments(case: Case)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        case.run(tensors)
+        case.run(tensors, cpu_path)
     num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert num_bytes <= 1.1 * sum(tensor.nbytes for tensor in tensors)

@@ -1,7 +1,6 @@
 """What compilers, exporters and function transforms see of the operator."""
 
 import logging
-import shutil
 import subprocess
 import sys
 
@@ -11,7 +10,8 @@ from backend_cases import Case
 from torch import Tensor, nn
 
 import icnn_zoo
-from icnn_zoo.ops import native_backend, operators, register_backend, torch_backend
+from icnn_zoo.ops import formula, operators, register_backend, unregister_backend
+from icnn_zoo.ops.torch_backend import TorchBackend
 
 # torch 2.11 warns of itself while it traces and exports.
 pytestmark = [
@@ -212,37 +212,6 @@ def test_automatic_choice_logs_the_same_words_at_debug_level(caplog: pytest.LogC
     assert "`backend`='triton' cannot run: it needs a CUDA device; the input is on cpu" in caplog.text
 
 
-def test_with_a_compiler_the_native_backend_runs_on_linux() -> None:
-    if sys.platform != "linux" or shutil.which("cc") is None:
-        pytest.skip("no Linux, or no C compiler")
-    assert operators.why_unavailable("native", torch.device("cpu"), torch.float32) is None
-
-
-def test_without_a_compiler_everything_works_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(native_backend.shutil, "which", lambda name: None)
-    monkeypatch.setattr(native_backend, "_load", native_backend._load.__wrapped__)
-    tensors = arguments(requires_grad=False)
-    with pytest.raises(RuntimeError, match=r"`backend`='native' cannot run: it needs a C compiler"):
-        icnn_zoo.irregular_conv2d(*tensors, padding=1, groups=2, backend="native")
-    automatic, expected = (
-        icnn_zoo.irregular_conv2d(*tensors, padding=1, groups=2, backend=backend) for backend in ("auto", "torch")
-    )
-    assert torch.equal(automatic, expected)
-
-
-def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    compiler = tmp_path / "broken-cc"
-    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such processor" >&2\nexit 1\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(native_backend, "_load", native_backend._load.__wrapped__)
-    with pytest.raises(RuntimeError, match=r"compiling it with '.*broken-cc' failed: no such processor"):
-        icnn_zoo.irregular_conv2d(*arguments(requires_grad=False), padding=1, groups=2, backend="native")
-    assert not list((tmp_path / "cache" / "icnn_zoo").iterdir())
-
-
 def test_importing_the_package_imports_no_triton_and_starts_no_cuda() -> None:
     code = (
         "import sys, icnn_zoo, torch; icnn_zoo.IrregularConv2d(2, 2, 3)(torch.zeros(1, 2, 5, 5));"
@@ -259,15 +228,16 @@ def test_half_precision_is_at_most_twice_as_wrong_as_a_plain_implementation(back
     input, weight, positions, _ = arguments(requires_grad=False)
     input, weight = input.to(dtype), weight.to(dtype)
     exact = icnn_zoo.irregular_conv2d(input.double(), weight.double(), positions, None, padding=1, groups=2)
-    plain = operators.formula(input, weight, positions, None, *SIZES)
+    plain = formula.irregular_conv2d(input, weight, positions, None, *SIZES)
     ours = icnn_zoo.irregular_conv2d(input, weight, positions, None, padding=1, groups=2, backend=backend)
     assert (ours.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max()
 
 
-class CountingBackend:
+class CountingBackend(TorchBackend):
     """A backend of somebody else: the torch backend, counted."""
 
     def __init__(self):
+        super().__init__()
         self.calls = []
 
     def unavailable(self, device):
@@ -278,19 +248,19 @@ class CountingBackend:
 
     def forward(self, *arguments):
         self.calls.append("forward")
-        return torch_backend.forward(*arguments)
+        return super().forward(*arguments)
 
     def backward(self, *arguments):
         self.calls.append("backward")
-        return torch_backend.backward(*arguments)
+        return super().backward(*arguments)
 
 
 @pytest.fixture
-def counting(monkeypatch):
-    monkeypatch.setattr(operators, "_registered", {})
+def counting():
     backend = CountingBackend()
     register_backend("counting", backend)
-    return backend
+    yield backend
+    unregister_backend("counting")
 
 
 def test_a_registered_backend_computes_when_it_is_named(counting):

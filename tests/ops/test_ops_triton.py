@@ -17,14 +17,13 @@ from triton_cases import (
     PER_KERNEL,
     RELEASE,
     Case,
+    Guarded,
     assert_close,
-    force,
-    guard,
 )
 
-from icnn_zoo.ops import operators, triton_backend
+from icnn_zoo.ops import formula
 from icnn_zoo.ops.geometry import Geometry
-from icnn_zoo.ops.triton_backend import call, columns
+from icnn_zoo.ops.triton_backend import TritonBackend
 
 FORMS_AND_LAYOUTS = [
     ("columns", torch.contiguous_format),
@@ -58,95 +57,89 @@ class TestInterpreted:
     __test__ = INTERPRETED
 
     @pytest.mark.parametrize(("case", "form"), EACH_CASE, ids=lambda value: getattr(value, "name", value))
-    def test_equals_the_reference(self, case: Case, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        force(monkeypatch, form)
-        guard(monkeypatch)
+    def test_equals_the_reference(self, case: Case, form: str) -> None:
+        backend = Guarded(FORMS[form])
         tensors = case.tensors()
         # The backward of the fused form is that of columns.
-        results = [case.forward(tensors)] if form == "fused" else case.run(tensors)
+        results = [case.forward(tensors, backend)] if form == "fused" else case.run(tensors, backend)
         assert_close(results, case.expected(tensors)[: len(results)])
 
     @pytest.mark.parametrize("case", PER_KERNEL, ids=lambda case: case.name)
-    def test_full_version_equals_the_reference(self, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-        guard(monkeypatch)
+    def test_full_version_equals_the_reference(self, case: Case) -> None:
+        backend = Guarded()
         tensors = case.tensors()
-        assert_close(case.run(tensors), case.expected(tensors))
+        assert_close(case.run(tensors, backend), case.expected(tensors))
 
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("dtype", DTYPES[1:])
-    def test_half_precision_is_as_good_as_can_be(
-        self, dtype: torch.dtype, form: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_half_precision_is_as_good_as_can_be(self, dtype: torch.dtype, form: str) -> None:
         """At most twice the error of the formula, written in operators of the same dtype.
 
         The interpreter cuts bits off where a GPU rounds to bfloat16, so there this allows for twice as much.
         """
-        force(monkeypatch, form)
+        backend = TritonBackend(FORMS[form])
         case = replace(CASES[0], dtype=dtype, channels=(4, 2))
         factor = 4 if dtype == torch.bfloat16 else 2
         tensors = case.tensors()
         truth = case.expected(tensors)
         leaves = [tensor.clone().requires_grad_() for tensor in tensors[:3]]
-        plain = operators.formula(*leaves, tensors[3], *case.sizes)
+        plain = formula.irregular_conv2d(*leaves, tensors[3], *case.sizes)
         grads = torch.autograd.grad(plain, leaves, tensors[4])
         plain_results = [plain.detach(), grads[0], grads[1].flatten(2), grads[2]]
-        for result, other, exact in zip(case.run(tensors), plain_results, truth, strict=True):
+        for result, other, exact in zip(case.run(tensors, backend), plain_results, truth, strict=True):
             assert (result - exact).abs().max() <= factor * (other - exact).abs().max()
             assert (result - exact).norm() <= factor * (other - exact).norm()
 
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("batch", [3, 0])
-    def test_float64_positions_and_any_strides(self, form: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        force(monkeypatch, form)
+    def test_float64_positions_and_any_strides(self, form: str, batch: int) -> None:
+        backend = TritonBackend(FORMS[form])
         case = Case(batch=batch)
         input, weight, positions, bias, grad_output = case.tensors()
         wide = torch.full((batch, 9, 5, 4), torch.nan)
         strided = wide.permute(0, 3, 2, 1)[:, 1::2, 1:, 2:8].copy_(input)
         twisted = grad_output.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0)
         tensors = (strided, weight, positions.double(), bias, twisted)
-        assert_close(case.run(tensors), case.expected(tensors))
+        assert_close(case.run(tensors, backend), case.expected(tensors))
 
     @pytest.mark.parametrize(("form", "layout"), FORMS_AND_LAYOUTS)
-    def test_small_chunks(self, form: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_small_chunks(self, form: str, layout: torch.memory_format) -> None:
         """One image at a time; a part of a group's channels at a time."""
-        force(monkeypatch, form)
-        monkeypatch.setattr(call, "_CHUNK_BYTES", 1)
-        monkeypatch.setattr(columns, "_IMAGE_BYTES", 2 * 4 * 35 * 4)
+        backend = TritonBackend(replace(FORMS[form], chunk_bytes=1, image_bytes=2 * 4 * 35 * 4))
         case = Case(channels=(6, 2), groups=2, layout=layout)
         tensors = case.tensors()
-        assert_close(case.run(tensors), case.expected(tensors))
+        assert_close(case.run(tensors, backend), case.expected(tensors))
 
-    def test_split_sums(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_split_sums(self) -> None:
         """Few pixels, many channels: several programs share a sum."""
-        force(monkeypatch, "fused")
+        backend = TritonBackend(FORMS["fused"])
         case = Case(channels=(64, 2), size=(2, 3))
         tensors = case.tensors()
-        assert_close([case.forward(tensors)], case.expected(tensors)[:1])
+        assert_close([case.forward(tensors, backend)], case.expected(tensors)[:1])
 
     @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
     @pytest.mark.parametrize("form", ["columns", "direct", "per kernel"])
-    def test_positions_that_are_no_numbers(self, form: str, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_positions_that_are_no_numbers(self, form: str, value: float) -> None:
         """They give NaN to what they feed and to nothing else, and read nothing out of bounds."""
-        force(monkeypatch, form)
-        guard(monkeypatch)
+        backend = Guarded(FORMS[form])
         case = Case(per_kernel=form == "per kernel", groups=2, channels=(4, 2), stride=(2, 1))
         tensors = case.tensors()
         tensors[2].view(-1, 4, 2)[1, 2] = value
-        results, expected = case.run(tensors), case.expected(tensors)
+        results, expected = case.run(tensors, backend), case.expected(tensors)
         for result, truth in zip(results, expected, strict=True):
             assert 0 < truth.isnan().sum() < truth.numel()
             assert result.isnan().equal(truth.isnan())
         assert_close(results, expected)
 
     @pytest.mark.parametrize(("form", "layout"), FORMS_AND_LAYOUTS)
-    def test_infinite_pixels(self, form: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_infinite_pixels(self, form: str, layout: torch.memory_format) -> None:
         """A pixel that is infinite or NaN shows exactly where the equations say, the last one and its gap included."""
-        force(monkeypatch, form)
+        backend = TritonBackend(FORMS[form])
         case = Case(layout=layout)
         tensors = case.tensors()
         tensors[0][0, 1, 2, 0] = torch.inf
         tensors[0][1, 0, 3, 5] = torch.nan
-        results, expected = case.run(tensors), case.expected(tensors)
+        results, expected = case.run(tensors, backend), case.expected(tensors)
         for result, truth in zip(results, expected, strict=True):
             # Infinity minus infinity depends on the order of a sum.
             finite = truth.isfinite()
@@ -155,27 +148,27 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
     @pytest.mark.parametrize("form", ["columns", "direct"])
-    def test_gradients_alone(self, form: str, needs: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-        force(monkeypatch, form)
+    def test_gradients_alone(self, form: str, needs: tuple[bool, bool, bool]) -> None:
+        backend = TritonBackend(FORMS[form])
         case = Case()
         input, weight, positions, _, grad_output = case.tensors()
         arguments = (grad_output, input, weight.flatten(2), positions, case.geometry)
-        together = triton_backend.backward(*arguments, (True, True, True))
-        alone = triton_backend.backward(*arguments, needs)
+        together = backend.backward(*arguments, (True, True, True))
+        alone = backend.backward(*arguments, needs)
         for grad, same, wanted in zip(alone, together, needs, strict=True):
             assert (grad is None) if not wanted else torch.equal(grad, same)
 
 
 def test_where_it_can_run() -> None:
-    assert triton_backend.unavailable(torch.device("cpu")) == "it needs a CUDA device; the input is on cpu"
-    assert triton_backend.supports(torch.bfloat16)
-    assert not triton_backend.supports(torch.float64)
+    assert TritonBackend().unavailable(torch.device("cpu")) == "it needs a CUDA device; the input is on cpu"
+    assert TritonBackend().supports(torch.bfloat16)
+    assert not TritonBackend().supports(torch.float64)
 
 
 def test_importing_the_backend_imports_no_kernels() -> None:
     code = (
-        "import sys, icnn_zoo; from icnn_zoo.ops import triton_backend;"
-        "assert not [name for name in sys.modules if name.startswith(triton_backend.__name__ + '.')]"
+        "import sys, icnn_zoo; from icnn_zoo.ops.triton_backend import TritonBackend; TritonBackend();"
+        "assert not [name for name in sys.modules if name.endswith('_kernels') or name == 'triton']"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -184,7 +177,7 @@ def test_too_large_images_are_refused() -> None:
     input = torch.empty(1, 1, 1, 1).expand(1, 1, 2**15, 2**15)
     geometry = Geometry.of(input.shape[2:], (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
     with pytest.raises(ValueError, match="`input` is too large"):
-        call.Call(input, torch.ones(1, 1, 1), torch.zeros(1, 1, 2), geometry)
+        TritonBackend().make_call(input, torch.ones(1, 1, 1), torch.zeros(1, 1, 2), geometry)
 
 
 def test_in_the_interpreter() -> None:

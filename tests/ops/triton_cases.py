@@ -1,6 +1,7 @@
 """Calls for the tests of the Triton backend, and what makes tiny ones take every way through it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,15 +11,19 @@ pytest.importorskip("triton", reason="needs the package triton (pip install trit
 
 import triton
 
-from icnn_zoo.ops import reference, triton_backend
+from icnn_zoo.ops import reference
 from icnn_zoo.ops.geometry import Geometry, memory_format
-from icnn_zoo.ops.triton_backend import call, columns
+from icnn_zoo.ops.triton_backend import Limits, TritonBackend
+from icnn_zoo.ops.triton_backend.call import Call
 
 # The interpreter takes the place of the compiler in a whole process: its tests run in one of their own.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 Pair = tuple[int, int]
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]
+
+
+DEFAULT = TritonBackend()
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,12 @@ class Case:
             grad_output.to(self.dtype).contiguous(memory_format=self.layout),
         )
 
-    def run(self, tensors: Tensors) -> list[Tensor]:
+    def run(self, tensors: Tensors, backend: TritonBackend = DEFAULT) -> list[Tensor]:
         """Output and gradients of input, weight and positions by the Triton backend."""
         input, weight, positions, _, grad_output = tensors
         weight = weight.flatten(2)
-        output = self.forward(tensors)
-        grads = triton_backend.backward(grad_output, input, weight, positions, self.geometry, (True, True, True))
+        output = self.forward(tensors, backend)
+        grads = backend.backward(grad_output, input, weight, positions, self.geometry, (True, True, True))
         assert output.dtype == input.dtype
         assert [grad.dtype for grad in grads] == [input.dtype, weight.dtype, positions.dtype]
         for result in (output, grads[0]):
@@ -83,10 +88,10 @@ class Case:
             assert result.stride() == torch.empty(result.shape, device="meta", memory_format=layout).stride()
         return [output, *grads]
 
-    def forward(self, tensors: Tensors) -> Tensor:
+    def forward(self, tensors: Tensors, backend: TritonBackend = DEFAULT) -> Tensor:
         """Output of the Triton backend."""
         input, weight, positions, bias, _ = tensors
-        return triton_backend.forward(input, weight.flatten(2), positions, bias, self.geometry)
+        return backend.forward(input, weight.flatten(2), positions, bias, self.geometry)
 
     def expected(self, tensors: Tensors) -> list[Tensor]:
         """The same by the reference in float64."""
@@ -126,7 +131,6 @@ PER_KERNEL = [
     Case("per kernel, batch 0", per_kernel=True, batch=0),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-FORMS = ["columns", "fused", "direct"]
 
 
 def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
@@ -135,21 +139,24 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float 
         torch.testing.assert_close(result.double(), truth, rtol=0, atol=tolerance * max(scale, 1e-30), equal_nan=True)
 
 
-def force(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    """Makes tiny sizes take a form; the full version has only one."""
-    monkeypatch.setattr(triton_backend, "_is_direct", lambda w, positions, g: form == "direct" or positions.dim() == 4)
-    monkeypatch.setattr(columns, "FUSED_OUTPUTS", 32 if form == "fused" else 0)
-
-
-def guard(monkeypatch: pytest.MonkeyPatch) -> None:
+class Guarded(TritonBackend):
     """Puts NaN before and after the planes: a read outside them shows."""
-    make = call.Call.planes
 
-    def guarded(self: call.Call, images: slice, channels: slice) -> Tensor:
-        planes = make(self, images, channels)
-        margin = 5000
-        around = planes.new_full((planes.numel() + 2 * margin,), float("nan"))
-        around[margin:-margin] = planes.flatten()
-        return around[margin:-margin].view(planes.shape)
+    def make_call(self, *arguments: Any) -> Call:
+        made = super().make_call(*arguments)
+        make_planes = made.planes
 
-    monkeypatch.setattr(call.Call, "planes", guarded)
+        def planes(images: slice, channels: slice) -> Tensor:
+            inside = make_planes(images, channels)
+            margin = 5000
+            around = inside.new_full((inside.numel() + 2 * margin,), float("nan"))
+            around[margin:-margin] = inside.flatten()
+            return around[margin:-margin].view(inside.shape)
+
+        made.planes = planes
+        return made
+
+
+# What makes tiny sizes take a form; the full version has only one.
+COLUMNS = Limits(direct_channels=0, direct_outputs=0, direct_product=0, fused_outputs=0)
+FORMS = {"columns": COLUMNS, "fused": replace(COLUMNS, fused_outputs=32), "direct": Limits(direct_outputs=10**9)}

@@ -1,109 +1,113 @@
 """The irregular convolution on CPUs by a small C kernel, compiled on first use where a C compiler is found.
 
-The C code (``native/``) makes columns where the matrix product wants them, in the cache, and walks depthwise layers and
+The C code (``csrc``) makes columns where the matrix product wants them, in the cache, and walks depthwise layers and
 the full version as stencils of at most four cells a tap, so that no cost depends on how far positions moved. It runs on
 PyTorch's own threads (``torch.set_num_threads``). Without a compiler the torch backend does the same, slower.
 
-The compiled library is kept in ``$XDG_CACHE_HOME/icnn_zoo`` (``~/.cache/icnn_zoo``), named after its source, flags,
-compiler and processor. ``$CC`` chooses the compiler.
+The compiled library is kept in ``$XDG_CACHE_HOME/icnn_zoo/native`` (``~/.cache/icnn_zoo/native``), named after its
+source, flags, compiler and processor. ``$CC`` chooses the compiler.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
-
-_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
-_REAL = {torch.float32: "float", torch.float64: "double"}
+from icnn_zoo.ops.native_backend import build
 
 
-def unavailable(device: torch.device) -> str | None:
-    """Why this backend cannot run on a device, or None; the first call for a CPU compiles the kernel."""
-    if device.type != "cpu":
-        return f"it needs a CPU; the input is on {device}"
-    return _load()[1]
+@dataclass(frozen=True)
+class Limits:
+    """Sizes chosen for speed; what is computed depends on them by rounding only."""
+
+    depth: int = 192
+    """Rows of columns that a product takes at once: a tile's worth of both factors stays in the nearest cache."""
+    band: int = 384
+    """Output pixels of a band, about: with ``depth`` rows of columns it stays in the second cache."""
 
 
-def supports(dtype: torch.dtype) -> bool:
-    """Whether this backend computes in a dtype: in all floating ones, half precision by float32."""
-    return dtype.is_floating_point
+class NativeBackend:
+    """The backend "native".
 
+    Args:
+        limits: Sizes to work in.
+    """
 
-@functools.cache
-def _load() -> tuple[dict[torch.dtype, ctypes.CDLL], str | None]:
-    """The kernel's libraries by dtype, and why there are none."""
-    if sys.platform != "linux":
-        return {}, f"it was made for Linux; this is {sys.platform}"
-    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
-    if compiler is None:
-        return {}, "it needs a C compiler on the first use (cc, gcc or clang on the PATH, or $CC)"
-    if _find_parallel() is None:
-        return {}, "PyTorch's OpenMP library offers no GOMP_parallel"
-    try:
-        libraries = {dtype: ctypes.CDLL(str(_compile(compiler, real))) for dtype, real in _REAL.items()}
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: there is no home folder
-        output = getattr(error, "stderr", None) or str(error)
-        lines = output.strip().splitlines() or ["no message"]
-        return (
-            {},
-            f"compiling it with {compiler!r} failed: {next((line for line in lines if 'error' in line), lines[0])}",
-        )
-    for library in libraries.values():
-        library.workspace_length.restype = ctypes.c_int64
-    return libraries, None
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
 
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on a device, or None; the first call for a CPU compiles the kernel."""
+        if device.type != "cpu":
+            return f"it needs a CPU; the input is on {device}"
+        return build.load()[1]
 
-@functools.cache
-def _find_parallel() -> int | None:
-    """Address of what starts work on the threads of PyTorch's pool."""
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    try:
-        return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p).value
-    except AttributeError:
-        return None
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Whether this backend computes in a dtype: in all floating ones, half precision by float32."""
+        return dtype.is_floating_point
 
+    def forward(
+        self, input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry
+    ) -> Tensor:
+        """Computes the irregular convolution of checked arguments.
 
-def _compile(compiler: str, real: str) -> Path:
-    folder = Path(__file__).with_name("csrc")
-    sources = [folder / name for name in ("plane.h", "columns.c", "stencil.c")]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = "\0".join([*(source.read_text() for source in sources), real, *_FLAGS, version, _processor()])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "icnn_zoo"
-    target = cache / f"native-{real}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    # Under a name of its own, then moved: several processes may do the same at once.
-    handle, partial = tempfile.mkstemp(suffix=".so", dir=cache)
-    os.close(handle)
-    try:
-        command = [compiler, *_FLAGS, f"-DREAL={real}", *map(str, sources[1:]), "-o", partial]
-        subprocess.run(command, capture_output=True, text=True, check=True)
-        os.replace(partial, target)
-    finally:
-        Path(partial).unlink(missing_ok=True)
-    return target
+        Args:
+            input: Images [B, C, H, W] on a CPU.
+            weight: Weights [N, C / G, T].
+            positions: Absolute positions in pixels [C, T, 2], or [N, C / G, T, 2] for the full version.
+            bias: Bias [N] or None.
+            geometry: Sizes of the call.
 
+        Returns:
+            Output [B, N, Ho, Wo] in the memory format of ``input``.
+        """
+        call = _Call(input, weight, positions, geometry, self.limits)
+        output = torch.empty(input.shape[0], weight.shape[0], *geometry.output_size, dtype=call.dtype)
+        if output.numel() > 0:
+            call.run("forward", bias=None if bias is None else bias.to(call.dtype).contiguous(), output=output)
+        return output.to(input.dtype).contiguous(memory_format=memory_format(input))
 
-def _processor() -> str:
-    """What ``-march=native`` depends on: a cache may be shared by several machines."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))
+    def backward(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        geometry: Geometry,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
+        call = _Call(input, weight, positions, geometry, self.limits)
+        grad_input = torch.zeros(input.shape, dtype=call.dtype) if needs[0] else None
+        # A stencil's shifts belong to the outputs: those of a channel are summed below.
+        stencil = call.is_stencil
+        grad_weight = torch.zeros(weight.shape, dtype=call.dtype) if needs[1] or (stencil and needs[2]) else None
+        shape = weight.shape if stencil else positions.shape[:2]
+        grad_shift = torch.zeros(*shape, 2, dtype=torch.float64) if needs[2] or (stencil and needs[1]) else None
+        if grad_output.numel() > 0:
+            call.run(
+                "backward",
+                grad_output=grad_output.to(call.dtype).contiguous(),
+                grad_input=grad_input,
+                grad_weight=grad_weight,
+                grad_shift=grad_shift,
+            )
+        by_input = by_weight = by_positions = None
+        if grad_input is not None:
+            by_input = grad_input.to(input.dtype).contiguous(memory_format=memory_format(input))
+        if needs[1] and grad_weight is not None:
+            by_weight = grad_weight.to(weight.dtype)
+        if needs[2] and grad_shift is not None:
+            if stencil and positions.dim() == 3:
+                grad_shift = grad_shift.unflatten(0, (geometry.groups, -1)).sum(1)
+            unknown = positions * 0  # a position that is no number may have met no pixel
+            by_positions = grad_shift.reshape(positions.shape).to(positions.dtype) + unknown
+        return by_input, by_weight, by_positions
 
 
 def _integers(*names: str) -> list[tuple[str, type]]:
@@ -115,7 +119,7 @@ def _pointers(*names: str) -> list[tuple[str, type]]:
 
 
 class _Sizes(ctypes.Structure):
-    """``sizes_t`` of native/plane.h."""
+    """``sizes_t`` of csrc/plane.h."""
 
     _fields_ = [
         *_integers("height", "width", "out_height", "out_width", "stride_row", "stride_col"),
@@ -124,18 +128,18 @@ class _Sizes(ctypes.Structure):
 
 
 class _Columns(ctypes.Structure):
-    """``columns_t`` of native/columns.c."""
+    """``columns_t`` of csrc/columns.c."""
 
     _fields_ = [
         ("sizes", _Sizes),
-        *_integers("images", "channels", "outputs", "groups", "taps"),
+        *_integers("images", "channels", "outputs", "groups", "taps", "depth", "band"),
         *_pointers("input", "weight", "positions", "bias", "output"),
         *_pointers("grad_output", "grad_input", "grad_weight", "grad_shift", "workspace"),
     ]
 
 
 class _Stencil(ctypes.Structure):
-    """``stencil_t`` of native/stencil.c."""
+    """``stencil_t`` of csrc/stencil.c."""
 
     _fields_ = [
         ("sizes", _Sizes),
@@ -146,76 +150,21 @@ class _Stencil(ctypes.Structure):
     ]
 
 
-def forward(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Computes the irregular convolution of checked arguments.
-
-    Args:
-        input: Images [B, C, H, W] on a CPU.
-        weight: Weights [N, C / G, T].
-        positions: Absolute positions in pixels [C, T, 2], or [N, C / G, T, 2] for the full version.
-        bias: Bias [N] or None.
-        geometry: Sizes of the call.
-
-    Returns:
-        Output [B, N, Ho, Wo] in the memory format of ``input``.
-    """
-    call = _Call(input, weight, positions, geometry)
-    output = torch.empty(input.shape[0], weight.shape[0], *geometry.output_size, dtype=call.dtype)
-    if output.numel() > 0:
-        call.run("forward", bias=None if bias is None else bias.to(call.dtype), output=output)
-    return output.to(input.dtype).contiguous(memory_format=memory_format(input))
-
-
-def backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    positions: Tensor,
-    geometry: Geometry,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
-    call = _Call(input, weight, positions, geometry)
-    grad_input = torch.zeros(input.shape, dtype=call.dtype) if needs[0] else None
-    # A stencil's shifts belong to the outputs: those of a channel are summed below.
-    needs_weight, needs_shift = needs[1] or (call.is_stencil and needs[2]), needs[2] or (call.is_stencil and needs[1])
-    grad_weight = torch.zeros(weight.shape, dtype=call.dtype) if needs_weight else None
-    shapes = weight.shape if call.is_stencil else positions.shape[:2]
-    grad_shift = torch.zeros(*shapes, 2, dtype=torch.float64) if needs_shift else None
-    if grad_output.numel() > 0:
-        call.run(
-            "backward",
-            grad_output=grad_output.to(call.dtype).contiguous(),
-            grad_input=grad_input,
-            grad_weight=grad_weight,
-            grad_shift=grad_shift,
-        )
-    by_input = by_weight = by_positions = None
-    if grad_input is not None:
-        by_input = grad_input.to(input.dtype).contiguous(memory_format=memory_format(input))
-    if needs[1] and grad_weight is not None:
-        by_weight = grad_weight.to(weight.dtype)
-    if needs[2] and grad_shift is not None:
-        if call.is_stencil and positions.dim() == 3:
-            grad_shift = grad_shift.unflatten(0, (geometry.groups, -1)).sum(1)
-        unknown = positions * 0  # a position that is no number may have met no pixel
-        by_positions = grad_shift.reshape(positions.shape).to(positions.dtype) + unknown
-    return by_input, by_weight, by_positions
-
-
 class _Call:
-    """The arguments that forward and backward share; holds what C only points to.
+    """The arguments that forward and backward share, as C wants them.
 
     Layers whose outputs share no columns (depthwise, the full version) are stencils.
     """
 
-    def __init__(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry) -> None:
-        self.geometry = geometry
+    def __init__(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry, limits: Limits) -> None:
         self.is_stencil = positions.dim() == 4 or weight.shape[1] == 1
         # Half precision is computed in float32 and rounded once.
         self.dtype = torch.promote_types(input.dtype, torch.float32)
-        self.input, self.weight = input.to(self.dtype).contiguous(), weight.to(self.dtype).contiguous()
-        self.positions = positions.double().contiguous()
+        self.arguments = {
+            "input": input.to(self.dtype).contiguous(),
+            "weight": weight.to(self.dtype).contiguous(),
+            "positions": positions.to(torch.float64).contiguous(),
+        }
         self.task = (_Stencil if self.is_stencil else _Columns)(
             sizes=_Sizes(*geometry.input_size, *geometry.output_size, *geometry.stride, *geometry.origin),
             images=input.shape[0],
@@ -223,22 +172,61 @@ class _Call:
             outputs=weight.shape[0],
             groups=geometry.groups,
             taps=weight.shape[2],
-            input=self.input.data_ptr(),
-            weight=self.weight.data_ptr(),
-            positions=self.positions.data_ptr(),
         )
         if self.is_stencil:
             self.task.per_kernel = positions.dim() == 4
+        else:
+            self.task.depth, self.task.band = limits.depth, limits.band
 
     def run(self, direction: str, **tensors: Tensor | None) -> None:
-        for field, tensor in tensors.items():
-            setattr(self.task, field, None if tensor is None else tensor.data_ptr())
-        library, task = _load()[0][self.dtype], ctypes.byref(self.task)
+        """Calls C with the tensors of one direction; those that are None are not wanted.
+
+        Raises:
+            MemoryError: There is no memory for a thread's buffer.
+        """
+        kind = "stencil" if self.is_stencil else "columns"
+        library, task = build.load()[0][self.dtype], ctypes.byref(self.task)
+        self._point({**self.arguments, **tensors})
         if not self.is_stencil:
-            length = library.workspace_length(task, int(direction == "backward"))
-            workspace = torch.empty(length, dtype=self.dtype)
+            workspace = torch.empty(library.workspace_length(task, int(direction == "backward")), dtype=self.dtype)
             self.task.workspace = workspace.data_ptr()
-        function: Callable[..., int] = getattr(library, f"{'stencil' if self.is_stencil else 'columns'}_{direction}")
+        function: Callable[..., int] = getattr(library, f"{kind}_{direction}")
         threads = ctypes.c_uint(torch.get_num_threads())
-        if function(ctypes.c_void_p(_find_parallel()), threads, task):
+        if function(ctypes.c_void_p(build.find_parallel()), threads, task):
             raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
+
+    def _point(self, tensors: dict[str, Tensor | None]) -> None:
+        """Gives C the addresses of tensors: the one place where any reaches it, each held against what C will touch.
+
+        Raises:
+            ValueError: A tensor or a size is not what C takes it for.
+        """
+        task, sizes = self.task, self.task.sizes
+        weights = task.outputs * (task.channels // max(1, task.groups)) * task.taps
+        shapes = weights if self.is_stencil and task.per_kernel else task.channels * task.taps
+        pixels = task.images * task.channels * sizes.height * sizes.width
+        outputs = task.images * task.outputs * sizes.out_height * sizes.out_width
+        expected = {
+            "input": (self.dtype, pixels),
+            "weight": (self.dtype, weights),
+            "positions": (torch.float64, 2 * shapes),
+            "bias": (self.dtype, task.outputs),
+            "output": (self.dtype, outputs),
+            "grad_output": (self.dtype, outputs),
+            "grad_input": (self.dtype, pixels),
+            "grad_weight": (self.dtype, weights),
+            "grad_shift": (torch.float64, 2 * (weights if self.is_stencil else shapes)),
+        }
+        if min(pixels, weights, outputs, sizes.stride_row, sizes.stride_col) < 1:
+            raise ValueError("the native backend needs at least one of everything: images, channels, taps and outputs.")
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            dtype, length = expected[name]
+            plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg()
+            if tensor.dtype != dtype or tensor.numel() != length or not plain:
+                raise ValueError(
+                    f"`{name}` must be {length} contiguous numbers of {dtype} on a CPU for the native backend; got "
+                    f"{list(tensor.shape)} of {tensor.dtype} with strides {tensor.stride()} on {tensor.device}."
+                )
+            setattr(task, name, tensor.data_ptr())

@@ -16,108 +16,120 @@ from torch import Tensor
 from icnn_zoo.ops.geometry import Geometry, memory_format
 from icnn_zoo.ops.torch_backend import columns, dense
 from icnn_zoo.ops.torch_backend.columns import Gradients
+from icnn_zoo.ops.torch_backend.limits import Limits
 from icnn_zoo.ops.torch_backend.windows import WindowColumns, compute_dtype
 
-# Elements of the input that the full version copies at once, once for each output channel.
-_COPIED_ELEMENTS = 2**21
 
-
-def unavailable(device: torch.device) -> str | None:
-    """Why this backend cannot run on a device: it always can."""
-    return None
-
-
-def supports(dtype: torch.dtype) -> bool:
-    """Whether this backend computes in a dtype: in all floating ones."""
-    return dtype.is_floating_point
-
-
-def forward(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Computes the irregular convolution of checked arguments.
+class TorchBackend:
+    """The backend "torch".
 
     Args:
-        input: Images [B, C, H, W].
-        weight: Weights [N, C / G, T].
-        positions: Absolute positions in pixels [C, T, 2], or [N, C / G, T, 2] for the full version.
-        bias: Bias [N] or None.
-        geometry: Sizes of the call.
-
-    Returns:
-        Output [B, N, Ho, Wo] in the memory format of ``input``.
+        limits: Sizes to work in.
     """
-    box = _dense_box(weight, positions, geometry)
-    if box is not None:
-        output = dense.forward(input, weight, positions, bias, box, geometry)
-    elif positions.dim() == 3:
-        return columns.forward(WindowColumns(input, positions, geometry), input, weight, bias, geometry)
-    else:
-        parts = [
-            columns.forward(WindowColumns(part, moved, grouped), part, weight[span], None, grouped)
-            for span, part, moved, grouped in _copies(input, positions, geometry)
-        ]
-        output = torch.cat(parts, dim=1)
-        output = output if bias is None else output + bias[:, None, None]
-    return output.contiguous(memory_format=memory_format(input))
 
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
 
-def backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    positions: Tensor,
-    geometry: Geometry,
-    needs: tuple[bool, bool, bool],
-) -> Gradients:
-    """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
-    box = _dense_box(weight, positions, geometry)
-    if box is not None:
-        return dense.backward(grad_output, input, weight, positions, box, geometry, needs)
-    if positions.dim() == 3:
-        maker = WindowColumns(input, positions, geometry)
-        return columns.backward(maker, grad_output, input, weight, positions, geometry, needs)
-    grad_input = torch.zeros_like(input, dtype=compute_dtype(input.dtype)) if needs[0] else None
-    grad_weight = torch.zeros_like(weight) if needs[1] else None
-    grad_positions = torch.zeros_like(positions) if needs[2] else None
-    group_channels, outputs_per_group = weight.shape[1], weight.shape[0] // geometry.groups
-    for span, part, moved, grouped in _copies(input, positions, geometry):
-        maker = WindowColumns(part, moved, grouped)
-        grads = columns.backward(maker, grad_output[:, span], part, weight[span], moved, grouped, needs)
-        if grad_input is not None and grads[0] is not None:
-            first = span.start // outputs_per_group * group_channels
-            copies = grads[0].unflatten(1, (-1, group_channels))
-            grad_input[:, first : first + group_channels] += copies.sum(1, dtype=grad_input.dtype)
-        if grad_weight is not None and grads[1] is not None:
-            grad_weight[span] = grads[1]
-        if grad_positions is not None and grads[2] is not None:
-            grad_positions[span] = grads[2].view_as(grad_positions[span])
-    return None if grad_input is None else grad_input.to(input.dtype), grad_weight, grad_positions
-
-
-def _dense_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> dense.Box | None:
-    """The box to draw dense kernels into where that is cheaper than columns."""
-    if positions.dim() == 3 and weight.shape[1] > 1:
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on a device: it always can."""
         return None
-    box = dense.measure_box(positions, geometry)
-    return box if box is not None and box.cells <= dense.MAX_CELLS_PER_TAP * positions.shape[-2] else None
 
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Whether this backend computes in a dtype: in all floating ones."""
+        return dtype.is_floating_point
 
-def _copies(input: Tensor, positions: Tensor, geometry: Geometry) -> Iterator[tuple[slice, Tensor, Tensor, Geometry]]:
-    """The full version as groups of one output channel, each with its own copy of its input channels.
+    def forward(
+        self, input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry
+    ) -> Tensor:
+        """Computes the irregular convolution of checked arguments.
 
-    Yields:
-        Output channels of one group, the copied input [B, n * C / G, H, W], its positions [n * C / G, T, 2] and the
-        geometry with n groups.
-    """
-    num_outputs, group_channels = positions.shape[:2]
-    outputs_per_group = num_outputs // geometry.groups
-    chunk = max(1, _COPIED_ELEMENTS // max(1, input[:, :group_channels].numel()))
-    for group in range(geometry.groups):
-        last_of_group = (group + 1) * outputs_per_group
-        members = input[:, group * group_channels : (group + 1) * group_channels]
-        for first in range(group * outputs_per_group, last_of_group, chunk):
-            span = slice(first, min(first + chunk, last_of_group))
-            outputs = span.stop - span.start
-            grouped = Geometry(
-                geometry.input_size, geometry.output_size, geometry.stride, geometry.origin, groups=outputs
+        Args:
+            input: Images [B, C, H, W].
+            weight: Weights [N, C / G, T].
+            positions: Absolute positions in pixels [C, T, 2], or [N, C / G, T, 2] for the full version.
+            bias: Bias [N] or None.
+            geometry: Sizes of the call.
+
+        Returns:
+            Output [B, N, Ho, Wo] in the memory format of ``input``.
+        """
+        box = self._dense_box(weight, positions, geometry)
+        if box is not None:
+            output = dense.forward(input, weight, positions, bias, box, geometry, self.limits)
+        elif positions.dim() == 3:
+            return columns.forward(
+                WindowColumns(input, positions, geometry), input, weight, bias, geometry, self.limits
             )
-            yield span, members.repeat(1, outputs, 1, 1), positions[span].flatten(0, 1), grouped
+        else:
+            parts = [
+                columns.forward(WindowColumns(part, moved, grouped), part, weight[span], None, grouped, self.limits)
+                for span, part, moved, grouped in self._copies(input, positions, geometry)
+            ]
+            output = torch.cat(parts, dim=1)
+            output = output if bias is None else output + bias[:, None, None]
+        return output.contiguous(memory_format=memory_format(input))
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        geometry: Geometry,
+        needs: tuple[bool, bool, bool],
+    ) -> Gradients:
+        """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
+        box = self._dense_box(weight, positions, geometry)
+        if box is not None:
+            return dense.backward(grad_output, input, weight, positions, box, geometry, self.limits, needs)
+        if positions.dim() == 3:
+            maker = WindowColumns(input, positions, geometry)
+            return columns.backward(maker, grad_output, input, weight, positions, geometry, self.limits, needs)
+        grad_input = torch.zeros_like(input, dtype=compute_dtype(input.dtype)) if needs[0] else None
+        grad_weight = torch.zeros_like(weight) if needs[1] else None
+        grad_positions = torch.zeros_like(positions) if needs[2] else None
+        group_channels, outputs_per_group = weight.shape[1], weight.shape[0] // geometry.groups
+        for span, part, moved, grouped in self._copies(input, positions, geometry):
+            maker = WindowColumns(part, moved, grouped)
+            grads = columns.backward(
+                maker, grad_output[:, span], part, weight[span], moved, grouped, self.limits, needs
+            )
+            if grad_input is not None and grads[0] is not None:
+                first = span.start // outputs_per_group * group_channels
+                copies = grads[0].unflatten(1, (-1, group_channels))
+                grad_input[:, first : first + group_channels] += copies.sum(1, dtype=grad_input.dtype)
+            if grad_weight is not None and grads[1] is not None:
+                grad_weight[span] = grads[1]
+            if grad_positions is not None and grads[2] is not None:
+                grad_positions[span] = grads[2].view_as(grad_positions[span])
+        return None if grad_input is None else grad_input.to(input.dtype), grad_weight, grad_positions
+
+    def _dense_box(self, weight: Tensor, positions: Tensor, geometry: Geometry) -> dense.Box | None:
+        """The box to draw dense kernels into where that is cheaper than columns."""
+        if positions.dim() == 3 and weight.shape[1] > 1:
+            return None
+        box = dense.measure_box(positions, geometry)
+        return box if box is not None and box.cells <= self.limits.cells_per_tap * positions.shape[-2] else None
+
+    def _copies(
+        self, input: Tensor, positions: Tensor, geometry: Geometry
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Geometry]]:
+        """The full version as groups of one output channel, each with its own copy of its input channels.
+
+        Yields:
+            Output channels of one group, the copied input [B, n * C / G, H, W], its positions [n * C / G, T, 2] and the
+            geometry with n groups.
+        """
+        num_outputs, group_channels = positions.shape[:2]
+        outputs_per_group = num_outputs // geometry.groups
+        chunk = max(1, self.limits.copied_elements // max(1, input[:, :group_channels].numel()))
+        for group in range(geometry.groups):
+            last_of_group = (group + 1) * outputs_per_group
+            members = input[:, group * group_channels : (group + 1) * group_channels]
+            for first in range(group * outputs_per_group, last_of_group, chunk):
+                span = slice(first, min(first + chunk, last_of_group))
+                outputs = span.stop - span.start
+                grouped = Geometry(
+                    geometry.input_size, geometry.output_size, geometry.stride, geometry.origin, groups=outputs
+                )
+                yield span, members.repeat(1, outputs, 1, 1), positions[span].flatten(0, 1), grouped

@@ -17,30 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
+from icnn_zoo.ops.torch_backend.limits import Limits
 from icnn_zoo.ops.torch_backend.windows import Block, WindowColumns
-
-# Elements of one block of columns. 2 Mi float32 values (8 MiB) keep the passes over a block near the cache and the
-# matrix product large enough to run at full speed; 1 to 4 Mi measure alike.
-_BLOCK_ELEMENTS = 2**21
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-# Outputs of a group from which products into [L, N / G] beat those into [N / G, L] (two CPU cores, MKL and oneDNN).
-_MANY_OUTPUTS = 64
-
-# Images smaller than this together make one slab, so that matrix products stay large on small maps.
-_SLAB_AREA = 2048
-
-
-def _blocks(geometry: Geometry, output: Tensor, group_channels: int, column: int) -> Iterator[Block]:
+def _blocks(geometry: Geometry, output: Tensor, group_channels: int, column: int, limits: Limits) -> Iterator[Block]:
     """Walks slabs of images, then blocks of channels; ``column`` is the elements of one channel's columns."""
     if output.numel() == 0:
         return
-    images = max(1, _SLAB_AREA // output[0, 0].numel())
+    images = max(1, limits.slab_area // output[0, 0].numel())
     for image in range(0, output.shape[0], images):
         slab = slice(image, min(image + images, output.shape[0]))
-        channels = max(1, _BLOCK_ELEMENTS // (column * (slab.stop - slab.start)))
+        channels = max(1, limits.block_elements // (column * (slab.stop - slab.start)))
         step_groups = max(1, channels // group_channels)
         step_channels = min(channels, group_channels)
         for group in range(0, geometry.groups, step_groups):
@@ -53,7 +43,9 @@ def _blocks(geometry: Geometry, output: Tensor, group_channels: int, column: int
                 )
 
 
-def forward(maker: WindowColumns, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+def forward(
+    maker: WindowColumns, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, limits: Limits
+) -> Tensor:
     """Computes the convolution with a shape per input channel.
 
     Args:
@@ -62,6 +54,7 @@ def forward(maker: WindowColumns, input: Tensor, weight: Tensor, bias: Tensor | 
         weight: Weights [N, C / G, T].
         bias: Bias [N] or None.
         geometry: Sizes of the call.
+        limits: Sizes to work in.
 
     Returns:
         Output [B, N, Ho, Wo] in the memory format of ``input``.
@@ -73,12 +66,12 @@ def forward(maker: WindowColumns, input: Tensor, weight: Tensor, bias: Tensor | 
     start = input.new_zeros(num_outputs, 1) if bias is None else bias[:, None]
     start = start.to(maker.dtype).unflatten(0, (geometry.groups, -1))  # [G, N / G, 1]
     slab, total = slice(0, 0), output
-    for block in _blocks(geometry, output, group_channels, maker.rows * maker.pitch * taps):
+    for block in _blocks(geometry, output, group_channels, maker.rows * maker.pitch * taps, limits):
         if block.images != slab:
             _write_slab(output, slab, total, maker)
             slab = block.images
             length = (slab.stop - slab.start) * maker.rows * maker.pitch
-            total = _zeros(geometry.groups, start.shape[1], length, start) + start
+            total = _zeros(geometry.groups, start.shape[1], length, start, limits.many_outputs) + start
         columns = maker.columns(block)
         _add_product(
             total[block.groups, :, : columns.shape[1]],
@@ -98,9 +91,9 @@ def _write_slab(output: Tensor, slab: slice, total: Tensor, maker: WindowColumns
         output[slab].unflatten(1, total.shape[:2]).copy_(rows.movedim(2, 0))
 
 
-def _zeros(groups: int, outputs: int, length: int, like: Tensor) -> Tensor:
-    """Zeros [G, N / G, L]; where there are many outputs, their axis varies fastest, which makes faster products."""
-    if outputs < _MANY_OUTPUTS:
+def _zeros(groups: int, outputs: int, length: int, like: Tensor, many: int) -> Tensor:
+    """Zeros [G, N / G, L]; from ``many`` outputs on their axis varies fastest, which makes faster products."""
+    if outputs < many:
         return like.new_zeros(groups, outputs, length)
     return like.new_zeros(groups, length, outputs).transpose(1, 2)
 
@@ -123,6 +116,7 @@ def backward(
     weight: Tensor,
     positions: Tensor,
     geometry: Geometry,
+    limits: Limits,
     needs: tuple[bool, bool, bool],
 ) -> Gradients:
     """Computes the gradients of :func:`forward`.
@@ -134,6 +128,7 @@ def backward(
         weight: Weights [N, C / G, T].
         positions: Positions [C, T, 2].
         geometry: Sizes of the call.
+        limits: Sizes to work in.
         needs: Whether the gradients of input, weight and positions are wanted.
 
     Returns:
@@ -145,13 +140,12 @@ def backward(
     grad_input = torch.zeros_like(input, memory_format=torch.contiguous_format) if needs_input else None
     grad_weight = None
     if needs_weight:
-        grad_weight = _zeros(
-            geometry.groups, grouped.shape[1], group_channels * taps, weight.new_empty(0, dtype=maker.dtype)
-        )
+        like = weight.new_empty(0, dtype=maker.dtype)
+        grad_weight = _zeros(geometry.groups, grouped.shape[1], group_channels * taps, like, limits.many_outputs)
     grad_shift = positions.new_zeros(positions.shape[0] * taps, 2, dtype=maker.dtype) if needs_positions else None
     height, width = geometry.output_size
     slab, grad_rows = slice(0, 0), grad_output
-    for block in _blocks(geometry, grad_output, group_channels, maker.rows * maker.pitch * taps):
+    for block in _blocks(geometry, grad_output, group_channels, maker.rows * maker.pitch * taps, limits):
         if block.images != slab:
             slab = block.images
             # Zeros in the gaps between rows and images, so that products over flat rows count each output once.

@@ -16,12 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
-
-# A gathered column element costs as much as about this many multiply-adds of a convolution (two CPU cores, float32).
-MAX_CELLS_PER_TAP = 64
-
-# Elements of the dense kernels drawn at once in the full version (64 MiB in float32).
-_KERNEL_ELEMENTS = 2**24
+from icnn_zoo.ops.interpolation import reach, weigh_pixels
+from icnn_zoo.ops.torch_backend.limits import Limits
 
 
 @dataclass(frozen=True)
@@ -46,29 +42,17 @@ def measure_box(positions: Tensor, geometry: Geometry) -> Box | None:
     """
     if positions.device.type != "cpu" or positions.numel() == 0:
         return None
-    low, high = positions.detach().nan_to_num(0.0).flatten(0, -2).aminmax(dim=0)
+    low, high = (end.nan_to_num(0.0).clamp(-(2.0**30), 2.0**30).flatten(0, -2) for end in reach(positions))
+    lows, highs = low.amin(0).tolist(), high.amax(0).tolist()
     first, size = [], []
     for axis in range(2):
         # Cells below `bottom` or above `top` are outside the input for every output.
         bottom, top = -(geometry.output_size[axis] - 1) * geometry.stride[axis], geometry.input_size[axis] - 1
-        lowest = min(max(_clamped_floor(low[axis]) + geometry.origin[axis], bottom), top)
-        highest = max(min(_clamped_floor(high[axis]) + 1 + geometry.origin[axis], top), lowest)
+        lowest = min(max(int(lows[axis]) + geometry.origin[axis], bottom), top)
+        highest = max(min(int(highs[axis]) + geometry.origin[axis], top), lowest)
         first.append(lowest)
         size.append(highest - lowest + 1)
     return Box(first[0], first[1], size[0], size[1])
-
-
-def _clamped_floor(value: Tensor) -> int:
-    return int(value.clamp(-(2.0**30), 2.0**30).floor())
-
-
-def _cells(position: Tensor, first: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Interpolation weights of each cell [..., T, size] and their derivative by the position."""
-    floor = position.floor()
-    fraction = (position - floor).to(dtype)[..., None]
-    distance = torch.arange(first, first + size, device=position.device) - floor[..., None]
-    lower, upper = (distance == 0).to(dtype), (distance == 1).to(dtype)
-    return lower * (1 - fraction) + upper * fraction, upper - lower
 
 
 def draw_kernels(weight: Tensor, positions: Tensor, box: Box, origin: Sequence[int]) -> Tensor:
@@ -87,8 +71,8 @@ def draw_kernels(weight: Tensor, positions: Tensor, box: Box, origin: Sequence[i
         Kernels [..., box.height, box.width] in the dtype of ``weight``; what lies outside the box is not drawn.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    rows, _ = _cells(positions[..., 0], box.row - origin[0], box.height, dtype)
-    cols, _ = _cells(positions[..., 1], box.col - origin[1], box.width, dtype)
+    rows, _ = weigh_pixels(positions[..., 0], box.row - origin[0], box.height, dtype)
+    cols, _ = weigh_pixels(positions[..., 1], box.col - origin[1], box.width, dtype)
     return ((rows * weight.to(dtype)[..., None]).transpose(-1, -2) @ cols).to(weight.dtype)
 
 
@@ -100,18 +84,23 @@ def drawn_gradients(
     At integer positions the derivative is that of the cell to the right/below.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    rows, rows_step = _cells(positions[..., 0], box.row - origin[0], box.height, dtype)
-    cols, cols_step = _cells(positions[..., 1], box.col - origin[1], box.width, dtype)
+    rows, rows_slope = weigh_pixels(positions[..., 0], box.row - origin[0], box.height, dtype)
+    cols, cols_slope = weigh_pixels(positions[..., 1], box.col - origin[1], box.width, dtype)
     by_rows = cols @ grad_kernels.to(dtype).transpose(-1, -2)  # [..., T, box.height]
     by_cols = rows @ grad_kernels.to(dtype)
     scale = weight.to(dtype)
-    steps = torch.stack([scale * (by_rows * rows_step).sum(-1), scale * (by_cols * cols_step).sum(-1)], dim=-1)
-    unknown = (positions * 0).to(dtype)  # the step of a position that is no number is zero above
-    return (by_rows * rows).sum(-1).to(weight.dtype), (steps + unknown).to(positions.dtype)
+    by_positions = torch.stack([scale * (by_rows * rows_slope).sum(-1), scale * (by_cols * cols_slope).sum(-1)], dim=-1)
+    return (by_rows * rows).sum(-1).to(weight.dtype), by_positions.to(positions.dtype)
 
 
 def forward(
-    input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, box: Box, geometry: Geometry
+    input: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    box: Box,
+    geometry: Geometry,
+    limits: Limits,
 ) -> Tensor:
     """Computes the convolution with dense kernels, of a group of output channels at a time in the full version.
 
@@ -122,13 +111,14 @@ def forward(
         bias: Bias [N] or None.
         box: What :func:`measure_box` returned.
         geometry: Sizes of the call.
+        limits: Sizes to work in.
 
     Returns:
         Output [B, N, Ho, Wo].
     """
     padded = _pad(input, box, geometry)
     parts = []
-    for part in _parts(weight, positions, box, geometry):
+    for part in _parts(weight, positions, box, geometry, limits):
         kernels = draw_kernels(weight[part.outputs], part.positions, box, geometry.origin)
         part_bias = None if bias is None else bias[part.outputs]
         parts.append(F.conv2d(padded[:, part.channels], kernels, part_bias, geometry.stride, groups=part.groups))
@@ -142,6 +132,7 @@ def backward(
     positions: Tensor,
     box: Box,
     geometry: Geometry,
+    limits: Limits,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
@@ -149,7 +140,7 @@ def backward(
     grad_padded = torch.zeros_like(padded) if needs[0] else None
     grad_weight = torch.zeros_like(weight) if needs[1] or needs[2] else None
     grad_positions = torch.zeros_like(positions) if needs[1] or needs[2] else None
-    for part in _parts(weight, positions, box, geometry):
+    for part in _parts(weight, positions, box, geometry, limits):
         part_weight = weight[part.outputs]
         kernels = draw_kernels(part_weight, part.positions, box, geometry.origin)
         by_input, by_kernels, _ = torch.ops.aten.convolution_backward(
@@ -194,14 +185,14 @@ class _Part:
     positions: Tensor
 
 
-def _parts(weight: Tensor, positions: Tensor, box: Box, geometry: Geometry) -> Iterator[_Part]:
+def _parts(weight: Tensor, positions: Tensor, box: Box, geometry: Geometry, limits: Limits) -> Iterator[_Part]:
     num_outputs, group_channels = weight.shape[:2]
     per_group = num_outputs // geometry.groups
     if positions.dim() == 3:
         moved = positions.repeat_interleave(per_group, dim=0)[:, None]
         yield _Part(slice(0, num_outputs), slice(0, positions.shape[0]), geometry.groups, moved)
         return
-    chunk = max(1, _KERNEL_ELEMENTS // (group_channels * box.cells))
+    chunk = max(1, limits.kernel_elements // (group_channels * box.cells))
     for group in range(geometry.groups):
         channels = slice(group * group_channels, (group + 1) * group_channels)
         last_of_group = (group + 1) * per_group

@@ -1,5 +1,7 @@
 """Reading planes at fixed sub-pixel shifts: whole rows by one gather, then two blends.
 
+The blends and their adjoint (``Corners``, ``Shift.negated``) are an inner loop of :mod:`icnn_zoo.ops.interpolation`.
+
 Letters used in shapes: T taps, K = channels x taps, P planes, S images, (Hi, Wi) size of a plane, (Ho, Wo) of the
 output, L = length of a plane's slab of images, flattened.
 """
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry
+from icnn_zoo.ops.interpolation import split
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Shift:
 
 def shifts(positions: Tensor, geometry: Geometry, dtype: torch.dtype) -> Shift:
     """Splits positions [..., T, 2] into integer and fractional shifts of the input, flattened to [K]."""
-    floor = positions.floor()
-    fraction = (positions - floor).to(dtype)  # NaN stays NaN here, while the integer part below is made safe
+    cell, fraction = split(positions)
+    fraction = fraction.to(dtype)  # NaN stays NaN here, while the integer part below is made safe
     limits = [
         (size - 1) * stride + extent + 2
         for size, stride, extent in zip(geometry.output_size, geometry.stride, geometry.input_size, strict=True)
@@ -49,7 +52,7 @@ def shifts(positions: Tensor, geometry: Geometry, dtype: torch.dtype) -> Shift:
     origin = torch.tensor(geometry.origin, device=positions.device)
     # Past the limit every read is outside the input wherever the origin is, so clamping does not change the function.
     bound = limit + origin.abs()
-    integer = torch.clamp(floor.nan_to_num(0.0), -bound, bound).long() + origin
+    integer = torch.clamp(cell.nan_to_num(0.0), -bound, bound).long() + origin
     return Shift(
         integer[..., 0].flatten(),
         integer[..., 1].flatten(),

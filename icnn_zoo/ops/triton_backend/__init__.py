@@ -12,8 +12,8 @@ Three forms, chosen from static sizes alone, so that nothing synchronises and CU
 - *direct*, for depthwise layers, tiny groups and the full version: the taps are summed one by one, without columns.
   The full version costs an interpolation for each output channel, input channel and tap.
 
-Choice, block sizes and chunk sizes are fixed numbers, not tuned at run time: a sum has the same order on every run.
-They follow from instruction counts of the compiled kernels and await timings on a GPU.
+Choice, block sizes and chunk sizes are fixed numbers (``Limits``), not tuned at run time: a sum has the same order on
+every run.
 
 Positions, fractions and interpolation are float32; a column is rounded once to the dtype of the input; products sum in
 float32. What lies outside the input is never read, wherever the positions are.
@@ -22,113 +22,129 @@ float32. What lies outside the input is never read, wherever the positions are.
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
+from icnn_zoo.ops.triton_backend.limits import Limits
+
+if TYPE_CHECKING:
+    from icnn_zoo.ops.triton_backend.call import Call
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 # The oldest GPUs with bfloat16.
 _CAPABILITY = (8, 0)
 
-# Most input channels times output channels of a group, and most outputs of a group, that are computed directly.
-_DIRECT_PRODUCT, _DIRECT_OUTPUTS = 32, 2
 
-
-def unavailable(device: torch.device) -> str | None:
-    """Why this backend cannot run on a device, in words that follow "cannot run: ", or None."""
-    if device.type != "cuda":
-        return f"it needs a CUDA device; the input is on {device}"
-    if importlib.util.find_spec("triton") is None:
-        return "it needs the package triton (pip install triton)"
-    if torch.version.hip is not None:
-        return "it was made for NVIDIA's GPUs; this PyTorch is for AMD's"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _CAPABILITY:
-        needed, given = (".".join(map(str, version)) for version in (_CAPABILITY, capability))
-        return f"it needs compute capability {needed} or newer; this is {given}"
-    return None
-
-
-def supports(dtype: torch.dtype) -> bool:
-    """Whether this backend computes in a dtype."""
-    return dtype in (torch.float32, torch.float16, torch.bfloat16)
-
-
-def forward(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Computes the irregular convolution of checked arguments.
+class TritonBackend:
+    """The backend "triton".
 
     Args:
-        input: Images [B, C, H, W] of any strides, in a dtype that :func:`supports` names.
-        weight: Weights [N, C / G, T].
-        positions: Absolute positions in pixels [C, T, 2], or [N, C / G, T, 2] for the full version.
-        bias: Bias [N] or None.
-        geometry: Sizes of the call.
-
-    Returns:
-        Output [B, N, Ho, Wo] in the memory format of ``input``.
+        limits: Sizes to work in.
     """
-    shape = (input.shape[0], weight.shape[0], *geometry.output_size)
-    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
-    if output.numel() == 0:
-        return output
-    from icnn_zoo.ops.triton_backend import columns, direct
-    from icnn_zoo.ops.triton_backend.call import Call
 
-    call = Call(input, weight.contiguous(), positions.contiguous(), geometry)
-    bias = None if bias is None else bias.contiguous()
-    with torch.cuda.device_of(input):
-        if _is_direct(weight, positions, geometry):
-            direct.forward(call, bias, output)
-        elif columns.fits_fused(weight, geometry):
-            columns.fused_forward(call, bias, output)
-        else:
-            columns.forward(call, bias, output)
-    return output
+    def __init__(self, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
 
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on a device, in words that follow "cannot run: ", or None."""
+        if device.type != "cuda":
+            return f"it needs a CUDA device; the input is on {device}"
+        if importlib.util.find_spec("triton") is None:
+            return "it needs the package triton (pip install triton)"
+        if torch.version.hip is not None:
+            return "it was made for NVIDIA's GPUs; this PyTorch is for AMD's"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _CAPABILITY:
+            needed, given = (".".join(map(str, version)) for version in (_CAPABILITY, capability))
+            return f"it needs compute capability {needed} or newer; this is {given}"
+        return None
 
-def backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    positions: Tensor,
-    geometry: Geometry,
-    needs: tuple[bool, bool, bool],
-) -> Gradients:
-    """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
-    from icnn_zoo.ops.triton_backend import columns, direct
-    from icnn_zoo.ops.triton_backend.call import Call, GradientSums, empty_like
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Whether this backend computes in a dtype."""
+        return dtype in (torch.float32, torch.float16, torch.bfloat16)
 
-    call = Call(input, weight.contiguous(), positions.contiguous(), geometry)
-    grads = GradientSums(
-        empty_like(input, memory_format(input)) if needs[0] else None,
-        weight.new_zeros(weight.shape, dtype=torch.float32) if needs[1] else None,
-        positions.new_zeros(positions.shape, dtype=torch.float32) if needs[2] else None,
-    )
-    if grad_output.numel() == 0:
-        if grads.input is not None:
-            grads.input.zero_()
-    else:
+    def forward(
+        self, input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry
+    ) -> Tensor:
+        """Computes the irregular convolution of checked arguments.
+
+        Args:
+            input: Images [B, C, H, W] of any strides, in a dtype that :func:`supports` names.
+            weight: Weights [N, C / G, T].
+            positions: Absolute positions in pixels [C, T, 2], or [N, C / G, T, 2] for the full version.
+            bias: Bias [N] or None.
+            geometry: Sizes of the call.
+
+        Returns:
+            Output [B, N, Ho, Wo] in the memory format of ``input``.
+        """
+        shape = (input.shape[0], weight.shape[0], *geometry.output_size)
+        output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+        if output.numel() == 0:
+            return output
+        from icnn_zoo.ops.triton_backend import columns, direct
+
+        call = self.make_call(input, weight, positions, geometry)
+        bias = None if bias is None else bias.contiguous()
         with torch.cuda.device_of(input):
-            if _is_direct(weight, positions, geometry):
-                direct.backward(call, grad_output, grads)
+            if self._is_direct(weight, positions, geometry):
+                direct.forward(call, bias, output)
+            elif columns.fits_fused(weight, geometry, self.limits):
+                columns.fused_forward(call, bias, output)
             else:
-                columns.backward(call, grad_output, grads)
-    return (
-        grads.input,
-        None if grads.weight is None else grads.weight.to(weight.dtype),
-        None if grads.positions is None else grads.positions.to(positions.dtype),
-    )
+                columns.forward(call, bias, output)
+        return output
 
+    def backward(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        geometry: Geometry,
+        needs: tuple[bool, bool, bool],
+    ) -> Gradients:
+        """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
+        from icnn_zoo.ops.triton_backend import columns, direct
+        from icnn_zoo.ops.triton_backend.call import GradientSums, empty_like
 
-def _is_direct(weight: Tensor, positions: Tensor, geometry: Geometry) -> bool:
-    """Whether columns would cost more than they save."""
-    group_outputs, group_channels = weight.shape[0] // geometry.groups, weight.shape[1]
-    return (
-        positions.dim() == 4
-        or group_channels == 1
-        or group_outputs <= _DIRECT_OUTPUTS
-        or group_outputs * group_channels <= _DIRECT_PRODUCT
-    )
+        call = self.make_call(input, weight, positions, geometry)
+        grads = GradientSums(
+            empty_like(input, memory_format(input)) if needs[0] else None,
+            weight.new_zeros(weight.shape, dtype=torch.float32) if needs[1] else None,
+            positions.new_zeros(positions.shape, dtype=torch.float32) if needs[2] else None,
+        )
+        if grad_output.numel() == 0:
+            if grads.input is not None:
+                grads.input.zero_()
+        else:
+            with torch.cuda.device_of(input):
+                if self._is_direct(weight, positions, geometry):
+                    direct.backward(call, grad_output, grads)
+                else:
+                    columns.backward(call, grad_output, grads)
+        return (
+            grads.input,
+            None if grads.weight is None else grads.weight.to(weight.dtype),
+            None if grads.positions is None else grads.positions.to(positions.dtype),
+        )
+
+    def make_call(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry) -> Call:
+        """What forward and backward hand to the kernels."""
+        from icnn_zoo.ops.triton_backend.call import Call
+
+        return Call(input, weight.contiguous(), positions.contiguous(), geometry, self.limits)
+
+    def _is_direct(self, weight: Tensor, positions: Tensor, geometry: Geometry) -> bool:
+        """Whether columns would cost more than they save."""
+        group_outputs, group_channels = weight.shape[0] // geometry.groups, weight.shape[1]
+        return (
+            positions.dim() == 4
+            or group_channels <= self.limits.direct_channels
+            or group_outputs <= self.limits.direct_outputs
+            or group_outputs * group_channels <= self.limits.direct_product
+        )

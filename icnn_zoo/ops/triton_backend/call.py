@@ -11,16 +11,11 @@ from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.triton_backend.columns_kernels import planes_kernel
+from icnn_zoo.ops.triton_backend.limits import Limits
 
 # Zero columns after each row of a plane. A shift of up to that many columns needs no test for the plane's left and
 # right border; a larger one takes a slower branch.
 GAP = 16
-
-# Columns of a chunk of images: well within the 40 to 60 MB of L2 that an A100, H100 or H200 has.
-_CHUNK_BYTES = 32 * 2**20
-
-# The programs that a launch should have at least, where a sum can be split to get there.
-PROGRAMS = 512
 
 MAX_INT = 2**31 - 1
 
@@ -58,8 +53,9 @@ def block_size(elements: int, largest: int) -> int:
 class Call:
     """The arguments of one call and the numbers that kernels need to know of them."""
 
-    def __init__(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry) -> None:
-        self.input, self.weight, self.positions, self.geometry = input, weight, positions, geometry
+    def __init__(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry, limits: Limits) -> None:
+        self.input, self.weight, self.positions = input, weight, positions
+        self.geometry, self.limits = geometry, limits
         self.groups = geometry.groups
         self.num_outputs, self.group_channels, self.taps = weight.shape
         self.group_outputs = self.num_outputs // self.groups
@@ -135,6 +131,8 @@ class Call:
         """
         size = self.input.element_size()
         output_bytes = self.num_outputs * self.out_pixels * size
-        images = max(1, _CHUNK_BYTES // max(column_bytes, self.input.shape[1] * self.plane_size * size, output_bytes))
+        images = max(
+            1, self.limits.chunk_bytes // max(column_bytes, self.input.shape[1] * self.plane_size * size, output_bytes)
+        )
         for first in range(0, self.input.shape[0], images):
             yield slice(first, min(first + images, self.input.shape[0]))

@@ -13,7 +13,6 @@ from icnn_zoo.ops.triton_backend import columns_kernels
 from icnn_zoo.ops.triton_backend.call import (
     GAP,
     MAX_INT,
-    PROGRAMS,
     Call,
     GradientSums,
     block_size,
@@ -21,25 +20,22 @@ from icnn_zoo.ops.triton_backend.call import (
     launch,
     num_blocks,
 )
-
-# Columns of a single image above which its channels are taken in parts.
-_IMAGE_BYTES = 128 * 2**20
+from icnn_zoo.ops.triton_backend.limits import Limits
 
 # Rows of columns start at multiples of this many elements: vector stores, and fast kernels in cuBLAS.
 _COLUMN_ALIGNMENT = 16
 
-# Most outputs of a group for which columns are made in registers.
-FUSED_OUTPUTS = 32
-
-# Pixels and entries (channels times taps) of a tile of columns there: 128 registers a thread, so 16 warps at once.
+# Pixels, entries (channels times taps) and outputs of a tile of columns made in registers: 128 registers a thread, so
+# 16 warps at once.
 _FUSED_TILE = (64, 16)
+_FUSED_OUTPUTS = 32
 
 
-def fits_fused(weight: Tensor, geometry: Geometry) -> bool:
+def fits_fused(weight: Tensor, geometry: Geometry, limits: Limits) -> bool:
     """Whether columns are multiplied as they are made: few outputs, and pixels that 32 bits can number in a tile."""
     largest = MAX_INT // ((_FUSED_TILE[1] + 2) * 4)
     small = (geometry.input_size[0] + 2) * (geometry.input_size[1] + GAP) <= largest
-    return small and weight.shape[0] // geometry.groups <= FUSED_OUTPUTS
+    return small and weight.shape[0] // geometry.groups <= min(limits.fused_outputs, _FUSED_OUTPUTS)
 
 
 @dataclass(frozen=True)
@@ -57,10 +53,10 @@ def _column_chunks(call: Call) -> Iterator[tuple[slice, list[list[_Part]]]]:
     """Walks chunks of images; for each, parts that have groups in common stand in one list, to be summed."""
     channel_bytes = call.taps * call.out_pixels * call.input.element_size()
     image_bytes = channel_bytes * call.groups * call.group_channels
-    if image_bytes <= _IMAGE_BYTES:
+    if image_bytes <= call.limits.image_bytes:
         channels = call.groups * call.group_channels
     else:
-        channels = max(1, _IMAGE_BYTES // channel_bytes)
+        channels = max(1, call.limits.image_bytes // channel_bytes)
     step_groups = max(1, channels // call.group_channels)
     step_channels = min(channels, call.group_channels)
     parts: list[list[_Part]] = []
@@ -236,7 +232,7 @@ def fused_forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
         length = planes.shape[0] * call.out_pixels
         programs = call.groups * num_blocks(length, pixels)
         # Few pixels: several programs share the sum over the entries, at least 16 steps each.
-        splits = max(1, min(PROGRAMS // programs, entries // (16 * step)))
+        splits = max(1, min(call.limits.programs // programs, entries // (16 * step)))
         share = num_blocks(num_blocks(entries, splits), step) * step
         splits = num_blocks(entries, share)
         target = output[images]
@@ -261,7 +257,7 @@ def fused_forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
             **call.fused,
             HAS_BIAS=bias is not None and splits == 1,
             BLOCK_PIXELS=pixels,
-            BLOCK_OUTPUTS=16 if call.group_outputs <= 16 else FUSED_OUTPUTS,
+            BLOCK_OUTPUTS=16 if call.group_outputs <= 16 else _FUSED_OUTPUTS,
             BLOCK_ENTRIES=step,
             num_warps=4,  # eight are known to be miscompiled in loops like this one
             num_stages=1,  # prefetching into shared memory, element by element, spills registers

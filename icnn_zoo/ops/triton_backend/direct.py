@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.ops.triton_backend import direct_kernels
-from icnn_zoo.ops.triton_backend.call import PROGRAMS, Call, GradientSums, block_size, empty_like, launch, num_blocks
+from icnn_zoo.ops.triton_backend.call import Call, GradientSums, block_size, empty_like, launch, num_blocks
 
 
 def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
@@ -88,7 +88,7 @@ def _kernel_gradient(call: Call, grad_output: Tensor, planes: Tensor) -> Tensor:
     block = block_size(length, 256)
     blocks = num_blocks(length, block)
     pairs = call.num_outputs * call.group_channels
-    split_blocks = num_blocks(blocks, min(blocks, num_blocks(16 * PROGRAMS, pairs)))
+    split_blocks = num_blocks(blocks, min(blocks, num_blocks(16 * call.limits.programs, pairs)))
     splits = num_blocks(blocks, split_blocks)
     shape = (splits, call.num_outputs, call.group_channels, call.taps, 3)
     partials = planes.new_empty(shape, dtype=torch.float32)

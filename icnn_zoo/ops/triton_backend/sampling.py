@@ -27,7 +27,7 @@ GROUPING = ["group_outputs", "group_channels", "taps"]
 
 @triton.jit
 def split_position(positions, tap, origin_row, origin_col, bound_row, bound_col):
-    """Splits the position of a tap into integer shifts (origin included) and fractions.
+    """Splits the position of a tap into integer shifts (origin included) and fractions, as ``ops/interpolation.py``.
 
     Past the bounds every read is outside the input, so clamping does not change the function. NaN and infinite
     positions get shift 0 or a bound, which is safe to read at, and the fraction NaN, which is what comes out.

@@ -71,6 +71,8 @@ static tap_t make_tap(const frame_t *frame, const sizes_t *sizes, const double *
 typedef struct {
     sizes_t sizes;
     index_t images, channels, outputs, groups, taps;
+    index_t depth; /* rows of columns that a product takes at once */
+    index_t band;  /* output pixels of a band, about */
     const REAL *input;       /* [images, channels, height, width] */
     const REAL *weight;      /* [outputs, channels / groups, taps] */
     const double *positions; /* [channels, taps, 2] */
@@ -82,11 +84,6 @@ typedef struct {
     double *grad_shift;      /* [channels * taps, 2], or NULL */
     REAL *workspace;         /* what workspace_length says */
 } columns_t;
-
-/* Rows of columns that a product takes at once: a tile's worth of both factors stays in the nearest cache. */
-enum { DEPTH = 192 };
-/* Output pixels of a band, about: with DEPTH rows of columns it stays in the second cache. */
-enum { BAND = 384 };
 
 typedef struct {
     frame_t frame;
@@ -113,8 +110,8 @@ static layout_t make_layout(const columns_t *task, int backward) {
     layout.out_area = sizes->out_height * sizes->out_width;
     layout.group_channels = task->channels / task->groups;
     layout.group_outputs = task->outputs / task->groups;
-    layout.step = smallest(largest(DEPTH / task->taps, 1), layout.group_channels);
-    layout.band_rows = smallest(largest((BAND + sizes->out_width - 1) / sizes->out_width, 1), sizes->out_height);
+    layout.step = smallest(largest(task->depth / task->taps, 1), layout.group_channels);
+    layout.band_rows = smallest(largest((task->band + sizes->out_width - 1) / sizes->out_width, 1), sizes->out_height);
     layout.bands = (sizes->out_height + layout.band_rows - 1) / layout.band_rows;
     /* Bands of one height, so that the last is no leftover. */
     layout.band_rows = (sizes->out_height + layout.bands - 1) / layout.bands;

@@ -1,6 +1,6 @@
 /* What columns.c and stencil.c share: vectors, shifts, planes with zeros around them, and PyTorch's threads.
  *
- * Compiled once per data type with -DREAL=float or -DREAL=double (see native_backend.py); plain C with the vector
+ * Compiled once per data type with -DREAL=float or -DREAL=double (see build.py); plain C with the vector
  * extensions of GCC and Clang. Every plane is written by one thread in a fixed order, so results agree bit for bit
  * whatever the number of threads.
  *
@@ -58,7 +58,8 @@ typedef struct {
     REAL down, right; /* fractions in [0, 1), NaN for a position that is no number */
 } shift_t;
 
-/* Beyond the limit every read is outside the input: clamping there does not change the function. */
+/* The cell and the fraction of a position, as in interpolation.py.
+ * Beyond the limit every read is outside the input: clamping there does not change the function. */
 static inline index_t split(double position, index_t limit, index_t origin, REAL *fraction) {
     double low = __builtin_floor(position);
     *fraction = (REAL)(position - low);

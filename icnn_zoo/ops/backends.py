@@ -1,0 +1,144 @@
+"""The backends: what one is, which there are, and the choice among them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from icnn_zoo.ops.geometry import Geometry
+
+logger = logging.getLogger(__name__)
+
+PACKAGED = {
+    "triton": "icnn_zoo.ops.triton_backend.TritonBackend",
+    "native": "icnn_zoo.ops.native_backend.NativeBackend",
+    "torch": "icnn_zoo.ops.torch_backend.TorchBackend",
+}
+"""The package's own, imported when they are first asked for; "auto" takes the first that can run, at last "torch"."""
+
+
+class Backend(Protocol):
+    """What computes the operator, as :class:`icnn_zoo.ops.torch_backend.TorchBackend` does."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why it cannot run on a device, None if it can."""
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Whether it computes in a dtype."""
+
+    def forward(
+        self, input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry
+    ) -> Tensor:
+        """The output [B, N, Ho, Wo], in the memory format of ``input`` [B, C, H, W].
+
+        ``weight`` is [N, C / G, T], ``positions`` are absolute [C, T, 2], or [N, C / G, T, 2] in the full version.
+        """
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        geometry: Geometry,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients for input, weight and positions, None where not in ``needs``."""
+
+
+_registered: dict[str, Backend] = {}
+
+
+def register_backend(name: str, backend: Backend) -> None:
+    """Adds a backend of your own in this process: ``backend=name`` computes with it, "auto" does not take it.
+
+    Checks, padding, dtypes, autograd of any order, ``torch.func``, ``torch.compile`` and export stay the package's own.
+
+    Args:
+        name: What ``backend`` is called.
+        backend: An object or module with the functions of :class:`Backend`.
+
+    Raises:
+        ValueError: The name is taken.
+        TypeError: A function is missing.
+
+    Example:
+        >>> from icnn_zoo.ops import register_backend, unregister_backend
+        >>> from icnn_zoo.ops.torch_backend import TorchBackend
+        >>> register_backend("mine", TorchBackend())
+        >>> import icnn_zoo, torch
+        >>> layer = icnn_zoo.IrregularConv2d(2, 3, 3)
+        >>> layer.backend = "mine"
+        >>> layer(torch.zeros(1, 2, 5, 5)).shape
+        torch.Size([1, 3, 3, 3])
+        >>> unregister_backend("mine")
+    """
+    if name in (*names(), "auto", "reference"):
+        raise ValueError(f"`name`: there is a backend {name!r} already; known are {', '.join(names())}.")
+    missing = [part for part in ("unavailable", "supports", "forward", "backward") if not hasattr(backend, part)]
+    if missing:
+        raise TypeError(f"`backend` must have {', '.join(missing)}; see icnn_zoo.ops.Backend.")
+    _registered[name] = backend
+
+
+def unregister_backend(name: str) -> None:
+    """Removes a backend that :func:`register_backend` added, so that its name is free again.
+
+    Raises:
+        ValueError: No backend was registered under this name.
+    """
+    if name not in _registered:
+        known = ", ".join(map(repr, _registered)) or "none"
+        raise ValueError(f"`name`: no backend {name!r} was registered; registered are {known}.")
+    del _registered[name]
+
+
+def names() -> tuple[str, ...]:
+    """The names of all backends but "auto" and "reference"."""
+    return (*PACKAGED, *_registered)
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of a name other than "auto" and "reference"."""
+    return _registered[name] if name in _registered else _packaged(name)
+
+
+@functools.cache
+def _packaged(name: str) -> Backend:
+    module, _, kind = PACKAGED[name].rpartition(".")
+    backend: Backend = getattr(importlib.import_module(module), kind)()
+    return backend
+
+
+def why_unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot compute on a device in a dtype, or None if it can."""
+    backend = get_backend(name)
+    reason = backend.unavailable(device)
+    if reason is None and not backend.supports(dtype):
+        reason = f"it does not compute {dtype}"
+    return reason
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that computes; for "auto" that of the first one that can run.
+
+    Raises:
+        RuntimeError: The backend asked for cannot run; the message says why.
+    """
+    if name != "auto":
+        reason = why_unavailable(name, device, dtype)
+        if reason is not None:
+            raise RuntimeError(f'`backend`={name!r} cannot run: {reason}. `backend`="auto" takes one that can.')
+        return name
+    *preferred, last = PACKAGED
+    for candidate in preferred:
+        reason = why_unavailable(candidate, device, dtype)
+        if reason is None:
+            return candidate
+        logger.debug("`backend`=%r cannot run: %s.", candidate, reason)
+    return last

@@ -1,0 +1,108 @@
+"""What `irregular_conv2d` refuses, in words that name the argument, the rule and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LARGEST_SIZE = 2**24
+
+
+def check_tensors(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, groups: int) -> None:
+    """Checks shapes, groups, the dtype of positions and devices against each other.
+
+    Raises:
+        ValueError: A shape, the groups or a device does not fit.
+        TypeError: Positions in another dtype than float32 or float64.
+    """
+    if input.dim() not in (3, 4):
+        raise ValueError(f"`input` must have shape [B, C, H, W] or [C, H, W]; got {list(input.shape)}.")
+    if weight.dim() != 4:
+        raise ValueError(f"`weight` must have shape [N, C / groups, kh, kw]; got {list(weight.shape)}.")
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"`groups` must be an int of at least 1; got {groups!r}.")
+    channels, (num_outputs, group_channels, *kernel) = input.shape[-3], weight.shape
+    if channels != group_channels * groups:
+        raise ValueError(
+            f"`input` must have weight.shape[1] * groups = {group_channels} * {groups} = {group_channels * groups} "
+            f"channels; got {channels} (input {list(input.shape)}, weight {list(weight.shape)})."
+        )
+    if num_outputs % groups:
+        raise ValueError(f"`weight` must have a multiple of groups = {groups} output channels; got {num_outputs}.")
+    if positions.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"`positions` must be float32 or float64 (half precision moves a tap by up to 0.03 px at 8 px); got "
+            f"{positions.dtype}. Keep them in float32: `positions.float()`."
+        )
+    taps = kernel[0] * kernel[1]
+    shared, per_kernel = (channels, taps, 2), (num_outputs, group_channels, taps, 2)
+    if tuple(positions.shape) != (per_kernel if positions.dim() == 4 else shared):
+        raise ValueError(
+            f"`positions` must have shape {[*shared]} (C, kh * kw, 2) or {[*per_kernel]} (N, C / groups, kh * kw, 2) "
+            f"for the full version; got {list(positions.shape)}."
+        )
+    if bias is not None and list(bias.shape) != [num_outputs]:
+        raise ValueError(
+            f"`bias` must have shape [{num_outputs}], one for each output channel; got {list(bias.shape)}."
+        )
+    devices = {tensor.device for tensor in (input, weight, positions, bias) if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(
+            f"`input`, `weight`, `positions` and `bias` must be on one device; got {sorted(map(str, devices))}."
+        )
+
+
+def check_output_size(
+    input: Tensor,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+) -> None:
+    """Checks that the kernel fits the padded input, and that float32 can tell its pixels apart.
+
+    Raises:
+        ValueError: It does not; ``padding`` is (top, bottom, left, right).
+    """
+    for axis, name in enumerate(("height", "width")):
+        size = input.shape[2 + axis] + padding[2 * axis] + padding[2 * axis + 1]
+        if size > _LARGEST_SIZE:
+            raise ValueError(
+                f"`input` must have at most {_LARGEST_SIZE} pixels a side with its padding (float32 positions cannot "
+                f"tell pixels apart beyond); got padded {name} {size}. Split it into tiles."
+            )
+        reach = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        if size < reach:
+            raise ValueError(
+                f"`input` must be at least as large as the kernel: padded {name} {size} is less than the kernel's "
+                f"{reach} (kernel {weight.shape[2 + axis]}, dilation {dilation[axis]}); add padding or a larger input."
+            )
+
+
+def check_finite(positions: Tensor) -> None:
+    """Checks that every position is a number.
+
+    Raises:
+        ValueError: One is not; the message says where.
+    """
+    unknown = (~positions.detach().isfinite()).nonzero()
+    if len(unknown):
+        first = unknown[0].tolist()
+        raise ValueError(
+            f"`positions` must be finite; got {positions[tuple(first)].item()} at {first}, {len(unknown)} of "
+            f"{positions.numel()} are not. A position learning rate that is too high does this."
+        )
+
+
+def check_dtypes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Checks that the tensors share one floating dtype.
+
+    Raises:
+        TypeError: They do not.
+    """
+    supported = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if input.dtype not in supported:
+        raise TypeError(f"`input` must be float16, bfloat16, float32 or float64; got {input.dtype}.")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise TypeError(f"`{name}` must have the dtype of `input`, {input.dtype}; got {tensor.dtype}.")

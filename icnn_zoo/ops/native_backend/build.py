@@ -1,0 +1,183 @@
+"""The C kernel as a loaded library: compiled on the first use, kept in the user's cache, checked before it is loaded.
+
+What is loaded runs, so the folder and the file must belong to the user (or root) and be writable by nobody else, and a
+file ends with the SHA-256 of what precedes it: one that is damaged, truncated or not the user's is compiled anew. Where
+there is no such folder the library lives in a temporary one until it is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from icnn_zoo.io.files import replacing
+
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
+REALS = {torch.float32: "float", torch.float64: "double"}
+_SOURCES = [Path(__file__).with_name("csrc") / name for name in ("plane.h", "columns.c", "stencil.c")]
+_DIGEST_LENGTH = 64
+_STALE_SECONDS = 3600
+
+Libraries = dict[torch.dtype, ctypes.CDLL]
+
+
+@functools.cache
+def load() -> tuple[Libraries, str | None]:
+    """The kernel's libraries by dtype, and why there are none; warns once of what a user can change."""
+    if sys.platform != "linux":
+        return {}, f"it was made for Linux; this is {sys.platform}"
+    try:
+        find_parallel()
+        return _load_anywhere(_find_compiler()), None
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error)
+    warnings.warn(
+        f"`irregular_conv2d` runs on CPUs without its native backend, up to 14 times slower: {reason}.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return {}, reason
+
+
+@functools.cache
+def find_parallel() -> int:
+    """Address of what starts work on the threads of PyTorch's pool.
+
+    Raises:
+        OSError: The library that PyTorch has loaded cannot be found.
+        RuntimeError: It has no such function.
+    """
+    # Where the process has it: packagers move it away from the Python files.
+    mapped = [line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()]
+    path = next((path for path in mapped if Path(path).name.startswith("libtorch_cpu.so")), None)
+    if path is None:
+        raise FileNotFoundError("PyTorch's library libtorch_cpu.so is not loaded")
+    address = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+    if address is None:
+        raise RuntimeError("PyTorch's OpenMP library offers no GOMP_parallel")
+    return ctypes.cast(address, ctypes.c_void_p).value or 0
+
+
+def _find_compiler() -> list[str]:
+    """The compiler's command, which may have options and a launcher such as ccache.
+
+    Raises:
+        ValueError: $CC cannot be read.
+        RuntimeError: There is none.
+    """
+    try:
+        command = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise ValueError(f"$CC, {os.environ['CC']!r}, is not a command line: {error}") from None
+    command = command or next(([name] for name in ("cc", "gcc", "clang") if shutil.which(name)), [])
+    if not command:
+        raise RuntimeError("it needs a C compiler on the first use (cc, gcc or clang on the PATH, or $CC)")
+    return command
+
+
+def _run(compiler: list[str], *options: str) -> str:
+    """What a compiler prints.
+
+    Raises:
+        RuntimeError: It cannot be run or fails; the message has its first line that says so.
+    """
+    try:
+        done = subprocess.run([*compiler, *options], capture_output=True, text=True, check=True, timeout=600)
+    except (OSError, subprocess.SubprocessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or ["no message"]
+        line = next((line for line in lines if "error" in line), lines[0])
+        raise RuntimeError(f"compiling it with {shlex.join(compiler)!r} failed: {line}") from error
+    return done.stdout
+
+
+def _load_anywhere(compiler: list[str]) -> Libraries:
+    """Loads the libraries of the user's cache, or of a temporary folder."""
+    parts = [*(source.read_text() for source in _SOURCES), *FLAGS, *compiler, _run(compiler, "--version"), _processor()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    try:
+        return _load_from(_private_folder(), key, compiler)
+    except OSError as error:
+        warnings.warn(
+            f"`irregular_conv2d` compiles its C kernel in a temporary folder, for this process only: {error}. Set "
+            "XDG_CACHE_HOME to a folder of your own to keep it.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    with tempfile.TemporaryDirectory(prefix="icnn_zoo-") as folder:
+        return _load_from(Path(folder), key, compiler)
+
+
+def _private_folder() -> Path:
+    """The folder of compiled kernels, which nobody else can write to.
+
+    Raises:
+        OSError: It cannot be made, or others own it or may write to it.
+    """
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "icnn_zoo" / "native"
+    except RuntimeError as error:
+        raise FileNotFoundError(str(error)) from None  # there is no home folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not _is_private(folder.stat()):
+        raise PermissionError(f"{str(folder)!r} belongs to another user or others may write to it")
+    return folder
+
+
+def _is_private(status: os.stat_result) -> bool:
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+
+
+def _load_from(folder: Path, key: str, compiler: list[str]) -> Libraries:
+    libraries = {}
+    for dtype, real in REALS.items():
+        target = folder / f"native-{real}-{key}.so"
+        if not _is_intact(target):
+            _compile(compiler, real, target)
+        libraries[dtype] = ctypes.CDLL(str(target))
+        libraries[dtype].workspace_length.restype = ctypes.c_int64
+    return libraries
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether a library is there, the user's own, and whole."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            private, content = _is_private(os.fstat(file.fileno())), file.read()
+    except OSError:
+        return False
+    library, digest = content[:-_DIGEST_LENGTH], content[-_DIGEST_LENGTH:]
+    return private and hashlib.sha256(library).hexdigest().encode() == digest
+
+
+def _compile(compiler: list[str], real: str, target: Path) -> None:
+    """Compiles a library and appends its digest; leftovers of compilations that were killed go."""
+    for leftover in target.parent.glob(".native-*"):
+        if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+            leftover.unlink(missing_ok=True)
+    with replacing(target) as partial:
+        _run(compiler, *FLAGS, f"-DREAL={real}", *map(str, _SOURCES[1:]), "-o", str(partial))
+        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
+        with partial.open("ab") as file:
+            file.write(digest.encode())
+        partial.chmod(0o700)
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a cache may be shared by several machines."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))

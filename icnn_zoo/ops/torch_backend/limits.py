@@ -1,0 +1,25 @@
+"""The sizes that the torch backend works in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes chosen for speed; what is computed depends on them by rounding only. Measured on two CPU cores, float32."""
+
+    block_elements: int = 2**21
+    """Elements of a block of columns: 8 MiB keep the passes over it near the cache and its product large; 1 to 4 Mi
+    measure alike."""
+    slab_area: int = 2048
+    """Output pixels: images smaller than this together make one slab, so that products stay large on small maps."""
+    many_outputs: int = 64
+    """Outputs of a group from which products into [L, N / G] beat those into [N / G, L] (MKL and oneDNN)."""
+    copied_elements: int = 2**21
+    """Elements of the input that the full version copies at once, once for each output channel."""
+    kernel_elements: int = 2**24
+    """Elements of the dense kernels drawn at once in the full version."""
+    cells_per_tap: int = 64
+    """Cells of a dense kernel for each tap above which columns are gathered: a gathered column element costs as much as
+    about this many multiply-adds of a convolution."""

@@ -1,0 +1,28 @@
+"""The sizes that the Triton backend works in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes chosen for speed; what is computed depends on them by rounding only.
+
+    They follow from instruction counts of the compiled kernels and await timings on a GPU.
+    """
+
+    direct_channels: int = 1
+    """Most input channels of a group for which nothing but taps are summed, without columns."""
+    direct_outputs: int = 2
+    """Most outputs of a group, likewise."""
+    direct_product: int = 32
+    """Most input channels times outputs of a group, likewise."""
+    fused_outputs: int = 32
+    """Most outputs of a group for which columns are made in registers; at most 32."""
+    chunk_bytes: int = 32 * 2**20
+    """Columns of a chunk of images: well within the 40 to 60 MB of L2 that an A100, H100 or H200 has."""
+    image_bytes: int = 128 * 2**20
+    """Columns of a single image above which its channels are taken in parts."""
+    programs: int = 512
+    """The programs that a launch should have at least, where a sum can be split to get there."""

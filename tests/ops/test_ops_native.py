@@ -1,0 +1,245 @@
+"""The native backend's way to its compiled kernel, and what it gives to C."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import icnn_zoo
+from icnn_zoo.ops import backends
+from icnn_zoo.ops.geometry import Geometry
+from icnn_zoo.ops.native_backend import NativeBackend, build
+
+if sys.platform != "linux" or shutil.which("cc") is None:
+    pytest.skip("no Linux, or no C compiler", allow_module_level=True)
+
+CALL = {"input": torch.ones(1, 2, 4, 5), "weight": torch.ones(3, 2, 1, 1), "positions": torch.zeros(2, 1, 2)}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, for a process that has loaded nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(build, "load", build.load.__wrapped__)
+    monkeypatch.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))  # compiles in no time
+    return tmp_path / "cache" / "icnn_zoo" / "native"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that another process has filled: what is loaded here could not be damaged without harm."""
+    home = tmp_path_factory.mktemp("compiled")
+    code = (
+        "from icnn_zoo.ops.native_backend import build; build.FLAGS = ('-O0', *build.FLAGS[1:]);"
+        "assert build.load()[1] is None"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CC"}
+    subprocess.run([sys.executable, "-c", code], env={**environment, "XDG_CACHE_HOME": str(home)}, check=True)
+    return home / "icnn_zoo" / "native"
+
+
+def works() -> bool:
+    libraries, reason = build.load()
+    return reason is None and len(libraries) == 2
+
+
+def test_with_a_compiler_the_native_backend_runs_on_linux() -> None:
+    assert backends.choose_backend("auto", torch.device("cpu"), torch.float32) == "native"
+
+
+def test_the_cache_is_its_owners_alone_and_used_again(cache: Path, compiled: Path) -> None:
+    shutil.copytree(compiled, cache)
+    files = sorted(cache.iterdir())
+    assert [file.suffix for file in files] == [".so", ".so"]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (cache, *files))
+    times = [file.stat().st_mtime_ns for file in files]
+    assert works()
+    assert [file.stat().st_mtime_ns for file in sorted(cache.iterdir())] == times
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, 4096)
+
+
+def change(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def open_to_all(file: Path) -> None:
+    file.chmod(0o777)
+
+
+def link(file: Path) -> None:
+    elsewhere = file.rename(file.with_suffix(".elsewhere"))
+    file.symlink_to(elsewhere)
+
+
+def give_away(file: Path) -> None:
+    os.chown(file, 12345, 12345)
+
+
+def pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file, 0o700)
+
+
+@pytest.mark.parametrize("damage", [empty, truncate, change, open_to_all, link, give_away, pipe])
+def test_a_library_that_is_not_whole_or_not_the_users_is_compiled_anew(cache: Path, compiled: Path, damage) -> None:
+    shutil.copytree(compiled, cache)
+    file = next(cache.iterdir())
+    if damage is give_away and os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    damage(file)
+    assert not build._is_intact(file)
+    assert works()
+    assert build._is_intact(file)
+
+
+def close(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+
+
+def occupy(folder: Path) -> None:
+    folder.parent.parent.mkdir()
+    folder.parent.write_text("a file where a folder should be")
+
+
+@pytest.mark.parametrize("spoil", [close, occupy])
+def test_without_a_cache_of_its_own_it_compiles_in_a_temporary_folder_and_warns_once(
+    cache: Path, spoil, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spoil(cache)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with pytest.warns(RuntimeWarning, match=r"compiles its C kernel in a temporary folder.*Set XDG_CACHE_HOME") as seen:
+        assert works()
+    assert len(seen) == 1
+    assert not list(tmp_path.glob("icnn_zoo-*"))
+
+
+def test_no_home_folder_is_no_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.warns(RuntimeWarning, match="temporary folder, for this process only: Could not determine home"):
+        assert works()
+
+
+@pytest.mark.parametrize("options", ["cc -m64", "{launcher} cc", "'{launcher}' cc -m64 -DUNUSED='a b'"])
+def test_cc_may_hold_options_and_a_launcher(
+    cache: Path, options: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launcher = tmp_path / "launcher"
+    launcher.write_text('#!/bin/sh\nexec "$@"\n')
+    launcher.chmod(0o755)
+    if "m64" in options and os.uname().machine != "x86_64":
+        pytest.skip("-m64 is an option for x86")
+    monkeypatch.setenv("CC", options.format(launcher=launcher))
+    assert works()
+
+
+def script(text: str):
+    def make(folder: Path) -> str:
+        compiler = folder / "broken-cc"
+        compiler.write_text(f"#!/bin/sh\n{text}\n")
+        compiler.chmod(0o755)
+        return str(compiler)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        (script('[ "$1" = --version ] && exit 0\necho "no such processor" >&2\nexit 1'), "broken-cc' failed: no such"),
+        (script("exit 1"), "broken-cc --version' .*|compiling it with .*broken-cc' failed: "),
+        (lambda folder: "/none/cc", "compiling it with '/none/cc' failed: .*No such file"),
+        (lambda folder: "cc '", r"\$CC, \"cc '\", is not a command line"),
+    ],
+    ids=["cannot compile", "cannot run", "is not there", "cannot be read"],
+)
+def test_a_compiler_that_fails_is_told_once_and_leaves_nothing(
+    cache: Path, compiler, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CC", compiler(tmp_path))
+    with pytest.warns(RuntimeWarning, match=f"without its native backend, up to 14 times slower: .*{reason}"):
+        output = icnn_zoo.irregular_conv2d(**CALL)
+    assert torch.equal(output, icnn_zoo.irregular_conv2d(**CALL, backend="torch"))
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match=rf"'native' cannot run: .*{reason}"):
+        icnn_zoo.irregular_conv2d(**CALL, backend="native")
+    assert not list(cache.glob("*")) + list(cache.glob(".*"))
+
+
+def test_without_a_compiler_the_torch_backend_computes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with pytest.warns(RuntimeWarning, match="it needs a C compiler on the first use"):
+        assert backends.choose_backend("auto", torch.device("cpu"), torch.float32) == "torch"
+
+
+def test_torch_installed_elsewhere_is_found_where_it_is_loaded() -> None:
+    code = (
+        "import torch; torch.__file__ = '/opt/elsewhere/torch/__init__.py';"
+        "from icnn_zoo.ops.backends import choose_backend;"
+        "print(choose_backend('auto', torch.device('cpu'), torch.half))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "native"
+
+
+def test_leftovers_of_killed_compilations_go(cache: Path) -> None:
+    cache.mkdir(parents=True, mode=0o700)
+    old, new = cache / ".native-float-0-1.so", cache / ".native-float-0-2.so"
+    for file in (old, new):
+        file.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    assert works()
+    assert not old.exists()
+    assert new.exists()  # somebody may be compiling it
+
+
+ODD_BIASES = {
+    "strided": lambda: torch.arange(6.0).reshape(3, 2)[:, 0],
+    "expanded": lambda: torch.tensor([5.0]).expand(3),
+    "reversed by a batch": lambda: torch.arange(6.0).reshape(2, 3).t().contiguous().t()[1],
+}
+
+
+@pytest.mark.parametrize("name", ODD_BIASES)
+def test_the_strides_of_a_bias_count(name: str) -> None:
+    bias = ODD_BIASES[name]()
+    output = icnn_zoo.irregular_conv2d(torch.zeros(1, 2, 1, 1), *list(CALL.values())[1:], bias, backend="native")
+    assert output.flatten().tolist() == bias.tolist()
+
+
+def test_every_tensor_that_reaches_c_is_checked_there() -> None:
+    """Whatever a backend of the package may do to its arguments first, C gets exactly what it will touch."""
+    geometry = Geometry.of((4, 5), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    input, weight, positions = CALL["input"], CALL["weight"].flatten(2), CALL["positions"]
+    native = NativeBackend()
+    with pytest.raises(ValueError, match=r"`bias` must be 3 contiguous numbers of torch.float32.*got \[2\]"):
+        native.forward(input, weight, positions, torch.zeros(2), geometry)
+    with pytest.raises(ValueError, match=r"`positions` must be 4 contiguous numbers of torch.float64"):
+        native.forward(input, weight, positions[:, :, :1], None, geometry)
+    with pytest.raises(ValueError, match=r"`input` must be 40 contiguous numbers"):
+        native.forward(input[..., :4], weight, positions, None, geometry)
+    with pytest.raises(ValueError, match=r"`grad_output` must be 60 contiguous numbers"):
+        native.backward(torch.ones(1, 3, 4, 4), input, weight, positions, geometry, (True, True, True))
+    with pytest.raises(ValueError, match=r"`weight` must be .* on a CPU .* on meta"):
+        native.forward(input, weight.to("meta"), positions, None, geometry)
+    with pytest.raises(ValueError, match="at least one of everything"):
+        native.forward(input[:, :0], weight[:, :0], positions[:0], None, geometry)
