@@ -17,7 +17,9 @@ WIDTH, HEIGHT, GAP, LINE = 1080, 92, 14, 15
 
 def floors() -> list[list[str]]:
     """Rooms of each floor, the highest first."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
     return [[room.strip() for room in layer.split("|")] for layer in layers]
 
@@ -34,8 +36,9 @@ def draw() -> str:
     rows = floors()
     height = len(rows) * (HEIGHT + GAP) + GAP
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="Helvetica, Arial, sans-serif">',
-        f"<title>Rooms of icnn_zoo: each imports only what lies below it</title>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        'font-family="Helvetica, Arial, sans-serif">',
+        "<title>Rooms of icnn_zoo: each imports only what lies below it</title>",
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
     ]
     for number, rooms in enumerate(rows):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import icnn_zoo
 
+ROOT = Path(__file__).parents[1]
 PACKAGE = Path(icnn_zoo.__file__).parent
 SOURCES = {path.relative_to(PACKAGE): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 
@@ -41,3 +43,10 @@ def test_no_function_has_the_name_of_its_module():
 
 def test_no_file_holds_two_ideas():
     assert {path: lines for path, text in SOURCES.items() if (lines := text.count("\n")) > 400} == {}
+
+
+def test_the_picture_of_the_rooms_shows_the_rules():
+    rooms = runpy.run_path(str(ROOT / "docs" / "rooms.py"))
+    assert rooms["PICTURE"].read_text(encoding="utf-8") == rooms["draw"]()
+    drawn = {room for floor in rooms["floors"]() for room in floor}
+    assert drawn == {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()} | {"optim"}
