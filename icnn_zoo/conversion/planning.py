@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from icnn_zoo.conversion.start import ExampleInput, Order, modules_from, resolve_start
-from icnn_zoo.nn.conv_rules import conv_rules, reason_to_refuse
+from icnn_zoo.nn.conv_rules import find_rules, reason_to_refuse
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
 
 Filter = Callable[[nn.Module, str], bool]
@@ -162,7 +162,7 @@ def _has_taps(module: nn.Module) -> bool:
     ):
         return True
     name = module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
-    return conv_rules(module) is not None or name in ("Conv2d", "CondConv2d")
+    return find_rules(module) is not None or name in ("Conv2d", "CondConv2d")
 
 
 def _reason_to_skip(module: nn.Module) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from icnn_zoo.deployment.rewriting import Deployment, rewrite
 from icnn_zoo.deployment.standard_forms import standard_form
-from icnn_zoo.nn.conv_rules import conv_rules, dynamic_same_padding
+from icnn_zoo.nn.conv_rules import dynamic_same_padding, find_rules
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 from icnn_zoo.nn.modules import replace_modules
 
@@ -146,7 +146,7 @@ def _trace_friendly(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if not isinstance(module, nn.Conv2d) or module.dilation != (1, 1):
             continue
-        rules = conv_rules(module)
+        rules = find_rules(module)
         if rules is not None and rules.padding is dynamic_same_padding:
             # A regular layer is an irregular one with epsilon 0: its dense form is the same convolution.
             layer = IrregularConv2d.from_conv2d(module, epsilon=0.0)

@@ -176,7 +176,7 @@ def register_conv_rules(kind: type[nn.Module]) -> Callable[[_Function], _Functio
     return register
 
 
-def conv_rules(module: nn.Module) -> ConvRules | None:
+def find_rules(module: nn.Module) -> ConvRules | None:
     """The rules of a module, None if its class may compute anything.
 
     A subclass goes by the rules of the nearest class above it that has some, unless it, or a class in between, has a
@@ -212,7 +212,7 @@ def reason_to_refuse(module: nn.Module) -> str | None:
         )
     if prune.is_pruned(module):
         return 'it is pruned; make that permanent first with torch.nn.utils.prune.remove(module, "weight")'
-    rules = conv_rules(module)
+    rules = find_rules(module)
     if rules is None:
         return (
             f"{type(module).__module__}.{type(module).__qualname__} has a forward of its own; known are "

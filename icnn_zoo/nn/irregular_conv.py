@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from icnn_zoo.nn.conv_rules import ConvRules, conv_rules, plain_weight, reason_to_refuse, static_padding
+from icnn_zoo.nn.conv_rules import ConvRules, find_rules, plain_weight, reason_to_refuse, static_padding
 from icnn_zoo.ops.functional import irregular_conv2d
 from icnn_zoo.ops.geometry import pad_with_mode, pair
 
@@ -132,7 +132,7 @@ class IrregularConv2d(nn.Module):
             ValueError: ``epsilon`` is not finite, or ``conv`` is not a plain module now: see
                 :func:`icnn_zoo.convert`.
         """
-        rules, reason = conv_rules(conv), reason_to_refuse(conv)
+        rules, reason = find_rules(conv), reason_to_refuse(conv)
         if rules is None:
             raise TypeError(f"`conv`: {reason}.")
         if reason is not None:

@@ -13,7 +13,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 8, 8, 22
 _MOST_POINTS = 300
 
 
-def curves(metrics: Mapping[str, Series]) -> str:
+def curve_pictures(metrics: Mapping[str, Series]) -> str:
     """The figures of a run: loss, mIoU and displacements, as far as they were logged."""
     layers = {
         name.removeprefix("displacement/mean/").removeprefix("backbone."): series

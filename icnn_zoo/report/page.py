@@ -18,7 +18,7 @@ from icnn_zoo.analysis.statistics import depth_trends, shape_statistics
 from icnn_zoo.io.files import check_target, replacing
 from icnn_zoo.nn.irregular_conv import irregular_layers
 from icnn_zoo.report import sections as parts
-from icnn_zoo.report.curves import curves
+from icnn_zoo.report.curves import curve_pictures
 from icnn_zoo.report.payload import heatmaps_payload, shapes_payload
 from icnn_zoo.report.samples import Sample, find_palette
 from icnn_zoo.training.network_sources import Source
@@ -72,7 +72,7 @@ def write_page(
         parts.predictions_section(task, samples, find_palette(source, task)),
         parts.heatmaps_section(samples, list(tasks)),
         parts.shapes_section(statistics, depth_trends(statistics)) if layers else "",
-        parts.curves_section(curves(metrics)),
+        parts.curves_section(curve_pictures(metrics)),
         parts.iou_section(task.class_names, scores),
         parts.settings_section(dict(task.hparams)),
         f"<footer>Made by icnn-zoo {escape(__version__)}.</footer>",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def scores(confusion: Tensor) -> tuple[Tensor, Tensor]:
+def iou_and_accuracy(confusion: Tensor) -> tuple[Tensor, Tensor]:
     """IoU of every class and pixel accuracy from a confusion matrix [true, predicted].
 
     Returns:
@@ -22,4 +22,4 @@ def background_miou(confusion: Tensor) -> float:
     """The mIoU that predicting class 0 everywhere would have on the same labels."""
     background = torch.zeros_like(confusion)
     background[:, 0] = confusion.sum(dim=1)
-    return float(scores(background)[0].nanmean())
+    return float(iou_and_accuracy(background)[0].nanmean())

@@ -23,7 +23,7 @@ from icnn_zoo.training.callbacks.monitors import DisplacementMonitor
 from icnn_zoo.training.callbacks.resuming import GeneratorStates
 from icnn_zoo.training.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits
 from icnn_zoo.training.provenance import find_provenance
-from icnn_zoo.training.scores import background_miou, scores
+from icnn_zoo.training.scores import background_miou, iou_and_accuracy
 from icnn_zoo.zoo.pretrained import load_pretrained
 
 Batch = dict[str, Any]
@@ -313,7 +313,7 @@ class SegmentationTask(pl.LightningModule):
     def _log_scores(self, split: str) -> None:
         confusion = self.confusion.compute()  # summed over processes
         self.confusion.reset()
-        iou, accuracy = scores(confusion)
+        iou, accuracy = iou_and_accuracy(confusion)
         values = {f"{split}/IoU/{name}": value for name, value in zip(self.class_names, iou, strict=True)}
         values |= {f"{split}/mIoU_background": background_miou(confusion), f"{split}/pixel_accuracy": accuracy}
         # All processes hold the same numbers; sync_dist only keeps Lightning from warning that they might not.

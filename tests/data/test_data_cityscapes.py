@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from icnn_zoo.data import CityscapesDataModule
 from icnn_zoo.training.callbacks import PredictionWriter
-from icnn_zoo.training.scores import scores
+from icnn_zoo.training.scores import iou_and_accuracy
 
 cityscapesscripts = pytest.importorskip("cityscapesscripts")
 from cityscapesscripts.helpers.labels import id2label, trainId2label  # noqa: E402
@@ -118,7 +118,7 @@ def test_the_official_evaluation_of_our_predictions_gives_our_miou(root, tmp_pat
     dataset = cityscapes(root).make_dataset("val")
     for index, labels in enumerate(predicted.values()):
         confusion.update(torch.from_numpy(to_train_id[labels])[None], torch.from_numpy(dataset[index]["mask"])[None])
-    iou, _ = scores(confusion.compute())
+    iou, _ = iou_and_accuracy(confusion.compute())
 
     args = official.args
     args.predictionPath, args.predictionWalk = str(tmp_path / "predictions"), None

@@ -9,7 +9,7 @@ from torch import nn
 
 import icnn_zoo
 from icnn_zoo import ConvRules, IrregularConv2d, convert, irregular_layers, plan, register_conv_rules
-from icnn_zoo.nn.conv_rules import conv_rules
+from icnn_zoo.nn.conv_rules import find_rules
 
 TIMM = (Conv2dSame, Conv2dSameExport, StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 GEOMETRIES = (
@@ -124,9 +124,9 @@ def test_an_unknown_forward_is_refused_by_name_and_can_be_left_out():
 
 
 def test_a_subclass_goes_by_its_parents_rules_unless_it_computes_anew():
-    assert conv_rules(Renamed(3, 3, 3)) == conv_rules(Conv2dSame(3, 3, 3))
-    assert conv_rules(type("Child", (Doubled,), {})(3, 3, 3)) is None
-    assert conv_rules(nn.Linear(2, 2)) is None
+    assert find_rules(Renamed(3, 3, 3)) == find_rules(Conv2dSame(3, 3, 3))
+    assert find_rules(type("Child", (Doubled,), {})(3, 3, 3)) is None
+    assert find_rules(nn.Linear(2, 2)) is None
 
 
 def doubled_weight(layer):

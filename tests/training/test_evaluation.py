@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from icnn_zoo.models import SegmentationModel
 from icnn_zoo.training.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits, window_starts
-from icnn_zoo.training.scores import scores
+from icnn_zoo.training.scores import iou_and_accuracy
 from icnn_zoo.training.task import SegmentationTask
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -189,7 +189,7 @@ def test_miou_equals_a_plain_numpy_implementation_with_ignored_pixels_and_absent
         for index in range(number):
             union = np.sum((truth == index) | (predicted == index))
             iou.append(np.sum((truth == index) & (predicted == index)) / union if union else np.nan)
-        found, accuracy = scores(confusion.compute())
+        found, accuracy = iou_and_accuracy(confusion.compute())
         np.testing.assert_allclose(found.numpy(), iou, rtol=1e-6, err_msg=str(trial))
         assert float(found.nanmean()) == pytest.approx(np.nanmean(iou), rel=1e-6)
         assert float(accuracy) == pytest.approx(np.mean(truth == predicted), rel=1e-6)

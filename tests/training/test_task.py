@@ -17,7 +17,7 @@ from icnn_zoo import irregular_layers
 from icnn_zoo.data import ShapesDataModule
 from icnn_zoo.training.callbacks import LastCheckpoint, PredictionWriter, SamplePictures
 from icnn_zoo.training.run_folder import RunFolder
-from icnn_zoo.training.scores import background_miou, scores
+from icnn_zoo.training.scores import background_miou, iou_and_accuracy
 from icnn_zoo.training.task import SegmentationTask
 
 # Lightning's own warnings on CPU runs, workers and short epochs say nothing about the package.
@@ -203,7 +203,7 @@ def test_the_loss_is_the_mean_over_valid_pixels_at_logit_resolution():
 
 def test_scores_come_from_one_confusion_matrix_over_the_whole_set():
     confusion = torch.tensor([[50, 10, 0], [5, 35, 0], [0, 0, 0]])
-    iou, accuracy = scores(confusion)
+    iou, accuracy = iou_and_accuracy(confusion)
     assert iou[:2].tolist() == pytest.approx([50 / 65, 35 / 50])
     assert math.isnan(iou[2])
     assert float(accuracy) == pytest.approx(0.85)
