@@ -15,7 +15,6 @@ from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.hooks import RemovableHandle
 
 from icnn_zoo.nn.irregular_conv import irregular_layers
-from icnn_zoo.ops.interpolation import smooth_interval
 
 
 def parameter_groups(
@@ -144,54 +143,65 @@ def move_positions(
     *,
     momentum: float = 0.9,
     memory: float = 0.99,
+    threshold: float = 2.0,
     bound_epsilon: float = 1e-3,
 ) -> BoundHandle:
-    """Moves positions by a rule that normalises their gradients layer by layer, within the bound of Eq. 7.
+    """Moves positions by a rule of their own: taps go where their recent gradients agree (Eq. 7 included).
 
-    In place of ``bound_positions``: whatever step the optimizer takes with the weights, and whatever it would do with
-    the positions, each of its steps moves a layer's positions P with gradient g by::
+    In place of :func:`bound_positions`: whatever the optimizer does with the weights, each of its steps moves a layer's
+    positions P with gradient g by::
 
         m = momentum * m + (1 - momentum) * g
-        v = memory * v + (1 - memory) * mean(g ** 2)      one number, the mean over all taps of the layer
-        P = P - rate * m / sqrt(v)                        m and v corrected for their start at 0, as Adam's
+        v = memory * v + (1 - memory) * g ** 2
+        n = v * (1 - momentum) / (1 + momentum)           what m ** 2 is on average if gradients are noise
+        trust = max(0, 1 - threshold * n / m ** 2)        n and m ** 2 summed over row and column: one for each tap
+        P = P - rate * trust * m / (sqrt(v) + sqrt(mean(v)))      the mean is over the layer
+
+    with m, v and n corrected for their start at 0. It differs from Adam twice. Adam's epsilon is the layer's root mean
+    square gradient: the scale of the loss cancels and no tap is faster than the rate, but taps that hardly matter to
+    their layer move little. And a mean that noise explains moves nothing: taps without a direction stay where they
+    are, in the first steps too, when a new head sends gradients of all kinds.
 
     The rate is that of the group which holds the displacement ("positions" of :func:`parameter_groups`), with its
-    schedule, in pixels: the step of a tap whose gradient is steady and as large as the root mean square of its layer.
-    The scale of the loss and of the layer cancels, so that one rate suits networks from scratch and pretrained ones;
-    what stays is which taps have the larger gradients. Adam, which divides by each coordinate's own size, moves taps
-    that hardly matter as far as those that do.
-
-    The state (m, v and the number of steps) is kept in ``optimizer.state`` and hence in its state dict. Correct under
-    gradient accumulation, a GradScaler (fused optimizers included), clipping, closures, and in several processes, as
+    schedule, in pixels; a steady gradient of its layer's usual size moves a tap by half of it a step.
+    m, v and the number of steps are kept in ``optimizer.state`` and hence in its state dict. Correct under gradient
+    accumulation, a GradScaler (fused optimizers included), clipping, closures, and in several processes, as
     :func:`bound_positions` is. Weight decay does not act on positions.
 
     Args:
         optimizer: Any torch optimizer that holds the displacements.
         model: The converted network.
-        momentum: Of the mean of gradients, 0 to 1.
-        memory: Of the mean of squared gradients, 0 to 1.
+        momentum: Of the mean of gradients.
+        memory: Of the mean of squared gradients.
+        threshold: How many times as large as noise makes it the squared mean must be for a tap to move; 0 moves all.
         bound_epsilon: As in :func:`bound_positions`.
 
     Returns:
         A handle whose ``remove()`` leaves the positions to the optimizer again, without a bound.
 
     Raises:
-        ValueError: ``momentum`` or ``memory`` is not in [0, 1), or as :func:`bound_positions`.
+        ValueError: ``momentum`` or ``memory`` is not in [0, 1), ``threshold`` is negative, or as
+            :func:`bound_positions`.
 
     Example:
         >>> import torch, icnn_zoo
         >>> model = icnn_zoo.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), start="0")
-        >>> groups = icnn_zoo.parameter_groups(model, lr=1e-3, position_lr=0.03, head=None)
+        >>> groups = icnn_zoo.parameter_groups(model, lr=1e-3, position_lr=0.1, head=None)
         >>> optimizer = torch.optim.AdamW(groups)
         >>> handle = icnn_zoo.move_positions(optimizer, model)
-        >>> model(torch.randn(2, 3, 9, 9)).square().mean().backward()
-        >>> optimizer.step()
-        >>> bool(model[0].displacement.detach().abs().max() > 0.01)
+        >>> image = torch.randn(2, 3, 9, 9)
+        >>> for _ in range(4):  # the same image: gradients agree
+        ...     optimizer.zero_grad()
+        ...     model(image).square().mean().backward()
+        ...     optimizer.step()
+        >>> bool((model[0].displacement.detach() - model[0].epsilon).abs().max() > 0.05)
         True
     """
     for name, value in {"momentum": momentum, "memory": memory}.items():
         if not 0 <= value < 1:
             raise ValueError(f"`{name}` must be at least 0 and below 1; got {value}.")
+    if not threshold >= 0:
+        raise ValueError(f"`threshold` must not be negative; got {threshold}.")
 
     def step(displacement: Tensor) -> Tensor | float:
         gradient = displacement.grad
@@ -203,12 +213,18 @@ def move_positions(
         )
         state = optimizer.state[displacement]
         steps = state["position_steps"] = state.get("position_steps", 0) + 1
-        mean = state.setdefault("position_mean", torch.zeros_like(displacement))
-        square = state.setdefault("position_square", mean.new_zeros(()))
-        mean.lerp_(gradient, 1 - momentum)
-        square.lerp_(gradient.square().mean(), 1 - memory)
-        scale = (square / (1 - memory**steps)).sqrt().clamp(min=torch.finfo(mean.dtype).tiny)
-        return rate * mean / (1 - momentum**steps) / scale
+        mean = state.setdefault("position_mean", torch.zeros_like(displacement)).lerp_(gradient, 1 - momentum)
+        square = state.setdefault("position_square", torch.zeros_like(displacement))
+        square.lerp_(gradient.square(), 1 - memory)
+        direction, variance = mean / (1 - momentum**steps), square / (1 - memory**steps)
+        of_layer = variance.mean()
+        if of_layer == 0:
+            return 0.0
+        of_mean = (1 - momentum) / (1 + momentum) * (1 + momentum**steps) / (1 - momentum**steps)
+        noise = of_mean * (variance / of_layer).sum(dim=-1, keepdim=True)
+        length = (direction / of_layer.sqrt()).square().sum(dim=-1, keepdim=True)
+        trust = torch.where(length > threshold * noise, 1 - threshold * noise / length, 0.0)
+        return rate * trust * direction / (variance.sqrt() + of_layer.sqrt())
 
     return _after_steps(optimizer, model, bound_epsilon, rule=step)
 
@@ -245,8 +261,7 @@ def _after_steps(
         for layer, (displacement, positions) in zip(layers, last, strict=True):
             if rule is not None:  # only now, as a closure makes the gradients within the step
                 layer.displacement.copy_(displacement - rule(layer.displacement))
-            low, high = smooth_interval(positions)
-            bounded = layer.positions.clamp(low - bound_epsilon, high + bound_epsilon)
+            bounded = layer.positions.clamp(positions.floor() - bound_epsilon, positions.ceil() + bound_epsilon)
             layer.displacement.copy_(
                 torch.where(bounded == layer.positions, layer.displacement, bounded - layer.regular_grid)
             )

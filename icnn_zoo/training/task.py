@@ -11,7 +11,6 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -23,8 +22,7 @@ from icnn_zoo.training.callbacks.monitors import DisplacementMonitor
 from icnn_zoo.training.callbacks.resuming import GeneratorStates
 from icnn_zoo.training.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits
 from icnn_zoo.training.provenance import find_provenance
-from icnn_zoo.training.scores import background_miou, iou_and_accuracy
-from icnn_zoo.zoo.pretrained import load_pretrained
+from icnn_zoo.training.scores import background_miou, scores
 
 Batch = dict[str, Any]
 
@@ -60,9 +58,9 @@ class SegmentationTask(pl.LightningModule):
         optimizer: "sgd" or "adamw".
         lr: Rate of the backbone's weights.
         head_lr_factor: Rate of the head's weights over ``lr``; its biases have twice that. DeepLab's 10 is for SGD.
-        position_lr: Rate of the positions: pixels a step of a steady gradient for the rule "layer" (0.03 to 0.1), for
-            "optimizer" pixels a step with adamw and pixels per unit of gradient with sgd.
-        position_rule: How positions move: "layer" by gradients normalised layer by layer
+        position_lr: Rate of the positions: with the rule "layer" the most that a step moves a tap, in pixels (0.1 when
+            fine-tuning); with "optimizer" about that for adamw, for sgd pixels per unit of gradient.
+        position_rule: How positions move: "layer" where their gradients agree, by what is large for their layer
             (:func:`icnn_zoo.move_positions`), "optimizer" by the optimizer's own rule, as in the paper.
         momentum: Momentum of SGD.
         weight_decay: Decay of weights; never of positions, biases and norm parameters.
@@ -196,7 +194,8 @@ class SegmentationTask(pl.LightningModule):
 
     def load_pretrained(self) -> None:
         """Loads what ``pretrained`` names."""
-        rank_zero_info(str(load_pretrained(self.model, self.pretrained, self.hparams["class_names"])))
+        file = None if self.pretrained is True else str(self.pretrained)
+        self.model.load_pretrained(file, self.hparams["class_names"])
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As any module; weights that were loaded are not replaced by those of ``pretrained``."""
@@ -313,7 +312,7 @@ class SegmentationTask(pl.LightningModule):
     def _log_scores(self, split: str) -> None:
         confusion = self.confusion.compute()  # summed over processes
         self.confusion.reset()
-        iou, accuracy = iou_and_accuracy(confusion)
+        iou, accuracy = scores(confusion)
         values = {f"{split}/IoU/{name}": value for name, value in zip(self.class_names, iou, strict=True)}
         values |= {f"{split}/mIoU_background": background_miou(confusion), f"{split}/pixel_accuracy": accuracy}
         # All processes hold the same numbers; sync_dist only keeps Lightning from warning that they might not.
