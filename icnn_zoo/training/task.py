@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -22,7 +23,8 @@ from icnn_zoo.training.callbacks.monitors import DisplacementMonitor
 from icnn_zoo.training.callbacks.resuming import GeneratorStates
 from icnn_zoo.training.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits
 from icnn_zoo.training.provenance import find_provenance
-from icnn_zoo.training.scores import background_miou, scores
+from icnn_zoo.training.scores import background_miou, iou_and_accuracy
+from icnn_zoo.zoo.pretrained import load_pretrained
 
 Batch = dict[str, Any]
 
@@ -194,8 +196,7 @@ class SegmentationTask(pl.LightningModule):
 
     def load_pretrained(self) -> None:
         """Loads what ``pretrained`` names."""
-        file = None if self.pretrained is True else str(self.pretrained)
-        self.model.load_pretrained(file, self.hparams["class_names"])
+        rank_zero_info(str(load_pretrained(self.model, self.pretrained, self.hparams["class_names"])))
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As any module; weights that were loaded are not replaced by those of ``pretrained``."""
@@ -312,7 +313,7 @@ class SegmentationTask(pl.LightningModule):
     def _log_scores(self, split: str) -> None:
         confusion = self.confusion.compute()  # summed over processes
         self.confusion.reset()
-        iou, accuracy = scores(confusion)
+        iou, accuracy = iou_and_accuracy(confusion)
         values = {f"{split}/IoU/{name}": value for name, value in zip(self.class_names, iou, strict=True)}
         values |= {f"{split}/mIoU_background": background_miou(confusion), f"{split}/pixel_accuracy": accuracy}
         # All processes hold the same numbers; sync_dist only keeps Lightning from warning that they might not.
