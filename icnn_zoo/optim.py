@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import PolynomialLR
 from torch.utils.hooks import RemovableHandle
 
 from icnn_zoo.nn.irregular_conv import irregular_layers
+from icnn_zoo.ops.interpolation import smooth_interval
 
 
 def parameter_groups(
@@ -261,7 +262,8 @@ def _after_steps(
         for layer, (displacement, positions) in zip(layers, last, strict=True):
             if rule is not None:  # only now, as a closure makes the gradients within the step
                 layer.displacement.copy_(displacement - rule(layer.displacement))
-            bounded = layer.positions.clamp(positions.floor() - bound_epsilon, positions.ceil() + bound_epsilon)
+            low, high = smooth_interval(positions)
+            bounded = layer.positions.clamp(low - bound_epsilon, high + bound_epsilon)
             layer.displacement.copy_(
                 torch.where(bounded == layer.positions, layer.displacement, bounded - layer.regular_grid)
             )
