@@ -152,7 +152,9 @@ def plot_heatmaps(
     # A map that is zero almost everywhere has its quantile at zero.
     top = max(float(np.quantile(share, 0.995)) or float(share.max()) for share in shares.values()) or 1.0
     side = 3.3
-    figure = Figure(figsize=(side * (1 + len(shares)) + 0.7, side * height / width + 0.45), layout="constrained")
+    # A panel is at most four times as high as wide: that of a strip of 1 x 3000 pixels would be 250 meters high.
+    size = side * (1 + len(shares)) + 0.7, side * min(height / width, 4) + 0.45
+    figure = Figure(figsize=size, layout="constrained")
     panels = [figure.add_subplot(1, 1 + len(shares), index + 1) for index in range(1 + len(shares))]
     panels[0].imshow(image)
     panels[0].set_title("image", fontsize=9)

@@ -20,7 +20,7 @@ class ReceptiveField:
     """Where the gradient of an output pixel lies, averaged over images.
 
     Attributes:
-        shares: Share of the gradient [2R + 1, 2R + 1] at every offset (row, col) from the output pixel, which is in
+        shares: Share of the gradient [2R + 1, 2C + 1] at every offset (row, col) from the output pixel, which is in
             the middle; sums to 1.
         num_images: Images it was averaged over.
     """
@@ -50,12 +50,12 @@ class ReceptiveField:
 
     def summary(self) -> dict[str, float]:
         """Radii in pixels that hold 50, 90 and 95 % of the gradient, and the root mean square distance."""
-        distance = _distances(len(self.shares) // 2)
+        distance = _distances(self.shares.shape)
         result = {f"radius_{share}": self.radius(share / 100) for share in (50, 90, 95)}
         return result | {"rms": float(np.sqrt((self.shares * distance**2).sum()))}
 
     def _by_distance(self) -> tuple[np.ndarray, np.ndarray]:
-        distance = _distances(len(self.shares) // 2).ravel()
+        distance = _distances(self.shares.shape).ravel()
         order = distance.argsort(kind="stable")
         return distance[order], self.shares.ravel()[order].cumsum()
 
@@ -101,9 +101,10 @@ def effective_receptive_field(
                 f"gradient sums to {values.sum():g}. Take another pixel or class, or a network whose weights are "
                 "finite and not all 0."
             )
-        half = max(row, height - 1 - row, col, width - 1 - col)
-        canvas = np.zeros((2 * half + 1, 2 * half + 1))
-        canvas[half - row : half - row + height, half - col : half - col + width] = values / values.sum()
+        # As far to either side as the image goes, but rows and columns apart: a square of a strip would be huge.
+        rows, cols = max(row, height - 1 - row), max(col, width - 1 - col)
+        canvas = np.zeros((2 * rows + 1, 2 * cols + 1))
+        canvas[rows - row : rows - row + height, cols - col : cols - col + width] = values / values.sum()
         total, number = _add(total, canvas), number + 1
     if not number:
         raise ValueError("`images` must hold at least one image; got none.")
@@ -131,8 +132,8 @@ def plot_receptive_fields(fields: Mapping[str, ReceptiveField]) -> Figure:
     top = max(float(np.quantile(field.shares[field.shares > 0], 0.995)) for field in fields.values())
     for index, (name, field) in enumerate(fields.items()):
         axes = figure.add_subplot(1, number + 1, index + 1)
-        half = len(field.shares) // 2
-        extent = (-half - 0.5, half + 0.5, half + 0.5, -half - 0.5)
+        rows, cols = (side / 2 for side in field.shares.shape)
+        extent = (-cols, cols, rows, -rows)
         axes.set_facecolor("black")
         axes.imshow(np.sqrt(field.shares / top), cmap="inferno", vmin=0, vmax=1, extent=extent)
         for share, style in ((0.5, "-"), (0.9, "--")):
@@ -160,16 +161,20 @@ def plot_receptive_fields(fields: Mapping[str, ReceptiveField]) -> Figure:
 
 
 def _reach(field: ReceptiveField) -> float:
-    return min(1.15 * field.radius(0.98) + 1, len(field.shares) / 2)
+    return min(1.15 * field.radius(0.98) + 1, max(field.shares.shape) / 2)
 
 
-def _distances(half: int) -> np.ndarray:
-    axis = np.arange(-half, half + 1)
-    return np.hypot(axis[:, None], axis)
+def _distances(shape: tuple[int, ...]) -> np.ndarray:
+    """Distances [rows, cols] from the middle of an array of odd sides."""
+    rows, cols = (np.arange(side) - side // 2 for side in shape)
+    return np.hypot(rows[:, None], cols)
 
 
 def _add(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The sum of two squares of odd sides, middle on middle."""
-    small, large = sorted((first, second), key=len)
-    margin = (len(large) - len(small)) // 2
-    return large + np.pad(small, margin)
+    """The sum of two arrays of odd sides, middle on middle."""
+    shape = np.maximum(first.shape, second.shape)
+    total = np.zeros(shape)
+    for part in (first, second):
+        top, left = (shape - part.shape) // 2
+        total[top : top + part.shape[0], left : left + part.shape[1]] += part
+    return total

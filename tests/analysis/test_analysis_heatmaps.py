@@ -134,8 +134,8 @@ def test_the_effective_field_of_a_box_is_the_box():
     field = effective_receptive_field(layer, [torch.rand(3, 21, 31), torch.rand(3, 15, 9)])
     assert field.num_images == 2
     assert field.shares.sum() == pytest.approx(1)
-    middle = len(field.shares) // 2
-    assert np.allclose(field.shares[middle - 2 : middle + 3, middle - 2 : middle + 3], 1 / 25)
+    row, col = (side // 2 for side in field.shares.shape)
+    assert np.allclose(field.shares[row - 2 : row + 3, col - 2 : col + 3], 1 / 25)
     assert field.radius(1.0) == pytest.approx(np.hypot(2, 2))
     assert field.share_within(1.0) == pytest.approx(5 / 25)
     assert field.share_within(0.0) == pytest.approx(1 / 25)
@@ -149,7 +149,7 @@ def test_images_count_the_same_whatever_the_strength_of_their_gradients():
             return (1000 if shift else 1) * F.pad(images, (0, 3))[..., shift : shift + images.shape[-1]]
 
     field = effective_receptive_field(Scaled(), [torch.zeros(3, 11, 11), torch.ones(3, 11, 11)])
-    middle = len(field.shares) // 2
+    middle = field.shares.shape[0] // 2
     assert field.shares[middle, middle] == pytest.approx(0.5)
     assert field.shares[middle, middle + 3] == pytest.approx(0.5)
 
@@ -176,3 +176,19 @@ def test_fields_are_drawn_beside_each_other_with_their_circles():
     radius = max(figure.axes[1].lines[0].get_xdata())
     assert radius == pytest.approx(wide.radius(0.5))
     assert [line.get_label() for line in figure.axes[2].lines] == ["regular", "irregular"]
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1)])
+def test_strips_need_no_more_memory_than_other_images(size):
+    """A square around a strip, or a figure of its shape, would take gigabytes for an image of 3,000 pixels."""
+    layer = nn.Conv2d(3, 1, 3, padding=1, bias=False)
+    nn.init.ones_(layer.weight)
+    pixel = (size[0] // 2, size[1] // 2)
+    values = heatmap(layer, torch.zeros(3, *size), [pixel])[0]
+    figures = [plot_heatmaps(np.zeros((*size, 3), np.uint8), {"a": values}, pixel)]
+    field = effective_receptive_field(layer, [torch.zeros(3, *size), torch.zeros(3, 5, 5)])
+    assert field.shares.sum() == pytest.approx(1)
+    assert field.shares.size <= 5 * 3001
+    figures.append(plot_receptive_fields({"a": field}))
+    for figure in figures:
+        assert np.prod(150 * figure.get_size_inches()) < 20e6
