@@ -13,6 +13,7 @@ from icnn_zoo.data.datamodule import Split
 from icnn_zoo.data.file_datamodule import FileDataModule, Item, Number
 from icnn_zoo.data.label_files import class_table, read_table
 from icnn_zoo.data.transforms import Size
+from icnn_zoo.io.files import user_path
 
 OFFICIAL = {"train": 2975, "val": 500, "test": 1525}
 IGNORE = 255
@@ -63,7 +64,7 @@ class CityscapesDataModule(FileDataModule):
         eval_size: Size | None = None,
         **kwargs: Any,
     ) -> None:
-        self.root = Path(root)
+        self.root = user_path(root)
         super().__init__(
             num_train=num_train,
             num_val=num_val,
@@ -116,7 +117,8 @@ def cityscapes_items(root: Path, split: str, *, labelled: bool = True) -> list[I
         FileNotFoundError: There is no such folder, or nothing in it.
     """
     folders = [folder for folder in (root, root / "cityscapes") if (folder / "leftImg8bit" / split).is_dir()]
-    images = sorted((folders[0] / "leftImg8bit" / split).glob(f"*/*{_IMAGE}")) if folders else []
+    found = sorted((folders[0] / "leftImg8bit" / split).glob(f"*/*{_IMAGE}")) if folders else []
+    images = [path for path in found if not path.name.startswith(".")]  # a Mac's ._ files
     if not images:
         looked = " and ".join(repr(str(folder / "leftImg8bit" / split)) for folder in (root, root / "cityscapes"))
         raise FileNotFoundError(f"no images of {split}: looked for */*{_IMAGE} in {looked}. {cityscapes_advice(root)}")

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from icnn_zoo.data.samplers import EvalSampler, TrainLoader, TrainSampler, start_worker
 from icnn_zoo.data.samples import EvalSamples, Sample, SampleDataset, TrainSamples, check_dataset, collate
 from icnn_zoo.data.transforms import IMAGENET_FILL, Size, TrainTransform, size_pair
-from icnn_zoo.io.label_pictures import color_map, palette_picture
+from icnn_zoo.io.label_pictures import check_classes, color_map, palette_picture
 
 Split = Literal["train", "val", "test", "predict"]
 _STAGES: dict[str, tuple[Split, ...]] = {
@@ -90,6 +90,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
             raise ValueError(
                 f"a dataset must have 2 to {self.ignore_index} classes, background included; got {len(self.classes)}."
             )
+        check_classes("class_names", self.classes)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers

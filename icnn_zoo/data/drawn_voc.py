@@ -23,6 +23,7 @@ from icnn_zoo.data.scenes import (
 )
 from icnn_zoo.data.transforms import Size, size_pair
 from icnn_zoo.data.voc_classes import VOC_CLASSES
+from icnn_zoo.io.files import user_path
 
 FOLDER = "drawn-voc"
 FORMAT = 1
@@ -80,7 +81,7 @@ class DrawnVOCDataModule(SegmentationDataModule):
                 raise ValueError(f"`{name}` must be 0 to {greatest}; got {value}.")
         self.image_size = size_pair("image_size", image_size)
         super().__init__(crop_size=self.image_size if crop_size is None else crop_size, **kwargs)
-        self.folder = Path(root) / FOLDER
+        self.folder = user_path(root) / FOLDER
         self.lengths: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test, "predict": num_val}
         self.objects = objects
         self.object_size = object_size

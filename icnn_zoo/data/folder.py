@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 
 from icnn_zoo.data.datamodule import Split
 from icnn_zoo.data.file_datamodule import FileDataModule, Item
+from icnn_zoo.data.folders import files_below
 from icnn_zoo.data.inspection import SHOWN_PROBLEMS, survey
 from icnn_zoo.data.label_files import class_table, read_labels
 from icnn_zoo.data.transforms import Size
+from icnn_zoo.io.files import read_text, user_path
 
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff")
@@ -24,13 +27,14 @@ _LIKE_ANY = {"train": 0, "val": 0, "test": 0}  # no number is official
 class FolderDataModule(FileDataModule):
     """Images in one folder, masks of the same names in another.
 
-    A split is a subfolder of both (``images/train``, ``masks/train``, with folders below if you like) or, where
-    ``root/train.txt`` exists, a list of names in them, one a line, without ending. A mask is a PNG, BMP or TIFF of
-    class numbers, as palette or grey picture; 255 is ignored. ``fit`` needs train and val; ``test`` takes val where
-    there is no test.
+    A split is a subfolder of both (``images/train``, ``masks/train``, with folders below if you like, links too) or,
+    where ``root/train.txt`` exists, a list of names in them, one a line, without ending. Names that begin with a dot
+    are left out. A mask is a PNG, BMP or TIFF of class numbers, as palette or gray picture; 255 is ignored. Both may
+    lie in one folder: masks are then told by ``mask_suffix``, or as a.png beside a.jpg. ``fit`` needs train and val;
+    ``test`` takes val where there is no test.
 
-    Before anything runs, every image must have a mask and every mask an image, and sizes and values of all masks are
-    checked, some milliseconds a file.
+    Before anything runs, every image that the run needs must have a mask and every mask an image, and sizes and values
+    of all these masks are checked, some milliseconds a file.
 
     Args:
         root: Folder that holds both.
@@ -86,7 +90,7 @@ class FolderDataModule(FileDataModule):
                 f"`mask_values` must be {len(self._classes)} different numbers, 0 to 65535, one for each of "
                 f"class_names; got {list(values)}."
             )
-        self.root = Path(root)
+        self.root = user_path(root)
         self.images = self.root / images
         self.masks = self.root / masks
         self.mask_suffix = mask_suffix
@@ -129,11 +133,7 @@ class FolderDataModule(FileDataModule):
             FileNotFoundError: A folder or list is missing.
             ValueError: What is wrong with which files.
         """
-        splits: list[Split] = ["train", "val", "test"]
-        # What is only predicted needs no masks.
-        unlabelled = self.predict_split if not self._files(self.predict_split)[1] else None
-        there = [split for split in splits if self._exists(split)] or splits[:1]
-        items: dict[str, list[Item]] = {split: self.items(split) for split in there if split != unlabelled}
+        items: dict[str, list[Item]] = {split: self.items(split) for split in self._needed()}
         if not self.check or not items:
             return
         found = survey(items, self.classes, whole_images=False, white_level=self.white_level)
@@ -149,6 +149,18 @@ class FolderDataModule(FileDataModule):
             hint = _two_values_hint([item for split in items.values() for item in split], self.mask_values)
             raise ValueError(f"all masks of {str(self.masks)!r} hold {self.classes[0]} and nothing else.{hint}")
 
+    def _needed(self) -> list[Split]:
+        """The splits whose masks the trainer's stage needs; without a trainer all that are there and have masks."""
+        stage = None if self.trainer is None else self.trainer.state.fn
+        if stage is not None:
+            splits: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
+            return splits.get(stage.value, [])
+        known: list[Split] = ["train", "val", "test"]
+        # What is only predicted needs no masks.
+        free = {"test", self.predict_split}
+        there = [split for split in known if self._exists(split) and (split not in free or self._files(split)[1])]
+        return there or known[:1]
+
     def items(self, split: Split) -> list[Item]:
         name = self.disk_split(split)
         images, masks = self._files(name)
@@ -159,9 +171,10 @@ class FolderDataModule(FileDataModule):
             masks, alone = {}, ([], [])
         for names, kind, other in ((alone[0], "images", "mask"), (alone[1], "masks", "image")):
             if names:
+                predict = "" if masks else f"Without masks, they can be predicted: `predict_split` = {name}. "
                 raise ValueError(
                     f"{len(names)} {kind} of the split {name} have no {other} of the same name, such as "
-                    f"{', '.join(names[:3])}. {self.advice}"
+                    f"{', '.join(names[:3])}. {predict}{self.advice}"
                 )
         meanings = {value: index for index, value in enumerate(self.mask_values)}
         if self.ignore_value is not None:
@@ -176,37 +189,56 @@ class FolderDataModule(FileDataModule):
         """Images and masks of a split by name."""
         file = self.root / f"{name}.txt"
         if not file.is_file():
-            return (
-                _by_name(self.images / name, _IMAGE_ENDINGS),
-                _by_name(self.masks / name, _MASK_ENDINGS, self.mask_suffix),
-            )
-        listed = dict.fromkeys(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-        images = _by_name(self.images, _IMAGE_ENDINGS)
-        masks = _by_name(self.masks, _MASK_ENDINGS, self.mask_suffix)
+            return self._pairs(name)
+        listed = dict.fromkeys(_key(line.strip()) for line in read_text(file).splitlines() if line.strip())
+        images, masks = self._pairs(".")
         unknown = [entry for entry in listed if entry not in images]
         if unknown:
             raise FileNotFoundError(
-                f"{len(unknown)} names in {str(file)!r} are no images in {str(self.images)!r}, such as "
+                f"{len(unknown)} names in {str(file)!r} are not images in {str(self.images)!r}, such as "
                 f"{', '.join(unknown[:3])}: a line is a name without ending."
             )
         return {key: images[key] for key in listed}, {key: masks[key] for key in listed if key in masks}
 
+    def _pairs(self, below: str) -> tuple[dict[str, Path], dict[str, Path]]:
+        """Images and masks by name in a folder below the folders of both."""
+        images = files_below(self.images / below, _IMAGE_ENDINGS)
+        masks = files_below(self.masks / below, _MASK_ENDINGS)
+        if self.images.resolve() == self.masks.resolve():
+            photographs = {path.with_suffix("") for path in images if path.suffix.lower() not in _MASK_ENDINGS}
+            masks = [path for path in masks if self.mask_suffix or path.with_suffix("") in photographs]
+            masks = [path for path in masks if path.stem.endswith(self.mask_suffix)]
+            images = sorted(set(images) - set(masks))
+        hint = f" If one of them is a mask, it belongs below {str(self.masks)!r}."
+        return (
+            _by_name(images, self.images / below, hint=hint),
+            _by_name(masks, self.masks / below, suffix=self.mask_suffix),
+        )
 
-def _by_name(folder: Path, endings: tuple[str, ...], suffix: str = "") -> dict[str, Path]:
-    """Files below a folder by their path in it without suffix and ending, sorted.
+
+def _by_name(paths: Sequence[Path], folder: Path, *, suffix: str = "", hint: str = "") -> dict[str, Path]:
+    """Files below a folder by their path in it without suffix and ending.
 
     Raises:
         ValueError: Two files have one name.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in endings or not path.stem.endswith(suffix):
+    for path in paths:
+        if not path.stem.endswith(suffix):
             continue
-        name = path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix)
+        name = _key(path.relative_to(folder).with_suffix("").as_posix().removesuffix(suffix))
         if name in found:
-            raise ValueError(f"{str(found[name])!r} and {str(path)!r} have one name: keep one of them.")
+            raise ValueError(
+                f"{str(found[name])!r} and {str(path)!r} are both called {name!r}, and a name means one image and its "
+                f"mask: rename one, or move it elsewhere.{hint}"
+            )
         found[name] = path
     return found
+
+
+def _key(name: str) -> str:
+    # A Mac writes letters with accents in two parts, other systems and editors in one.
+    return unicodedata.normalize("NFC", name)
 
 
 def _two_values_hint(items: Sequence[Item], values: Sequence[int], number: int = 20) -> str:

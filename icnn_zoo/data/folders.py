@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from icnn_zoo.io.files import read_text
@@ -42,6 +42,31 @@ def read_list(path: Path, advice: str = "") -> list[tuple[str, str | None]]:
     return list(entries.items())
 
 
+def files_below(folder: Path, endings: Sequence[str]) -> list[Path]:
+    """Files below a folder by their endings, in lower case; also in linked folders, but nothing hidden.
+
+    Hidden are names that begin with a dot: notebooks' ``.ipynb_checkpoints``, the ``._a.png`` of a Mac.
+
+    Returns:
+        Paths below ``folder``, sorted; none where there is no such folder. Links to nothing are among them.
+    """
+    return sorted(path for path in _walk(folder, ()) if path.suffix.lower() in endings) if folder.is_dir() else []
+
+
+def _walk(folder: Path, parents: tuple[str, ...]) -> Iterator[Path]:
+    here = os.path.realpath(folder)
+    if here in parents:  # a link to a folder that it lies in
+        return
+    for name in os.listdir(folder):
+        path = folder / name
+        if name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path, (*parents, here))
+        else:
+            yield path
+
+
 def search_folder(root: Path, candidates: Iterable[str], holding: str) -> Path | None:
     """The first of ``candidates`` below ``root`` that holds a file or folder named ``holding``; None if none does."""
     return next((root / name for name in candidates if (root / name / holding).exists()), None)
@@ -67,10 +92,14 @@ def find_folder(root: Path, candidates: Sequence[str], holding: str, advice: str
 
 
 def files_in(folder: Path, suffix: str) -> dict[str, Path]:
-    """The files of a folder that end in ``suffix``, by their names without it, sorted; empty without the folder."""
-    if not folder.is_dir():
-        return {}
-    return {name.removesuffix(suffix): folder / name for name in sorted(os.listdir(folder)) if name.endswith(suffix)}
+    """The files of a folder that end in ``suffix``, by their names without it, sorted; nothing hidden.
+
+    Empty without the folder.
+    """
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return {
+        name.removesuffix(suffix): folder / name for name in names if name.endswith(suffix) and not name.startswith(".")
+    }
 
 
 def missing_files(paths: Iterable[Path]) -> list[Path]:

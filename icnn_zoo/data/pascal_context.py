@@ -14,7 +14,7 @@ from icnn_zoo.data.file_datamodule import FileDataModule, Item, Number
 from icnn_zoo.data.folders import files_in, find_folder, read_list, search_folder
 from icnn_zoo.data.label_files import class_table, read_labels, read_table
 from icnn_zoo.data.transforms import Size
-from icnn_zoo.io.files import read_text
+from icnn_zoo.io.files import read_text, user_path
 from icnn_zoo.io.label_pictures import color_map, palette_picture
 
 Order = Literal["official", "alphabetical"]
@@ -75,7 +75,7 @@ class PascalContextDataModule(FileDataModule):
     ) -> None:
         if class_order not in ("auto", "official", "alphabetical"):
             raise ValueError(f"`class_order` must be auto, official or alphabetical; got {class_order!r}.")
-        self.root = Path(root)
+        self.root = user_path(root)
         self.labels = labels
         self.class_order = class_order
         self.background = background
@@ -191,7 +191,7 @@ def label_folder(root: Path, labels: str | None = None) -> Path:
 
 def holds_label_maps(folder: Path) -> bool:
     """Whether a folder's label files are LabelMaps (.mat)."""
-    return bool(folder.is_dir() and next(folder.glob("*.mat"), None))
+    return bool(files_in(folder, ".mat"))
 
 
 def label_map_table() -> np.ndarray:

@@ -48,20 +48,25 @@ def check_sample(sample: Sample, num_classes: int, ignore_index: int) -> Sample:
 
 
 def check_dataset(dataset: SampleDataset, num_classes: int, ignore_index: int, number: int = 8) -> None:
-    """Looks at a few samples before training begins: each is checked, and together they must hold a class to learn.
+    """Looks at a few samples before training begins: each is checked, and a class to learn must be found.
+
+    Where the few hold none, further ones are looked at until one does, as a class may be rare.
 
     Raises:
         TypeError: As :func:`check_sample`.
         ValueError: As :func:`check_sample`, or all masks together hold nothing but 0 and ``ignore_index``.
     """
     values: set[int] = set()
-    for index in np.linspace(0, len(dataset) - 1, min(number, len(dataset))).astype(int).tolist():
+    few = np.linspace(0, len(dataset) - 1, min(number, len(dataset))).astype(int).tolist()
+    for place, index in enumerate([*few, *sorted(set(range(len(dataset))) - set(few))]):
+        if place >= len(few) and values != {0, ignore_index}:
+            return
         sample = check_sample(dataset[index], num_classes, ignore_index)
         values.update(np.unique(sample["mask"]).tolist())
     if values == {0, ignore_index}:
         raise ValueError(
-            f"masks such as {sample['name']} hold only 0 and {ignore_index}, which is the ignore_index and no class. "
-            f"Masks that show one class as {ignore_index} must be stored with 1 instead."
+            f"masks such as {sample['name']} hold only 0 and {ignore_index}, which is the ignore_index and not a "
+            f"class. Masks that show one class as {ignore_index} must be stored with 1 instead."
         )
 
 

@@ -15,6 +15,7 @@ from icnn_zoo.data.folders import files_in, find_folder, read_list, search_folde
 from icnn_zoo.data.label_files import class_table
 from icnn_zoo.data.transforms import Size
 from icnn_zoo.data.voc_classes import VOC_CLASSES
+from icnn_zoo.io.files import user_path
 from icnn_zoo.io.label_pictures import color_map, palette_picture
 
 OFFICIAL = {"train": 1464, "train_aug": 10582, "val": 1449, "test": 1456}
@@ -85,7 +86,7 @@ class VOC2012DataModule(FileDataModule):
     ) -> None:
         if train_set not in ("train_aug", "train"):
             raise ValueError(f"`train_set` must be train_aug or train; got {train_set!r}.")
-        self.root = Path(root)
+        self.root = user_path(root)
         self.train_set = train_set
         self.train_list = train_list
         super().__init__(

@@ -34,6 +34,11 @@ def check_target(path: str | Path, suffixes: Sequence[str]) -> Path:
     return path
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path as a person gives it, ``~`` being their home: shells do not expand it in YAML, nor after ``--root=``."""
+    return Path(path).expanduser()
+
+
 def require_file(path: str | Path) -> Path:
     """Checks that there is a file to read.
 

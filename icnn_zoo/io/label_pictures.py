@@ -10,6 +10,31 @@ from PIL import Image, ImageDraw, ImageFont
 NO_CLASS = (224, 224, 224)  # light gray, RGB
 
 
+def check_classes(argument: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Checks names of classes: by them scores are logged, tables made and classes found.
+
+    Args:
+        argument: The caller's argument, for the error.
+        names: By class index.
+
+    Returns:
+        The names.
+
+    Raises:
+        TypeError: One is not a string.
+        ValueError: One comes twice, is empty, or holds a character that cannot be printed.
+    """
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"`{argument}` must be strings; got {name!r} at {index}: put it in quotes.")
+        if not name.strip() or not name.isprintable():
+            raise ValueError(f"`{argument}` must be names that can be printed; got {name!r} at {index}.")
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ValueError(f"`{argument}` must differ, as scores go by them; got more than once: {', '.join(twice)}.")
+    return tuple(names)
+
+
 def color_map(num_classes: int) -> np.ndarray:
     """PASCAL VOC's colors, which go on for any number of classes: the bits of an index, dealt to R, G and B in turn.
 

@@ -1,10 +1,13 @@
 """A person's own images and masks: what is wrong with them is said before training begins."""
 
+import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import miniature
 import numpy as np
 import pytest
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 
 from icnn_zoo.data import FolderDataModule
@@ -67,7 +70,7 @@ def test_lists_of_names_are_splits_too(tmp_path):
     data.prepare_data()
     assert (names_of(data, "train"), names_of(data, "val")) == (["a", "c"], ["b"])
     miniature.write_list(tmp_path / "val.txt", ["b.jpg"])
-    with pytest.raises(FileNotFoundError, match=r"1 names in .*val.txt' are no images .* such as b.jpg: a line is"):
+    with pytest.raises(FileNotFoundError, match=r"1 names in .*val.txt' are not images .* such as b.jpg: a line is"):
         data.prepare_data()
 
 
@@ -122,7 +125,10 @@ def test_images_and_masks_without_the_other_are_named(root):
 
 def test_two_images_of_one_name_are_refused(root):
     miniature.image_of(np.zeros((20, 24), np.uint8)).save(root / "images" / "train" / "a.png")
-    with pytest.raises(ValueError, match=r"a.jpg' and .*a.png' have one name"):
+    with pytest.raises(
+        ValueError,
+        match=r"a.jpg' and .*a.png' are both called 'a'.* If one of them is a mask, it belongs below .*masks",
+    ):
         folder(root).prepare_data()
 
 
@@ -144,8 +150,98 @@ def test_images_of_16_bits_are_refused(root):
         ({"mask_values": [0, 255]}, r"`mask_values` must be 3 different numbers.* got \[0, 255\]"),
         ({"mask_values": [0, 1, 1]}, "`mask_values` must be 3 different numbers"),
         ({"class_names": ["only"]}, "2 to 255 classes"),
+        ({"class_names": ["a", "b", "a"]}, "`class_names` must differ.* more than once: a"),
+        ({"class_names": ["a", " "]}, "`class_names` must be names that can be printed; got ' ' at 1"),
+        ({"class_names": ["a", "\x1b[31m"]}, "`class_names` must be names that can be printed"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         folder(Path("nowhere"), **arguments)
+
+
+def test_hidden_files_are_left_out_and_linked_folders_are_not(root, tmp_path):
+    write(root, "train/.ipynb_checkpoints", "a-checkpoint")
+    for kind in ("images", "masks"):
+        (root / kind / "train" / "._a.png").write_bytes(b"of a Mac")
+        (root / kind / "train" / "more").symlink_to(root / kind / "val")
+        (root / kind / "train" / "loop").symlink_to(root / kind)
+    assert names_of(folder(root), "train") == ["a", "b.1", "deep/c", "loop/val/d", "more/d"]
+
+
+def test_a_class_may_be_rare(tmp_path):
+    """No class in the masks that are looked at first, only background and borders."""
+    for index in range(40):
+        write(tmp_path, "train", f"{index:02}", values=(1, 255) if index == 21 else (255,))
+    write(tmp_path, "val", "a")
+    data = folder(tmp_path)
+    data.prepare_data()
+    data.setup("fit")
+    (tmp_path / "masks/train/21.png").write_bytes((tmp_path / "masks/train/20.png").read_bytes())
+    with pytest.raises(ValueError, match="hold only 0 and 255"):
+        folder(tmp_path).setup("fit")
+
+
+@pytest.mark.parametrize(("stage", "needs_masks"), [("fit", False), ("validate", False), ("test", True)])
+def test_a_stage_checks_what_it_needs(root, stage, needs_masks):
+    write(root, "test", "e")
+    (root / "masks/test/e.png").unlink()
+    data = folder(root)
+    data.prepare_data()
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn(stage)))
+    if needs_masks:
+        with pytest.raises(ValueError, match=r"1 images of the split test .* `predict_split` = test"):
+            data.prepare_data()
+    else:
+        data.prepare_data()
+
+
+def test_names_in_lists_may_have_a_mark_in_front_and_accents_in_two_parts(tmp_path):
+    apart, composed = unicodedata.normalize("NFD", "ä"), "ä"
+    write(tmp_path, "", apart, mask_name=composed)
+    write(tmp_path, "", "b")
+    (tmp_path / "train.txt").write_text(f"{composed}\r\nb\r\n", encoding="utf-8-sig")
+    miniature.write_list(tmp_path / "val.txt", [apart])
+    data = folder(tmp_path)
+    data.prepare_data()
+    assert names_of(data, "train") == [composed, "b"]
+    (tmp_path / "val.txt").write_bytes("ä".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"val.txt' is not text in UTF-8"):
+        data.prepare_data()
+
+
+def test_a_tilde_is_the_home_folder(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root.parent))
+    assert names_of(folder(f"~/{root.name}"), "train") == names_of(folder(root), "train")
+
+
+@pytest.mark.parametrize(("mask_suffix", "ending"), [("", "jpg"), ("_mask", "png")])
+def test_images_and_masks_may_lie_in_one_folder(tmp_path, mask_suffix, ending):
+    for split in ("train", "val"):
+        write(tmp_path, split, "a")
+        (tmp_path / "all" / split).mkdir(parents=True)
+        with Image.open(tmp_path / "images" / split / "a.jpg") as image:
+            image.save(tmp_path / "all" / split / f"a.{ending}")
+        (tmp_path / "masks" / split / "a.png").rename(tmp_path / "all" / split / f"a{mask_suffix}.png")
+    data = folder(tmp_path, images="all", masks="all", mask_suffix=mask_suffix)
+    data.prepare_data()
+    assert names_of(data, "train") == ["a"]
+    assert data.make_dataset("train")[0]["mask"].max() == 2
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_turned_photograph_with_a_mask_that_is_not_turned_is_told(root, orientation):
+    """A quarter turn does not fit the mask's size, which is an error; after half a turn nothing can tell."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = root / "images/train/a.jpg"
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+    if orientation == 6:
+        with pytest.raises(ValueError, match=r"a.jpg' has \(24, 20\) .* The camera was turned .*exiftool"):
+            folder(root).prepare_data()
+        with pytest.raises(ValueError, match="The camera was turned"):
+            folder(root).make_dataset("train")[0]
+    else:
+        with pytest.warns(UserWarning, match=r"Of 1 photographs the camera was turned, such as .*a.jpg'"):
+            folder(root).prepare_data()

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from icnn_zoo.io.files import user_path
+
 
 class Preparation(NamedTuple):
     """A thing to prepare.
@@ -83,4 +85,5 @@ def prepare(name: str, root: Path, **options: bool) -> str:
         if value and option not in preparation.options:
             names = ", ".join(key for key, entry in DATASETS.items() if option in entry.options)
             raise ValueError(f"--{option.replace('_', '-')} does not apply to {name}, only to {names}.")
-    return f"Ready: {preparation.function(root, **{key: options.get(key, False) for key in preparation.options})}"
+    chosen = {key: options.get(key, False) for key in preparation.options}
+    return f"Ready: {preparation.function(user_path(root), **chosen)}"
