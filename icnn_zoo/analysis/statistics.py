@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -199,7 +200,7 @@ def statistics_table(statistics: Sequence[ShapeStatistics]) -> Table:
         heading = {"anisotropy": "aniso-\ntropy", "elongation": "elon-\ngation"}.get(column, column)  # fits 80 columns
         table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     for entry in statistics:
-        table.add_row(entry.short_name, *cells(entry)[: len(known)])
+        table.add_row(Text(entry.short_name), *cells(entry)[: len(known)])
     return table
 
 

@@ -56,9 +56,9 @@ def _shapes(options: argparse.Namespace) -> None:
         data = [entry.to_dict() for entry in statistics]
         print(json.dumps({"layers": data, "trends": depth_trends(statistics)}, indent=2))
     else:
-        from rich.console import Console
+        from icnn_zoo.io.console import print_table
 
-        Console().print(statistics_table(statistics))
+        print_table(statistics_table(statistics))
     if options.to is not None:
         figure = (plot_shapes_3d if options.three_d else plot_shapes)(task.model, options.layers)
         _save(figure, options.to, quiet=options.json)

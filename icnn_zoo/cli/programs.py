@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from icnn_zoo.cli import export, pictures, plan, prepare, reproduce, zoo
 from icnn_zoo.cli.options import Command
+from icnn_zoo.io.console import replace_unprintable
 
 ArgsType = Sequence[str] | None
 
@@ -27,11 +28,13 @@ _USER_ERRORS = (OSError, ValueError, TypeError, KeyError, OverflowError, Runtime
 
 def lightning_main(args: ArgsType = None) -> None:
     """The program ``lightning``: fit, validate, test and predict."""
+    replace_unprintable()
     _run_lightning(args)
 
 
 def zoo_main(args: ArgsType = None) -> None:
     """The program ``icnn-zoo``: the zoo's own commands, else what ``lightning`` does."""
+    replace_unprintable()
     arguments = list(sys.argv[1:] if args is None else args)
     if arguments and arguments[0] in COMMANDS:
         _run_command(arguments)

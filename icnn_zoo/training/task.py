@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from icnn_zoo.conversion.converter import convert
+from icnn_zoo.io.label_pictures import check_classes
 from icnn_zoo.models.segmentation import SegmentationModel, shrink_labels
 from icnn_zoo.optim import bound_positions, move_positions, parameter_groups, poly_policy
 from icnn_zoo.training.callbacks.monitors import DisplacementMonitor
@@ -130,7 +131,7 @@ class SegmentationTask(pl.LightningModule):
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"`class_names` must have num_classes = {num_classes} names; got {len(class_names)}.")
         self.ignore_index = ignore_index
-        self.class_names = tuple(class_names or (str(index) for index in range(num_classes)))
+        self.class_names = check_classes("class_names", class_names or [str(index) for index in range(num_classes)])
         self.start = start
         self.pretrained = pretrained
         self._has_weights = False

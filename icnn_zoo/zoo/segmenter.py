@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from icnn_zoo.io.images import ImageLike, read_image
-from icnn_zoo.io.label_pictures import color_map
+from icnn_zoo.io.label_pictures import check_classes, color_map
 from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.zoo.cards import Card
 
@@ -49,7 +49,7 @@ class Segmenter(SegmentationModel):
         for name, values in (("classes", classes), ("palette", palette)):
             if values is not None and len(values) != num_classes:
                 raise ValueError(f"`{name}` must have num_classes = {num_classes} items; got {len(values)}.")
-        self.classes = tuple(classes or map(str, range(num_classes)))
+        self.classes = check_classes("classes", classes or [str(index) for index in range(num_classes)])
         self.palette = color_map(num_classes) if palette is None else np.array(palette, dtype=np.uint8)
         self.card: Card | None = None
 

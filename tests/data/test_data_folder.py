@@ -127,7 +127,7 @@ def test_two_images_of_one_name_are_refused(root):
     miniature.image_of(np.zeros((20, 24), np.uint8)).save(root / "images" / "train" / "a.png")
     with pytest.raises(
         ValueError,
-        match=r"a.jpg' and .*a.png' are both called 'a'.* If one of them is a mask, it belongs below .*masks",
+        match=r"a.jpg' and .*a.png' are both called 'a'.* belongs below .*masks",
     ):
         folder(root).prepare_data()
 

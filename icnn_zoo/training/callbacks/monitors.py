@@ -7,10 +7,11 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from icnn_zoo.analysis.displacement import InputSizes, displacement_statistics
+from icnn_zoo.io.console import print_table
 
 
 class DisplacementMonitor(Callback):
@@ -66,10 +67,10 @@ class ScoreTable(Callback):
         table.add_column("IoU", justify="right")
         for name in pl_module.class_names:  # type: ignore[union-attr]
             value = float(metrics[f"{split}/IoU/{name}"])
-            table.add_row(name, "absent" if np.isnan(value) else f"{value:.3f}")
+            table.add_row(Text(name), "absent" if np.isnan(value) else f"{value:.3f}")
         table.add_section()
         table.add_row("mIoU", f"{float(metrics[f'{split}/mIoU']):.3f}")
         first = pl_module.class_names[0]  # type: ignore[index]
-        table.add_row(f"mIoU of {first} everywhere", f"{float(metrics[f'{split}/mIoU_background']):.3f}")
+        table.add_row(Text(f"mIoU of {first} everywhere"), f"{float(metrics[f'{split}/mIoU_background']):.3f}")
         table.add_row("pixel accuracy", f"{float(metrics[f'{split}/pixel_accuracy']):.3f}")
-        Console().print(table)
+        print_table(table)
