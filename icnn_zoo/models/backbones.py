@@ -1,4 +1,4 @@
-"""Backbones from timm at output stride 8 or 16, dilated by timm's rule or by Caffe's."""
+"""Backbones from timm at an output stride, dilated by timm's rule or by Caffe's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
-OUTPUT_STRIDES = (8, 16)
+OUTPUT_STRIDES = (2, 4, 8, 16)
 DILATION_RULES = ("caffe", "timm")
 
 

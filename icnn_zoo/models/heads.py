@@ -32,5 +32,5 @@ HEADS: dict[str, HeadBuilder] = {"largefov": largefov}
 
 
 def default_dilation(output_stride: int) -> int:
-    """The paper's 12 at output stride 8, and the same field of view, 6, at 16."""
+    """The paper's 12 at output stride 8, and the same field of view at others: 6 at 16."""
     return 12 * 8 // output_stride

@@ -23,7 +23,7 @@ class SegmentationModel(nn.Module):
     Args:
         backbone: Any timm name that can be dilated ("resnet101", "tf_efficientnet_lite0").
         num_classes: Classes, background included.
-        output_stride: Input pixels per logit: 8 (the paper's) or 16.
+        output_stride: Input pixels per logit: 8 (the paper's), 16, or 2 and 4 where the backbone can.
         head: Name of the head in :data:`icnn_zoo.models.heads.HEADS`.
         head_dilation: Dilation of the head; None for the paper's 12 at output stride 8, and 6 at 16, the same field of
             view. Feature maps smaller than the dilation leave only the head's centre tap alive.
