@@ -48,15 +48,17 @@ def displacement_statistics(
         input_sizes: Size (H, W) of each layer's input, see :class:`InputSizes`; without it dead taps are not counted.
 
     Returns:
-        For each layer name: "mean", "p95" and "max" of the taps' Euclidean displacement in pixels, and "dead", the
-        share of taps (channel by channel) whose 2x2 cell meets the input at no output position. A dead tap has no
-        gradient.
+        For each layer name: "mean", "p95" and "max" of the taps' Euclidean displacement in pixels; "std_row" and
+        "std_col", the standard deviations of all of the layer's positions, 0.82 each for regular 3x3 kernels; and
+        "dead", the share of taps (channel by channel) whose 2x2 cell meets the input at no output position. A dead tap
+        has no gradient.
     """
     statistics = {}
     for name, layer in irregular_layers(model).items():
         distance = layer.displacement.detach().norm(dim=-1).flatten()
-        values = [distance.mean(), _quantile(distance, 0.95), distance.max()]
-        keys = ["mean", "p95", "max"]
+        positions = layer.positions.detach().flatten(0, -2)
+        values = [distance.mean(), _quantile(distance, 0.95), distance.max(), *positions.std(dim=0, correction=0)]
+        keys = ["mean", "p95", "max", "std_row", "std_col"]
         if input_sizes and name in input_sizes:
             values.append(dead_taps(layer, input_sizes[name]).to(distance.dtype).mean())
             keys.append("dead")

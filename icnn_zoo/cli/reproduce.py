@@ -11,12 +11,12 @@ from icnn_zoo.cli.options import Command
 def _reproduce_options(parser: argparse.ArgumentParser) -> None:
     from icnn_zoo.experiments.catalog import EXPERIMENTS
 
-    rows = "; ".join(f"{name}: {', '.join(experiment.starts)}" for name, experiment in EXPERIMENTS.items())
+    rows = "; ".join(f"{name}: {', '.join(experiment.rows)}" for name, experiment in EXPERIMENTS.items())
     parser.description = f"{_reproduce.__doc__} Interrupted runs go on, finished ones are kept."
     parser.epilog = f"What follows -- goes to every run, such as -- --trainer.devices 4. Rows of {rows}."
     parser.add_argument("name", choices=list(EXPERIMENTS), help="which table")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows to run (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="seeds of each row (default: 0)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds of each row (default: the row's own)")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of the runs and tables")
     parser.add_argument("--config", type=Path, help="YAML file (default: the experiment's own)")
 

@@ -4,6 +4,7 @@ from icnn_zoo.data.cityscapes import CityscapesDataModule
 from icnn_zoo.data.datamodule import SegmentationDataModule
 from icnn_zoo.data.drawn_voc import DrawnVOCDataModule
 from icnn_zoo.data.folder import FolderDataModule
+from icnn_zoo.data.lines import LinesDataModule
 from icnn_zoo.data.pascal_context import PascalContextDataModule
 from icnn_zoo.data.shape_scenes import ShapesDataModule
 from icnn_zoo.data.transforms import TrainTransform
@@ -16,6 +17,7 @@ __all__ = [
     "CityscapesDataModule",
     "DrawnVOCDataModule",
     "FolderDataModule",
+    "LinesDataModule",
     "PascalContextDataModule",
     "SegmentationDataModule",
     "ShapesDataModule",

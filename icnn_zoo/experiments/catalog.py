@@ -1,13 +1,38 @@
-"""The experiments that can be repeated: the paper's tables and ours."""
+"""The experiments that can be repeated: the paper's tables, and ours on data without a licence."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ROWS = {"regular": "null", "classifier": "classifier", "layer4": "layer4", "layer3.11": "layer3.11", "layer3": "layer3"}
+CONTROLS = "icnn_zoo.training.callbacks.position_controls"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of a table.
+
+    Attributes:
+        start: What ``model.start`` is.
+        peer: Name of a peer that stands in the place of irregular layers, and the first module with its layers; empty
+            for none. Its program is ``icnn_zoo.experiments.peers``.
+        arguments: What the row says beyond that, such as ``("--model.position_lr", "0")``.
+        baseline: Row over which the gain is taken; None for the table's first.
+        seeds: Seeds that are run unless others are asked for; None for the experiment's.
+    """
+
+    start: str = "null"
+    peer: tuple[str, str] | tuple[()] = ()
+    arguments: tuple[str, ...] = ()
+    baseline: str | None = None
+    seeds: tuple[int, ...] | None = None
+
+    def command(self) -> list[str]:
+        """The row's part of a command line."""
+        peer = ["--model.peer", self.peer[0], "--model.peer_start", self.peer[1]] if self.peer else []
+        return [*peer, "--model.start", self.start, *self.arguments]
 
 
 @dataclass(frozen=True)
@@ -17,48 +42,94 @@ class Experiment:
     Attributes:
         title: Heading of the table.
         config: Name of the file in ``configs/``.
-        rows: What ``model.start`` is, by the name of the row; the first is the regular baseline.
+        rows: The networks by name; the first is the regular baseline.
         splits: Splits to evaluate with the weights of the last step.
+        metric: Which of the metrics of a split the table is of, such as "mIoU".
+        seeds: Seeds of the rows that do not name their own.
         paper_gain: Gain of the irregular network in the paper, in points of mIoU; None where it says nothing.
-        peers: Rows with a peer's layers in the place of irregular ones: what they are and where they start. Their
-            program is ``icnn_zoo.experiments.peers``.
     """
 
     title: str
     config: str
-    rows: Mapping[str, str] = field(default_factory=lambda: ROWS)
+    rows: Mapping[str, Row]
     splits: tuple[str, ...] = ("val",)
+    metric: str = "mIoU"
+    seeds: tuple[int, ...] = (0,)
     paper_gain: float | None = None
-    peers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
-    def starts(self) -> dict[str, str]:
-        """What ``model.start`` is, by the name of the row, peers included."""
-        return {**self.rows, **dict.fromkeys(self.peers, "null")}
+    def regular(self) -> str:
+        """Name of the row that gains are taken over, unless a row names another."""
+        return next(iter(self.rows))
+
+    def seeds_of(self, row: str) -> tuple[int, ...]:
+        """The seeds that a row is run with unless others are asked for."""
+        return self.rows[row].seeds or self.seeds
+
+
+def _starts(*starts: str) -> dict[str, Row]:
+    return {"regular": Row(), **{start: Row(start) for start in starts}}
+
+
+_PAPER = _starts("classifier", "layer4", "layer3.11", "layer3")
+
+
+def _lines() -> dict[str, Row]:
+    first = "layer1"
+    regular, learned = Row(), Row(first)
+    rows = {
+        "regular": regular,
+        **{f"dilation-{step}": _dilated(first, step) for step in (2, 3, 4)},
+        "learned": learned,
+        "walk": Row(first, arguments=("--trainer.callbacks+", f"{CONTROLS}.RandomWalk")),
+        "frozen": Row(
+            first, arguments=("--trainer.callbacks+", f"{CONTROLS}.RandomShapes", "--model.position_lr", "0")
+        ),
+        "oracle-1x9": Row(peer=("row", first)),
+        "dcls": Row(peer=("dcls", first)),
+        "deformable": Row(peer=("deformable", first), seeds=(0, 1, 2)),
+    }
+    # How anisotropic the task is: pages turned by up to so many degrees; by up to 90 no direction is preferred.
+    for degrees in (10, 20, 45, 90):
+        turned = ("--data.init_args.rotation", f"[-{degrees}, {degrees}]")
+        suffix = f"-turned-{degrees}"
+        for name, row in {"regular": regular, "dilation-2": rows["dilation-2"], "learned": learned}.items():
+            rows[name + suffix] = Row(
+                row.start, row.peer, (*row.arguments, *turned), baseline="regular" + suffix, seeds=(0, 1, 2)
+            )
+    return rows
+
+
+def _dilated(start: str, dilation: int) -> Row:
+    return Row(peer=("dilation", start), arguments=("--model.peer_dilation", str(dilation)))
 
 
 EXPERIMENTS = {
-    "table1": Experiment("PASCAL VOC 2012", "voc2012.yaml", paper_gain=2.5),
-    "table2": Experiment("PASCAL-Context", "pascal_context.yaml", paper_gain=1.4),
-    "table3": Experiment("Cityscapes", "cityscapes.yaml", paper_gain=1.9),
+    "table1": Experiment("PASCAL VOC 2012", "voc2012.yaml", _PAPER, paper_gain=2.5),
+    "table2": Experiment("PASCAL-Context", "pascal_context.yaml", _PAPER, paper_gain=1.4),
+    "table3": Experiment("Cityscapes", "cityscapes.yaml", _PAPER, paper_gain=1.9),
     "drawn-voc": Experiment(
         "Drawings of the VOC classes",
         "drawn_voc.yaml",
         {
-            "regular": "null",
-            "classifier": "classifier",
-            "blocks.6": "blocks.6",
-            "blocks.4": "blocks.4",
-            "blocks.2": "blocks.2",
+            **_starts("classifier", "blocks.6", "blocks.4", "blocks.2"),
+            "dilation": Row(peer=("dilation", "blocks.4")),
+            "deformable": Row(peer=("deformable", "blocks.4")),
         },
         ("val", "test"),
-        peers={"dilation": ("dilation", "blocks.4"), "deformable": ("deformable", "blocks.4")},
     ),
     "drawn-voc-dense": Experiment(
         "Drawings of the VOC classes, dense convolutions (ResNet-18 from scratch)",
         "drawn_voc_dense.yaml",
-        {"regular": "null", "classifier": "classifier", "layer4": "layer4", "layer3": "layer3"},
+        _starts("classifier", "layer4", "layer3"),
         ("val", "test"),
+    ),
+    "lines": Experiment(
+        "Lines of glyphs, the positive control",
+        "quickstart.yaml",
+        _lines(),
+        metric="pixel_accuracy",
+        seeds=tuple(range(10)),
     ),
 }
 

@@ -37,7 +37,7 @@ def reproduce(
     name: str,
     *,
     rows: Sequence[str] | None = None,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
     out: Path = Path("runs/reproduce"),
     config: Path | None = None,
     overrides: Sequence[str] = (),
@@ -45,9 +45,9 @@ def reproduce(
     """Runs the rows of a table that have no result yet, and writes the table after each of them.
 
     Args:
-        name: "table1", "table2", "table3", "drawn-voc" or "drawn-voc-dense".
+        name: Name of the experiment, see :data:`icnn_zoo.experiments.catalog.EXPERIMENTS`.
         rows: Names of the rows to run; None for all.
-        seeds: Seeds of each row: of weights, order and augmentation.
+        seeds: Seeds of each row: of weights, order and augmentation. None for the experiment's own.
         out: Folder of the runs and tables.
         config: YAML file; None for the experiment's, which comes with the package.
         overrides: Further arguments for every run, such as ``["--trainer.max_steps", "100"]``.
@@ -61,15 +61,16 @@ def reproduce(
         RuntimeError: A run failed. What it had saved is kept, and the next call goes on from there.
     """
     experiment = EXPERIMENTS[name]
-    chosen = list(experiment.starts) if rows is None else list(rows)
-    unknown = [row for row in chosen if row not in experiment.starts]
+    chosen = list(experiment.rows) if rows is None else list(rows)
+    unknown = [row for row in chosen if row not in experiment.rows]
     if unknown:
-        raise ValueError(f"`rows` must be of {', '.join(experiment.starts)}; got {', '.join(unknown)}.")
-    for what, values in (("rows", chosen), ("seeds", list(seeds))):
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"`{what}` must be one or more, each once; got {values}.")
-    if min(seeds) < 0:
-        raise ValueError(f"`seeds` must not be negative; got {list(seeds)}.")
+        raise ValueError(f"`rows` must be of {', '.join(experiment.rows)}; got {', '.join(unknown)}.")
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise ValueError(f"`rows` must be one or more, each once; got {chosen}.")
+    wanted = {row: list(experiment.seeds_of(row) if seeds is None else seeds) for row in chosen}
+    for values in wanted.values():
+        if not values or len(set(values)) < len(values) or min(values) < 0:
+            raise ValueError(f"`seeds` must be one or more, each once, and not negative; got {values}.")
     if os.environ.get("WORLD_SIZE", "1") != "1" or os.environ.get("SLURM_NTASKS", "1") != "1":
         raise ValueError(
             "reproduce starts every run itself: call it once, without torchrun or srun, and say how many devices each "
@@ -80,7 +81,13 @@ def reproduce(
         raise FileNotFoundError(f"`config`: there is no file {str(config)!r}.")
     folder = out / name
     # Seed by seed: after the first seed the table has all its rows.
-    runs = [_Run(experiment, row, seed, folder, config, tuple(overrides)) for seed in seeds for row in chosen]
+    every = sorted(set().union(*wanted.values()))
+    runs = [
+        _Run(experiment, row, seed, folder, config, tuple(overrides))
+        for seed in every
+        for row in chosen
+        if seed in wanted[row]
+    ]
     _check_folder(folder, runs[0])
     table = write_table(name, out)
     for number, run in enumerate(runs, start=1):
@@ -115,7 +122,8 @@ class _Run:
     def request(self) -> dict[str, Any]:
         return {
             "row": self.row,
-            "start": self.experiment.starts[self.row],
+            "start": self.experiment.rows[self.row].start,
+            "command": self.experiment.rows[self.row].command(),
             "seed": self.seed,
             "config": yaml.safe_load(self.config.read_text(encoding="utf-8")),  # without its comments
             "overrides": list(self.overrides),
@@ -147,15 +155,20 @@ class _Run:
                 raise RuntimeError(
                     f"training ended before its last step; see {str(self.folder)!r}, and run this again."
                 )
+        training = RunFolder.around(checkpoint)
         metrics: dict[str, float | None] = {}
         for split in self.experiment.splits:
-            verb = {"val": "validate", "test": "test"}[split]
-            self._lightning(verb, split, lock, "--ckpt_path", str(checkpoint))
-            metrics |= _last_metrics(RunFolder(self.folder / split).metrics, split)
+            found = _metrics_of_last_step(training, split)
+            if not found:
+                verb = {"val": "validate", "test": "test"}[split]
+                self._lightning(verb, split, lock, "--ckpt_path", str(checkpoint))
+                found = _last_metrics(RunFolder(self.folder / split), f"{split}/")
+            metrics |= found
         record = {
             **self.request,
             "metrics": metrics,
-            "resolved_config": RunFolder.around(checkpoint).config.read_text(encoding="utf-8"),
+            "displacement": _last_metrics(training, "displacement/"),
+            "resolved_config": training.config.read_text(encoding="utf-8"),
             "attempts": len(self._attempts()),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -164,14 +177,11 @@ class _Run:
 
     def _lightning(self, verb: str, attempt: str, lock: int, *arguments: str) -> None:
         # A subprocess: it gives back all memory, its crash is not ours, and Lightning can start further ones of it.
-        start = self.experiment.starts[self.row]
-        peer = self.experiment.peers.get(self.row)
-        program = ["-m", "icnn_zoo.cli" if peer is None else "icnn_zoo.experiments.peers"]
+        row = self.experiment.rows[self.row]
+        program = ["-m", "icnn_zoo.experiments.peers" if row.peer else "icnn_zoo.cli"]
         command = [sys.executable, *program, verb, "--config", str(self.config), *self.overrides]
-        if peer is not None:
-            command += ["--model.peer", peer[0], "--model.peer_start", peer[1]]
         command += ["--seed_everything", str(self.seed), "--data.init_args.seed", str(self.seed)]
-        command += ["--model.start", start, *arguments]
+        command += [*row.command(), *arguments]
         logger = "--trainer.logger.init_args"
         command += [f"{logger}.save_dir", str(self.table_folder), f"{logger}.name", f"{self.row}/seed_{self.seed}"]
         command += [f"{logger}.version", attempt]
@@ -202,20 +212,35 @@ class _Run:
 
 def _check_folder(folder: Path, run: _Run) -> None:
     """Raises ValueError where any run of a table was begun with another config or other overrides."""
-    for file in sorted(folder.glob("*/seed_*/request.json")):
-        before = json.loads(file.read_text(encoding="utf-8"))
-        for key in ("config", "overrides"):
-            if before[key] != run.request[key]:
-                shown = "another file" if key == "config" else f"{before[key]}, now {run.request[key]}"
+    for place in sorted(folder.glob("*/seed_*")):
+        files = [place / "request.json", place / "result.json"]  # a result alone may have come from elsewhere
+        file = next((file for file in files if file.is_file()), None)
+        before = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+        for key in ("config", "overrides") if before else ():
+            now = run.request[key]
+            if before[key] != now:
+                shown = "another file" if key == "config" else f"{before[key]}, now {now}"
                 raise ValueError(
-                    f"{str(file.parent)!r} was begun with another experiment: its {key} is {shown}. One table holds "
+                    f"{str(place)!r} was begun with another experiment: its {key} is {shown}. One table holds "
                     "one experiment: repeat that, or give another `--out`."
                 )
 
 
-def _last_metrics(file: Path, split: str) -> dict[str, float | None]:
-    with file.open(encoding="utf-8") as lines:
-        row = list(csv.DictReader(lines))[-1]
-    numbers = {name: float(value) for name, value in row.items() if name.startswith(f"{split}/") and value}
-    # A class that neither occurs nor is predicted has no IoU, and JSON has no NaN.
-    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
+def _metrics_of_last_step(training: RunFolder, split: str) -> dict[str, float | None]:
+    """What training itself found at its last step, where it validated then; else nothing."""
+    steps = yaml.safe_load(training.config.read_text(encoding="utf-8"))["trainer"]["max_steps"]
+    return _last_metrics(training, f"{split}/", least_step=steps - 1)
+
+
+def _last_metrics(run: RunFolder, prefix: str, least_step: int = 0) -> dict[str, float | None]:
+    """The last row of a run's metrics.csv that has metrics of a name, from some step on; empty for none."""
+    if not run.metrics.is_file():
+        return {}
+    with run.metrics.open(encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    for row in reversed(rows):
+        numbers = {name: float(value) for name, value in row.items() if name.startswith(prefix) and value}
+        if numbers and int(row["step"]) >= least_step:
+            # A class that neither occurs nor is predicted has no IoU, and JSON has no NaN.
+            return {name: None if math.isnan(value) else value for name, value in numbers.items()}
+    return {}
