@@ -96,8 +96,8 @@ def zoo_run(tmp_path_factory) -> Path:
     options += ["--trainer.logger.init_args.save_dir", str(folder), "--trainer.enable_progress_bar", "false"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        lightning_main(["fit", "-c", str(Path(__file__).parents[1] / "configs" / "quickstart.yaml"), *options])
-    return folder / "quickstart" / "version_0"
+        lightning_main(["fit", "-c", str(Path(__file__).parent / "shapes.yaml"), *options])
+    return folder / "shapes" / "version_0"
 
 
 @pytest.fixture(scope="session")

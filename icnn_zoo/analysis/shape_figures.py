@@ -77,7 +77,7 @@ def draw_shapes(
     """What :func:`plot_shapes` does, for shapes at hand; ``reaches`` fixes the panels' limits, see :func:`reach`."""
     figure, panels = _panels(len(all_shapes))
     for index, (axes, shapes) in enumerate(zip(panels, all_shapes, strict=True)):
-        _draw_flat(axes, shapes, reach(shapes) if reaches is None else reaches[index])
+        draw_layer(axes, shapes, reach(shapes) if reaches is None else reaches[index])
     if title:
         figure.suptitle(title, fontsize=11, color=INK)
     return figure
@@ -98,7 +98,8 @@ def _panels(number: int, **kwargs: Any) -> tuple[Figure, list[Any]]:
     return figure, panels
 
 
-def _draw_flat(axes: Axes, shapes: LayerShapes, half: float) -> None:
+def draw_layer(axes: Axes, shapes: LayerShapes, half: float) -> None:
+    """One panel of :func:`plot_shapes`; ``half`` is half its side in pixels, see :func:`reach`."""
     colors = tap_colors(shapes.kernel_size)
     num_shapes, taps = shapes.positions.shape[:2]
     shown = shapes.thinned(max(1, MOST_POINTS // taps))

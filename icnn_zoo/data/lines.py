@@ -6,6 +6,7 @@ pixel needs lies along its line, and what lies across misleads.
 
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,10 +29,10 @@ _FONT = np.random.default_rng(5).random((_MOST_CLASSES + _FILLERS, _SIDE, _SIDE)
 class LinesDataModule(SegmentationDataModule):
     """Lines of glyphs on a page; a line has one of ``num_classes`` classes, which only its key glyphs tell.
 
-    Each class has a key glyph; the other glyphs occur in lines of any class. Neighboring lines are never of one class. The
-    mask holds the class from a line's first glyph to its last; between lines it is ``ignore_index``, so that the pixel
-    accuracy of chance is 1 / ``num_classes``. Sample i of a split is a pure function of (seed, i) in training and of i
-    alone in the other splits: runs with different seeds are evaluated on the same pages. Prediction runs on the
+    Each class has a key glyph; the other glyphs occur in lines of any class. Neighboring lines are never of one class.
+    The mask holds the class from a line's first glyph to its last; between lines it is ``ignore_index``, so that the
+    pixel accuracy of chance is 1 / ``num_classes``. Sample i of a split is a pure function of (seed, i) in training and
+    of i alone in the other splits: runs with different seeds are evaluated on the same pages. Prediction runs on the
     validation pages.
 
     How anisotropic the task is can be chosen: within ``rotation=(0, 0)`` all context is horizontal, within
@@ -96,8 +97,8 @@ class LinesDataModule(SegmentationDataModule):
         self.image_size = size_pair("image_size", image_size)
         if glyph_size < _SIDE or _pitch(glyph_size) > min(self.image_size):
             raise ValueError(
-                f"`glyph_size` must be at least {_SIDE}, and with its blank fit into `image_size`, whose shorter side is "
-                f"{min(self.image_size)}; got {glyph_size}."
+                f"`glyph_size` must be at least {_SIDE}, and with its blank fit into `image_size`, whose shorter side "
+                f"is {min(self.image_size)}; got {glyph_size}."
             )
         self._classes = tuple(f"line {chr(ord('a') + index)}" for index in range(num_classes))
         super().__init__(
@@ -113,6 +114,11 @@ class LinesDataModule(SegmentationDataModule):
     @property
     def classes(self) -> tuple[str, ...]:
         return self._classes
+
+    @property
+    def palette(self) -> np.ndarray:
+        hues = [colorsys.hsv_to_rgb(0.58 + index / self.num_classes, 0.65, 0.85) for index in range(self.num_classes)]
+        return np.rint(255 * np.array(hues)).astype(np.uint8)
 
     def make_dataset(self, split: Split) -> LinesDataset:
         return LinesDataset(self, split)
@@ -151,13 +157,13 @@ class LinesDataset:
     def _page(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Ink, float32 0 to 1, and mask of a page without noise, both of ``image_size``."""
         height, width = self.image_size
-        if self.rotation == (0, 0):
+        if not any(self.rotation):
             return self._upright(rng, height, width)
         # Large enough that the turned page covers the scene.
         side = math.ceil(math.hypot(height, width)) + 1
         ink, mask = self._upright(rng, side, side)
         matrix = cv2.getRotationMatrix2D(((side - 1) / 2, (side - 1) / 2), rng.uniform(*self.rotation), 1)
-        matrix[:, 2] -= (side - width) / 2, (side - height) / 2
+        matrix[:, 2] -= np.array([side - width, side - height]) / 2
         ink = cv2.warpAffine(ink, matrix, (width, height), flags=cv2.INTER_LINEAR)
         mask = cv2.warpAffine(
             mask, matrix, (width, height), flags=cv2.INTER_NEAREST, borderValue=float(self.ignore_index)

@@ -127,10 +127,10 @@ def _check_plain(conv: nn.Conv2d) -> None:
 
 def _dilate(conv: nn.Conv2d, factor: int) -> None:
     # The size of the output stays: half of what the kernel grows by on either side.
+    assert not isinstance(conv.padding, str)  # as replace_layers has checked
     conv.padding = tuple(
         pad + (size - 1) * step * (factor - 1) // 2
         for pad, size, step in zip(conv.padding, conv.kernel_size, conv.dilation, strict=True)
-        if not isinstance(pad, str)
     )
     conv.dilation = tuple(factor * step for step in conv.dilation)
 

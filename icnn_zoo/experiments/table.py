@@ -33,6 +33,7 @@ def write_table(name: str, out: Path) -> Path:
     results = {row: _read(out / name / row) for row in experiment.rows}
     summary: dict[str, Any] = {"title": experiment.title, "paper": {"gain": experiment.paper_gain, "mIoU": None}}
     summary["rows"] = {}
+    summary["config"] = next((record["config"] for of_seeds in results.values() for record in of_seeds.values()), None)
     for row, of_seeds in results.items():
         baseline = experiment.rows[row].baseline or experiment.regular
         cells: dict[str, Any] = {
@@ -46,7 +47,9 @@ def write_table(name: str, out: Path) -> Path:
             key = f"{split}/{experiment.metric}"
             cells[key] = _statistics([100 * of_seeds[seed]["metrics"][key] for seed in sorted(of_seeds)])
             shared = sorted(set(of_seeds) & set(results[baseline])) if row != baseline else []
-            gains = [100 * (of_seeds[seed]["metrics"][key] - results[baseline][seed]["metrics"][key]) for seed in shared]
+            gains = [
+                100 * (of_seeds[seed]["metrics"][key] - results[baseline][seed]["metrics"][key]) for seed in shared
+            ]
             cells[f"{split}/gain"] = _statistics(gains)
         if displacement := _mean_displacement(list(of_seeds.values())):
             cells["displacement"] = displacement

@@ -44,7 +44,7 @@ def _layer(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 @register_model
 def plain5(pretrained: bool = False, *, output_stride: int = _STRIDE, **timm_arguments: Any) -> PlainNetwork:
-    """timm's entry point of :class:`PlainNetwork`.
+    """Timm's entry point of :class:`PlainNetwork`.
 
     Raises:
         ValueError: Pretrained weights, of which there are none.

@@ -47,15 +47,19 @@ class Runs:
             split = {"validate": "val", "test": "test"}[verb]
             seed = int(pairs["--seed_everything"])
             score = 0.5 + 0.01 * seed + (0 if pairs["--model.start"] == "null" else 0.02 + 0.01 * seed)
-            with (folder / "metrics.csv").open("w") as file:
-                writer = csv.DictWriter(file, ["step", f"{split}/mIoU"])
-                writer.writeheader()
-                writer.writerow({"step": 4, f"{split}/mIoU": score})
+            write_metrics(folder, {"step": 4, f"{split}/mIoU": score})
 
         class Done:
             returncode = int(failed)
 
         return Done
+
+
+def write_metrics(folder: Path, *rows: dict[str, float]) -> None:
+    with (folder / "metrics.csv").open("w") as file:
+        writer = csv.DictWriter(file, sorted(set().union(*rows)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @pytest.fixture
@@ -130,7 +134,7 @@ def test_the_table_has_mean_deviation_gain_by_seed_and_what_the_paper_says(runs,
     assert cells["val/gain"]["values"] == pytest.approx([2.0, 3.0, 4.0])
     text = path.read_text()
     assert "| regular | 51.00 ± 1.00 | - | 0, 1, 2 |" in text
-    assert "| layer3.11 | 54.00 ± 2.00 | 3.00 ± 1.00 | 0, 1, 2 |" in text
+    assert "| layer3.11 | 54.00 ± 2.00 | 3.00 [0.52, 5.48] | 0, 1, 2 |" in text
     assert "| layer3 | - | - | not run |" in text
     assert "+2.5 mIoU" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
@@ -169,8 +173,10 @@ def test_every_row_of_an_experiment_is_a_start_of_its_network():
             output_stride=model["output_stride"],
             dilation_rule=model.get("dilation_rule", "timm"),
         )
-        for start in list(experiment.rows.values())[1:]:
-            assert re.search(r"\d+ converted", str(plan(network, start)))
+        for row in list(experiment.rows.values())[1:]:
+            start = row.peer[1] if row.peer else row.start
+            assert start == "null" or re.search(r"\d+ converted", str(plan(network, start)))
+            assert row.baseline is None or row.baseline in experiment.rows
 
 
 @pytest.mark.parametrize(
@@ -242,3 +248,78 @@ def test_peers_run_by_their_own_program_and_stand_in_the_same_table(runs, tmp_pa
         "null",
     )
     assert re.search(r"\| dilation \| 50.00 \| 0.00 \|", table.read_text())
+
+
+def test_what_training_found_at_its_last_step_needs_no_second_run(runs, tmp_path, monkeypatch):
+    stand_in = runs.__call__
+
+    def train_and_validate(command, **options):
+        done = stand_in(command, **options)
+        verb, pairs = runs.calls[-1]
+        if verb == "fit":
+            name = pairs["--trainer.logger.init_args.name"]
+            folder = tmp_path / "lines" / name / pairs["--trainer.logger.init_args.version"]
+            seed = int(pairs["--seed_everything"])
+            early, last = {"step": 1, "val/pixel_accuracy": 0.1}, {"step": 3, "val/pixel_accuracy": 0.9 + 0.01 * seed}
+            write_metrics(folder, early, {"step": 4, "displacement/mean": 0.4}, last)
+        return done
+
+    monkeypatch.setattr(module.subprocess, "run", train_and_validate)
+    table = reproduce("lines", rows=["regular", "learned"], seeds=[0, 1], out=tmp_path)
+    assert [verb for verb, _ in runs.calls] == ["fit"] * 4
+    record = json.loads((tmp_path / "lines" / "learned" / "seed_1" / "result.json").read_text())
+    assert record["metrics"] == {"val/pixel_accuracy": 0.91}
+    assert record["displacement"] == {"displacement/mean": 0.4}
+    assert "| learned | 90.50 ± 0.71 | 0.00 [0.00, 0.00] | 0, 1 |" in table.read_text()
+
+
+def test_rows_have_their_own_seeds_arguments_and_baselines(runs, tmp_path, monkeypatch):
+    from icnn_zoo.experiments.catalog import Experiment, Row
+
+    turned = ("--data.init_args.rotation", "[-9, 9]")
+    rows = {
+        "regular": Row(),
+        "turned": Row(arguments=turned, seeds=(1,)),
+        "learned": Row("layer1", arguments=turned, baseline="turned", seeds=(0, 1)),
+    }
+    monkeypatch.setitem(EXPERIMENTS, "trial", Experiment("A trial", "quickstart.yaml", rows, seeds=(0, 1, 2)))
+    path = reproduce("trial", out=tmp_path)
+    fits = [pairs for verb, pairs in runs.calls if verb == "fit"]
+    assert [pairs["--seed_everything"] for pairs in fits] == ["0", "0", "1", "1", "1", "2"]
+    assert [pairs.get("--data.init_args.rotation") for pairs in fits] == [
+        None,
+        "[-9, 9]",
+        None,
+        "[-9, 9]",
+        "[-9, 9]",
+        None,
+    ]
+    cells = json.loads(path.with_suffix(".json").read_text())["rows"]["learned"]
+    assert cells["baseline"] == "turned"
+    assert cells["val/gain"]["values"] == pytest.approx([3.0])  # seed 1 alone, over the turned row
+
+
+def test_a_gain_has_an_interval_of_students_t_and_a_bootstrap_of_many_seeds(runs, tmp_path):
+    from scipy import stats
+
+    path = reproduce("table1", rows=["regular", "layer4"], seeds=list(range(6)), out=tmp_path)
+    gain = json.loads(path.with_suffix(".json").read_text())["rows"]["layer4"]["val/gain"]
+    values = gain["values"]
+    assert values == pytest.approx([2, 3, 4, 5, 6, 7])
+    interval = stats.t.interval(0.95, 5, loc=statistics.fmean(values), scale=stats.sem(values))
+    assert gain["interval"] == pytest.approx(interval)
+    assert gain["interval"][0] < gain["bootstrap"][0] < gain["mean"] < gain["bootstrap"][1] < gain["interval"][1]
+
+
+def test_results_from_elsewhere_are_gone_on_from_if_their_config_is_the_same(runs, tmp_path):
+    reproduce("table1", rows=["regular"], out=tmp_path / "theirs")
+    place = Path("table1") / "regular" / "seed_0"
+    (tmp_path / "ours" / place).mkdir(parents=True)
+    result = (tmp_path / "theirs" / place / "result.json").read_text()
+    (tmp_path / "ours" / place / "result.json").write_text(result)
+    number = len(runs.calls)
+    reproduce("table1", rows=["regular"], out=tmp_path / "ours")
+    assert len(runs.calls) == number
+    (tmp_path / "ours" / place / "result.json").write_text(result.replace('"lr": 0.001', '"lr": 0.002'))
+    with pytest.raises(ValueError, match="another experiment: its config is another file"):
+        reproduce("table1", rows=["regular"], out=tmp_path / "ours")

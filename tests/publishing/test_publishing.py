@@ -63,7 +63,7 @@ def test_lightning_validate_on_the_published_checkpoint_gives_the_cards_metric(
     zoo_main(["show", NAME, "--config"])
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
     lightning_main(["validate", "-c", "config.yaml", "--trainer.logger.init_args.save_dir", "runs"])
-    rows = (tmp_path / "runs" / "quickstart" / "version_0" / "metrics.csv").read_text().splitlines()
+    rows = (tmp_path / "runs" / "shapes" / "version_0" / "metrics.csv").read_text().splitlines()
     values = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
     assert float(values["val/mIoU"]) == pytest.approx(card.metrics[0].value, abs=1e-6)
 
@@ -76,7 +76,7 @@ def test_one_line_of_a_configuration_starts_a_run_from_the_zoo(zoo_folder, zoo_r
     config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     lightning_main(["fit", "-c", str(tmp_path / "config.yaml"), "--trainer.max_steps", "1"])
-    trained = load_task(tmp_path / "quickstart" / "version_0" / "checkpoints" / "last.ckpt").model
+    trained = load_task(tmp_path / "shapes" / "version_0" / "checkpoints" / "last.ckpt").model
     loaded = icnn_zoo.load_checkpoint(NAME)
     assert torch.equal(trained.backbone.layer4[0].conv1.displacement, loaded.backbone.layer4[0].conv1.displacement)
     assert torch.equal(trained.backbone.layer1[0].conv1.weight, loaded.backbone.layer1[0].conv1.weight)

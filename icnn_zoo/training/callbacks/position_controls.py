@@ -15,8 +15,8 @@ class RandomWalk(Callback):
     """Lets positions walk at random: their gradients are replaced by normal numbers of the same root mean square.
 
     Layer by layer and step by step, just before the optimizer's step, so that optimizer, rate, schedule and bound are
-    those of learned positions. Drawn from torch's global generator, whose state checkpoints hold: a resumed walk goes on as
-    the uninterrupted one would.
+    those of learned positions. Drawn from torch's global generator, whose state checkpoints hold: a resumed walk goes
+    on as the uninterrupted one would.
     """
 
     @torch.no_grad()
