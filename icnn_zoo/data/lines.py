@@ -162,8 +162,8 @@ class LinesDataset:
         # Large enough that the turned page covers the scene.
         side = math.ceil(math.hypot(height, width)) + 1
         ink, mask = self._upright(rng, side, side)
-        matrix = cv2.getRotationMatrix2D(((side - 1) / 2, (side - 1) / 2), rng.uniform(*self.rotation), 1)
-        matrix[:, 2] -= np.array([side - width, side - height]) / 2
+        matrix: np.ndarray = cv2.getRotationMatrix2D(((side - 1) / 2, (side - 1) / 2), rng.uniform(*self.rotation), 1)
+        matrix[:, 2] += np.array([width - side, height - side]) / 2
         ink = cv2.warpAffine(ink, matrix, (width, height), flags=cv2.INTER_LINEAR)
         mask = cv2.warpAffine(
             mask, matrix, (width, height), flags=cv2.INTER_NEAREST, borderValue=float(self.ignore_index)

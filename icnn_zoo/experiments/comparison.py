@@ -21,8 +21,8 @@ from icnn_zoo.analysis.kernel_shapes import LayerShapes, layer_shapes
 from icnn_zoo.analysis.shape_figures import draw_layer, reach
 from icnn_zoo.experiments.catalog import EXPERIMENTS
 from icnn_zoo.io.files import replacing
+from icnn_zoo.io.label_pictures import colored
 from icnn_zoo.nn.irregular_conv import irregular_layers
-from icnn_zoo.training.callbacks.pictures import colour
 from icnn_zoo.training.run_folder import RunFolder
 from icnn_zoo.zoo.networks import load_checkpoint
 from icnn_zoo.zoo.segmenter import Segmenter
@@ -102,11 +102,11 @@ class Comparison(Callback):
             images = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(pl_module.device)
             learned = pl_module.predict_step({"image": images}, 0)[0].cpu().numpy()
         pl_module.train(was_training)
-        panels = {"image": image, "truth": colour(truth, data.palette)}
+        panels = {"image": image, "truth": colored(truth, data.palette)}
         for name, labels in (("regular", regular.predict(image)), ("learned", learned)):
             known = truth != data.ignore_index
             right = (labels[known] == truth[known]).mean()
-            panels[f"{name}: {100 * right:.0f} %"] = colour(np.where(known, labels, truth), data.palette)
+            panels[f"{name}: {100 * right:.0f} %"] = colored(np.where(known, labels, truth), data.palette)
         return draw_comparison(panels, layer_shapes(pl_module))
 
 
