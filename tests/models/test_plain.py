@@ -28,4 +28,4 @@ def test_another_output_stride_and_pretrained_weights_are_refused():
     with pytest.raises(ValueError, match="`backbone`='plain5' cannot be dilated to output stride 8"):
         SegmentationModel("plain5", 4)
     with pytest.raises(ValueError, match="no weights of plain5"):
-        SegmentationModel("plain5", 4, output_stride=2).load_pretrained()
+        timm.create_model("plain5", pretrained=True)
