@@ -24,7 +24,7 @@ def input_gradient(
     """Derivatives of output pixels with respect to the input image.
 
     The output is what the network says at image size: scores of a lower resolution are interpolated as the network
-    does it (``upsample``), so a pixel has the same coordinates in image and output.
+    does it, so a pixel has the same coordinates in image and output.
 
     Args:
         network: Takes images [B, 3, H, W] and gives scores [B, classes, H', W']. It runs in eval mode, as batch
@@ -95,15 +95,15 @@ def heatmap(
 
 
 def image_scores(network: nn.Module, images: Tensor) -> Tensor:
-    """Scores of a network at image size [B, classes, H, W], by its own ``upsample`` if it has one."""
+    """Scores of a network at image size [B, classes, H, W], by its own ``full_logits`` if it has one."""
+    full_logits: Any = getattr(getattr(network, "model", network), "full_logits", None)
+    if full_logits is not None:
+        return full_logits(images, network)
     scores = network(images)
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
     if scores.shape[-2:] == images.shape[-2:]:
         return scores
-    upsample: Any = getattr(getattr(network, "model", network), "upsample", None)
-    if upsample is not None:
-        return upsample(scores, images.shape[-2:])
     return F.interpolate(scores, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from icnn_zoo.io.files import user_path
+
 FIGURE_SUFFIXES = (".png", ".svg")
 NETWORK = "checkpoint of a run (.ckpt, or its folder), of the zoo (its name), or a config (.yaml)"
 
@@ -34,7 +36,7 @@ def add_registry(parser: argparse.ArgumentParser) -> None:
         "(default: ICNN_ZOO_REGISTRY, else default)",
     )
     parser.add_argument(
-        "--cache", type=Path, help="folder for downloads (default: ICNN_ZOO_CACHE, else the platform's)"
+        "--cache", type=user_path, help="folder for downloads (default: ICNN_ZOO_CACHE, else the platform's)"
     )
 
 

@@ -1,4 +1,4 @@
-"""The commands that look: ``icnn-zoo shapes``, ``heatmap`` and ``erf``."""
+"""The commands that make pictures: ``icnn-zoo shapes``, ``heatmap``, ``erf`` and ``segment``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icnn_zoo.cli.options import FIGURE_SUFFIXES, NETWORK, Command
+from icnn_zoo.cli.options import FIGURE_SUFFIXES, NETWORK, Command, add_registry, check_output
+from icnn_zoo.io.files import check_target, replacing, user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,19 +23,18 @@ _SAMPLES = 16  # images for the receptive field if none is given
 
 def _shapes_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help=f"{NETWORK}; with --animate the folder of a run")
-    parser.add_argument("images", type=Path, nargs="*", help="images for the page; none: of the run's validation data")
-    parser.add_argument("--to", type=Path, help="picture to write: .png or .svg, or .gif with --animate")
+    parser.add_argument("images", type=user_path, nargs="*", help="images for the page (default: validation data)")
+    parser.add_argument("--to", type=user_path, help="picture to write: .png or .svg, or .gif with --animate")
     parser.add_argument("--three-d", action="store_true", help="draw rows, columns and channels in space")
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="only these layers, by full name or unique ending")
     parser.add_argument("--animate", action="store_true", help="animate the shapes that ShapesLogger logged in a run")
     parser.add_argument("--json", action="store_true", help="print the statistics as data")
+    _add_white_level(parser)
     _add_html(parser)
 
 
 def _shapes(options: argparse.Namespace) -> None:
     """Draws the learned kernel shapes of a network (PNG, SVG, animated GIF), or prints their statistics."""
-    from icnn_zoo.io.files import check_target
-
     if options.animate:
         from icnn_zoo.analysis.shape_animation import animate_shapes
 
@@ -67,11 +67,12 @@ def _shapes(options: argparse.Namespace) -> None:
 
 def _heatmap_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help=NETWORK)
-    parser.add_argument("image", type=Path, help="image file")
+    parser.add_argument("image", type=user_path, help="image file")
     parser.add_argument("--pixel", type=int, nargs=2, required=True, metavar=("ROW", "COL"), help="the output pixel")
     parser.add_argument("--class", dest="class_name", metavar="NAME", help="derive this class's score; else their sum")
     _add_against(parser)
-    parser.add_argument("--to", type=Path, help="picture to write: .png or .svg")
+    parser.add_argument("--to", type=user_path, help="picture to write: .png or .svg")
+    _add_white_level(parser)
     _add_html(parser)
 
 
@@ -83,7 +84,7 @@ def _heatmap(options: argparse.Namespace) -> None:
     from icnn_zoo.analysis.heatmaps import heatmap as compute
     from icnn_zoo.io.images import read_image
 
-    image, pixel = read_image(options.image), tuple(options.pixel)
+    image, pixel = read_image(options.image, white_level=options.white_level), tuple(options.pixel)
     check_pixel(pixel, image.shape[:2])
     source, tasks = _load_all(options)
     classes = {name: class_index(task, options.class_name) for name, task in tasks.items()}
@@ -100,12 +101,13 @@ def _heatmap(options: argparse.Namespace) -> None:
 def _erf_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help=NETWORK)
     parser.add_argument(
-        "images", type=Path, nargs="*", help=f"image files; none: {_SAMPLES} of the run's validation data"
+        "images", type=user_path, nargs="*", help=f"image files; none: {_SAMPLES} of the run's validation data"
     )
     parser.add_argument("--class", dest="class_name", metavar="NAME", help="derive this class's score; else their sum")
     _add_against(parser)
-    parser.add_argument("--to", type=Path, help="picture to write: .png or .svg")
+    parser.add_argument("--to", type=user_path, help="picture to write: .png or .svg")
     parser.add_argument("--json", action="store_true", help="print the radii as data")
+    _add_white_level(parser)
     _add_html(parser)
 
 
@@ -119,7 +121,9 @@ def _erf(options: argparse.Namespace) -> None:
 
     source, tasks = _load_all(options)
     classes = {name: class_index(task, options.class_name) for name, task in tasks.items()}
-    samples = find_samples(source, next(iter(tasks.values())), options.images, _SAMPLES)
+    samples = find_samples(
+        source, next(iter(tasks.values())), options.images, _SAMPLES, white_level=options.white_level
+    )
     images = [as_tensor(sample.image) for sample in samples]
     fields = {name: effective_receptive_field(task, images, class_index=classes[name]) for name, task in tasks.items()}
     summaries = {name: field.summary() for name, field in fields.items()}
@@ -132,6 +136,39 @@ def _erf(options: argparse.Namespace) -> None:
     if options.to is not None:
         _save(plot_receptive_fields(fields), options.to, quiet=options.json)
     _write_html(options, source, tasks, options.images)
+
+
+def _segment_options(parser: argparse.ArgumentParser) -> None:
+    add_registry(parser)
+    parser.add_argument("name", help="arch.tag")
+    parser.add_argument("image", type=user_path, help="photograph")
+    parser.add_argument("--to", type=user_path, required=True, help="picture to write, such as picture.png")
+    parser.add_argument("--labels", type=user_path, help="label map to write, a PNG of class indices in their colors")
+    parser.add_argument("--longest-side", type=int, help="scale larger images down to this many pixels for the network")
+    _add_white_level(parser)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+
+
+def _segment(options: argparse.Namespace) -> None:
+    """Labels an image: a picture of it beside its labels, with a legend."""
+    outputs = [path for path in (options.to, options.labels) if path is not None]
+    check_output(options.to, options.force, (".png", ".jpg", ".jpeg", ".webp"))
+    if options.labels is not None:
+        check_output(options.labels, options.force, (".png",))  # others would not keep indices
+
+    from icnn_zoo.io.images import read_image, write_picture
+    from icnn_zoo.io.label_pictures import palette_picture, segmentation_picture
+    from icnn_zoo.zoo.networks import load_checkpoint
+
+    pixels = read_image(options.image, white_level=options.white_level)
+    model = load_checkpoint(options.name, device=options.device, registry=options.registry, cache=options.cache)
+    labels = model.predict(pixels, longest_side=options.longest_side)
+    with replacing(options.to) as temporary:
+        segmentation_picture(pixels, labels, model.classes, model.palette).save(temporary)
+    if options.labels is not None:
+        write_picture(palette_picture(labels, model.palette), options.labels)
+    print("\n".join(f"Written: {path}" for path in outputs))
 
 
 def as_tensor(image: np.ndarray) -> Any:
@@ -150,7 +187,7 @@ def class_index(task: SegmentationTask, name: str | None) -> int | None:
     if name is None:
         return None
     if name not in task.class_names:
-        raise ValueError(f"--class {name!r} is no class of this network; it knows {', '.join(task.class_names)}.")
+        raise ValueError(f"--class {name!r} is not a class of this network; it knows {', '.join(task.class_names)}.")
     return task.class_names.index(name)
 
 
@@ -158,13 +195,17 @@ def _add_against(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", metavar="SOURCE", help="a second network, to show beside the first")
 
 
+def _add_white_level(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--white-level", type=int, metavar="N", help="the value that is white in images of 16 bits, such as 65535"
+    )
+
+
 def _add_html(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write one page that shows all of this checkpoint")
+    parser.add_argument("--html", type=user_path, metavar="FILE", help="write one page that shows it all")
 
 
 def _check_outputs(options: argparse.Namespace) -> None:
-    from icnn_zoo.io.files import check_target
-
     if options.to is None and options.html is None:
         raise ValueError("there is nothing to write: give --to picture.png, --to picture.svg or --html page.html.")
     if options.to is not None:
@@ -173,8 +214,6 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 
 def _check_html(options: argparse.Namespace) -> None:
-    from icnn_zoo.io.files import check_target
-
     if options.html is not None:
         check_target(options.html, (".html",))
 
@@ -195,7 +234,6 @@ def _load_all(options: argparse.Namespace) -> tuple[Source, dict[str, Segmentati
 
 
 def _save(figure: Any, path: Path, quiet: bool = False) -> None:
-
     save_figure(figure, path)
     if not quiet:  # where data are printed, nothing else is
         print(f"Written: {path}")
@@ -209,7 +247,7 @@ def _write_html(
     from icnn_zoo.report.page import write_page
     from icnn_zoo.report.samples import find_samples
 
-    samples = find_samples(source, next(iter(tasks.values())), images)
+    samples = find_samples(source, next(iter(tasks.values())), images, white_level=options.white_level)
     write_page(tasks, options.html, samples, source=source)
     if not getattr(options, "json", False):
         print(f"Written: {options.html}")
@@ -222,8 +260,6 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         ValueError: Another suffix.
         FileNotFoundError: The folder does not exist.
     """
-    from icnn_zoo.io.files import check_target, replacing
-
     path = check_target(path, FIGURE_SUFFIXES)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
@@ -233,4 +269,5 @@ COMMANDS = {
     "shapes": Command(_shapes, _shapes_options),
     "heatmap": Command(_heatmap, _heatmap_options),
     "erf": Command(_erf, _erf_options),
+    "segment": Command(_segment, _segment_options),
 }

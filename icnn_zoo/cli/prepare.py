@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 
 from icnn_zoo.cli.options import Command
+from icnn_zoo.io.files import user_path
 
 
 def _prepare_options(parser: argparse.ArgumentParser) -> None:
     from icnn_zoo.data.preparation.catalog import DATASETS, OPTIONS
 
     parser.add_argument("name", choices=sorted(DATASETS), help="what to prepare")
-    parser.add_argument("--root", type=Path, default=Path("data"), help="folder to store it in (default: data)")
+    parser.add_argument("--root", type=user_path, default=Path("data"), help="folder to store it in (default: data)")
     for option, explanation in OPTIONS.items():
         parser.add_argument(f"--{option.replace('_', '-')}", action="store_true", help=explanation)
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from icnn_zoo.cli.options import Command
+from icnn_zoo.io.files import user_path
 
 
 def _reproduce_options(parser: argparse.ArgumentParser) -> None:
@@ -17,8 +18,8 @@ def _reproduce_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=list(EXPERIMENTS), help="which table")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="rows to run (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="seeds of each row (default: the row's own)")
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of the runs and tables")
-    parser.add_argument("--config", type=Path, help="YAML file (default: the experiment's own)")
+    parser.add_argument("--out", type=user_path, default=Path("runs/reproduce"), help="folder of the runs and tables")
+    parser.add_argument("--config", type=user_path, help="YAML file (default: the experiment's own)")
 
 
 def _reproduce(options: argparse.Namespace) -> None:

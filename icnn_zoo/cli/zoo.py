@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from icnn_zoo.cli.options import Command, add_registry, check_output
+from icnn_zoo.io.files import user_path
 
 
 def _list_options(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def _show(options: argparse.Namespace) -> None:
 def _load_options(parser: argparse.ArgumentParser) -> None:
     add_registry(parser)
     parser.add_argument("name", help="arch.tag")
-    parser.add_argument("--to", type=Path, help="write the weights to this file too, such as model.safetensors")
+    parser.add_argument("--to", type=user_path, help="write the weights to this file too, such as model.safetensors")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
 
@@ -89,7 +89,7 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="arch.tag (default: all)")
     parser.add_argument("--metrics", action="store_true", help="measure the card's metrics too, on its data")
     parser.add_argument(
-        "--data-root", type=Path, help="folder of the data for --metrics (default: the one of the training run)"
+        "--data-root", type=user_path, help="folder of the data for --metrics (default: the one of the training run)"
     )
 
 
@@ -121,12 +121,12 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _publish_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "What follows -- goes to the measuring of metrics, such as -- --data.init_args.root elsewhere."
-    parser.add_argument("source", type=Path, help="run folder (runs/<name>/version_<n>) or checkpoint (.ckpt) in one")
+    parser.add_argument("source", type=user_path, help="run folder (runs/<name>/version_<n>) or .ckpt in one")
     parser.add_argument("--name", required=True, help="arch.tag, such as resnet18.drawn_voc_irregular")
-    parser.add_argument("--to", type=Path, required=True, help="folder of the registry, such as checkpoints")
+    parser.add_argument("--to", type=user_path, required=True, help="folder of the registry, such as checkpoints")
     parser.add_argument(
         "--about",
-        type=Path,
+        type=user_path,
         required=True,
         help="YAML with description, licence, dataset (name, split, licence, attribution) and metrics (name, protocol, "
         "value; without a value it is measured)",
@@ -141,44 +141,10 @@ def _publish(options: argparse.Namespace) -> None:
     print(f"Published: {folder}")
 
 
-def _segment_options(parser: argparse.ArgumentParser) -> None:
-    add_registry(parser)
-    parser.add_argument("name", help="arch.tag")
-    parser.add_argument("image", type=Path, help="photograph")
-    parser.add_argument("--to", type=Path, required=True, help="picture to write, such as picture.png")
-    parser.add_argument("--labels", type=Path, help="label map to write, a PNG of class indices in their colours")
-    parser.add_argument("--longest-side", type=int, help="scale larger images down to this many pixels for the network")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
-    parser.add_argument("--force", action="store_true", help="replace existing files")
-
-
-def _segment(options: argparse.Namespace) -> None:
-    """Labels an image: a picture of it beside its labels, with a legend."""
-    outputs = [path for path in (options.to, options.labels) if path is not None]
-    check_output(options.to, options.force, (".png", ".jpg", ".jpeg", ".webp"))
-    if options.labels is not None:
-        check_output(options.labels, options.force, (".png",))  # others would not keep indices
-
-    from icnn_zoo.io.files import replacing
-    from icnn_zoo.io.images import read_image, write_picture
-    from icnn_zoo.io.label_pictures import palette_picture, segmentation_picture
-    from icnn_zoo.zoo.networks import load_checkpoint
-
-    pixels = read_image(options.image)
-    model = load_checkpoint(options.name, device=options.device, registry=options.registry, cache=options.cache)
-    labels = model.predict(pixels, longest_side=options.longest_side)
-    with replacing(options.to) as temporary:
-        segmentation_picture(pixels, labels, model.classes, model.palette).save(temporary)
-    if options.labels is not None:
-        write_picture(palette_picture(labels, model.palette), options.labels)
-    print("\n".join(f"Written: {path}" for path in outputs))
-
-
 COMMANDS = {
     "list": Command(_list_names, _list_options),
     "show": Command(_show, _show_options),
     "load": Command(_load, _load_options),
     "verify": Command(_verify, _verify_options),
     "publish": Command(_publish, _publish_options, overrides=True),
-    "segment": Command(_segment, _segment_options),
 }

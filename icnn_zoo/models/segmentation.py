@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import timm
 import torch
@@ -118,6 +118,27 @@ class SegmentationModel(nn.Module):
         """Bilinear logits at image size. Sizes of 8k + 1 have a logit on every 8th pixel, hence align corners."""
         aligned = all((extent - 1) % self.output_stride == 0 for extent in size)
         return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=aligned)
+
+    def full_logits(self, images: Tensor, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Logits of photographs of any size at their own size.
+
+        The network sees them with their right and bottom edge repeated up to ``output_stride * k + 1`` pixels, where a
+        logit lies on every ``output_stride``-th pixel as in training.
+
+        Args:
+            images: What ``network`` takes, [B, 3, H, W].
+            network: Computes logits at the output stride from images; None for this network.
+
+        Returns:
+            [B, num_classes, H, W], at least float32.
+        """
+        height, width = images.shape[-2:]
+        missing = [-(extent - 1) % self.output_stride for extent in (height, width)]
+        padded = F.pad(images, (0, missing[1], 0, missing[0]), mode="replicate")
+        logits = (network or self)(padded)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
+        return self.upsample(logits, padded.shape[-2:])[..., :height, :width]
 
     def train(self, mode: bool = True) -> SegmentationModel:
         super().train(mode)

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from icnn_zoo.io.images import ImageLike, read_image
 from icnn_zoo.io.label_pictures import check_classes, color_map
 from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.nn.modules import evaluating
 from icnn_zoo.zoo.cards import Card
 
 
@@ -59,8 +59,7 @@ class Segmenter(SegmentationModel):
     ) -> np.ndarray:
         """Labels every pixel of an image, in eval mode, on the network's device.
 
-        The network sees the image with its right and bottom edge repeated up to ``output_stride * k + 1`` pixels,
-        where a logit lies on every ``output_stride``-th pixel as in training. Memory grows with the image: 4 bytes
+        Logits are those of :meth:`icnn_zoo.models.SegmentationModel.full_logits`. Memory grows with the image: 4 bytes
         for each class and pixel, twice.
 
         Args:
@@ -87,19 +86,8 @@ class Segmenter(SegmentationModel):
             smaller = (max(1, round(width * scale)), max(1, round(height * scale)))
             pixels = np.asarray(Image.fromarray(pixels).resize(smaller, Image.Resampling.BILINEAR))
         images = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(self.mean.device)
-        logits = self._logits(images)
+        with evaluating(self):
+            logits = self.full_logits(self.preprocess(images))
         if scale < 1:
             logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
         return logits.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
-
-    def _logits(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        missing = [-(extent - 1) % self.output_stride for extent in (height, width)]
-        images = F.pad(self.preprocess(images), (0, missing[1], 0, missing[0]), mode="replicate")
-        training = self.training
-        self.eval()
-        try:
-            logits = self(images).float()
-        finally:
-            self.train(training)
-        return self.upsample(logits, images.shape[-2:])[..., :height, :width]

@@ -9,11 +9,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from icnn_zoo.analysis.heatmaps import image_scores
 from icnn_zoo.data import FolderDataModule
 from icnn_zoo.data.label_files import read_labels
 from icnn_zoo.io.images import read_header, read_image, read_upright
+from icnn_zoo.models.segmentation import PixelsToLogits
 from icnn_zoo.report.samples import Sample, find_samples
 from icnn_zoo.zoo.segmenter import Segmenter
 
@@ -88,7 +91,7 @@ def seen_by_heatmap_and_page(path: Path, **kwargs) -> np.ndarray:
 def seen_by_segment(path: Path, **kwargs) -> np.ndarray:
     model = Segmenter("test_resnet", 2)
     seen = []
-    model._logits = lambda images: seen.append(images) or images[:, :2].float()
+    model.preprocess = lambda images: seen.append(images) or images.float()
     model.predict(path, **kwargs)
     return seen[0][0].permute(1, 2, 0).numpy()
 
@@ -145,6 +148,16 @@ def test_links_to_nothing_and_damaged_files_are_named_everywhere(tmp_path, seen)
     whole.write_bytes(whole.read_bytes()[:900])
     with pytest.raises(ValueError, match=r"a.png' is not a readable image"):
         seen(whole)
+
+
+def test_the_page_and_segment_give_a_photograph_the_same_labels():
+    """Of a size that is no multiple of the output stride and one."""
+    model = Segmenter("test_resnet", 5)
+    torch.nn.init.normal_(model.classifier.weight)
+    image = np.random.default_rng(1).integers(0, 256, (31, 43, 3), np.uint8)
+    scores = image_scores(PixelsToLogits(model).eval(), torch.from_numpy(image).permute(2, 0, 1)[None])
+    assert np.array_equal(scores.argmax(dim=1)[0], model.predict(image))
+    assert len(np.unique(model.predict(image))) > 1
 
 
 def test_a_link_to_nothing_says_where_it_points(tmp_path):
