@@ -15,8 +15,9 @@ from icnn_zoo.deployment.rewriting import deploy
 from icnn_zoo.nn.conv_rules import ConvRules, register_conv_rules
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 from icnn_zoo.nn.norms import freeze_norm
+from icnn_zoo.nn.sharding import whole_displacements
 from icnn_zoo.ops import irregular_conv2d
-from icnn_zoo.optim import bound_positions, move_positions, parameter_groups, poly_policy
+from icnn_zoo.optim import bound_positions, check_gradients, move_positions, parameter_groups, poly_policy
 
 if TYPE_CHECKING:
     from icnn_zoo.zoo.networks import create_model, load_checkpoint
@@ -34,6 +35,7 @@ __all__ = [
     "IrregularConv2d",
     "__version__",
     "bound_positions",
+    "check_gradients",
     "convert",
     "create_model",
     "deploy",
@@ -47,6 +49,7 @@ __all__ = [
     "plan",
     "poly_policy",
     "register_conv_rules",
+    "whole_displacements",
 ]
 
 

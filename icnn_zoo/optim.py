@@ -6,16 +6,15 @@ of its own: an average of positions lies between them. What Eq. 7 limits is one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import PolynomialLR
-from torch.utils.hooks import RemovableHandle
 
 from icnn_zoo.nn.irregular_conv import irregular_layers
-from icnn_zoo.ops.interpolation import smooth_interval
+from icnn_zoo.nn.modules import find_name, some_of
+from icnn_zoo.nn.step_hooks import BoundHandle, Optimizers, hook_steps, local_part, whole_mean, with_wrapped
 
 
 def parameter_groups(
@@ -36,14 +35,15 @@ def parameter_groups(
         position_lr: Rate of the positions, in pixels per unit of gradient. The paper uses 50 000 times ``lr``; sweep
             it.
         weight_decay: Decay of weights with two or more dimensions. Positions, biases and norm parameters have none.
-        head: Name of the submodule with the raised rates, None for no such submodule. Its displacement belongs to the
-            positions like any other.
+        head: Name of the submodule with the raised rates, or its only ending ("fc" is also found behind DDP and
+            torch.compile); None for no such submodule. Its displacement belongs to the positions like any other.
         head_lr_factor: Rate of the head's weights over ``lr`` (DeepLab's 10).
         head_bias_lr_factor: Rate of the head's biases over ``lr`` (DeepLab's 20).
 
     Returns:
         Groups for any torch optimizer, empty ones left out, each with a "name": "backbone", "backbone_no_decay" (biases
-        and norm parameters), "head", "head_bias", "positions".
+        and norm parameters), "head", "head_bias", "positions". The latter holds the displacements, or what their
+        parametrizations compute them from; its ``use_muon`` False keeps Muon from orthogonalizing them.
 
     Raises:
         ValueError: ``head`` names no submodule, or a rate or decay is negative.
@@ -51,14 +51,15 @@ def parameter_groups(
     for name, value in {"lr": lr, "position_lr": position_lr, "weight_decay": weight_decay}.items():
         if value < 0:
             raise ValueError(f"`{name}` must not be negative; got {value}.")
-    children = [name for name, _ in model.named_modules()]
-    if head is not None and head not in children:
-        choices = ", ".join(name for name in children if name and "." not in name)
-        raise ValueError(f"`head`={head!r} names no submodule; top-level ones are {choices}, None is for no head.")
+    if head is not None:
+        names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+        head = find_name(head, names, argument="head", what="submodule (None is for no head)")
     members: dict[str, list[Tensor]] = {
         name: [] for name in ("backbone", "backbone_no_decay", "head", "head_bias", "positions")
     }
-    displacements = {id(layer.displacement) for layer in irregular_layers(model).values()}
+    displacements = {
+        id(parameter) for layer in irregular_layers(model).values() for parameter in layer.displacement_parameters()
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -78,11 +79,15 @@ def parameter_groups(
         "positions": position_lr,
     }
     decayed = ("backbone", "head")
-    return [
+    groups: list[dict[str, Any]] = [
         {"name": name, "params": params, "lr": rates[name], "weight_decay": weight_decay if name in decayed else 0.0}
         for name, params in members.items()
         if params
     ]
+    for named in groups:
+        if named["name"] == "positions":
+            named["use_muon"] = False
+    return groups
 
 
 def poly_policy(optimizer: torch.optim.Optimizer, max_steps: int, power: float = 0.9) -> PolynomialLR:
@@ -96,34 +101,56 @@ def poly_policy(optimizer: torch.optim.Optimizer, max_steps: int, power: float =
     return PolynomialLR(optimizer, total_iters=max_steps, power=power)
 
 
-class BoundHandle:
-    """Removes the hooks of :func:`bound_positions`; a context manager as torch's own handles are."""
+def check_gradients(model: nn.Module) -> None:
+    """Checks, after a backward, that every displacement to be trained received a gradient.
 
-    def __init__(self, *handles: RemovableHandle) -> None:
-        self._handles = handles
+    One that did not belongs to a layer that the forward does not call, or whose result the loss does not see: its shape
+    would stay regular without a word. Call it once, after the first backward.
 
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+    Args:
+        model: The converted network.
 
-    def __enter__(self) -> BoundHandle:
-        return self
+    Raises:
+        ValueError: The network has no irregular layer, or a displacement that requires a gradient has none.
 
-    def __exit__(self, *_: object) -> None:
-        self.remove()
+    Example:
+        >>> import torch, icnn_zoo
+        >>> model = icnn_zoo.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3)), start="0")
+        >>> model(torch.randn(2, 3, 9, 9)).square().mean().backward()
+        >>> icnn_zoo.check_gradients(model)
+    """
+    layers = irregular_layers(model)
+    if not layers:
+        raise ValueError(f"`model` must have irregular layers; {type(model).__name__} has none. See icnn_zoo.convert.")
+    lacking = [
+        name
+        for name, layer in layers.items()
+        if any(parameter.requires_grad and parameter.grad is None for parameter in layer.displacement_parameters())
+    ]
+    if lacking:
+        raise ValueError(
+            f"The displacement of {some_of(lacking)} received no gradient: no backward went through the layer. Call "
+            "this after a backward; if it was, the forward does not use the layer: leave it regular by `filter`, or "
+            "freeze it with displacement.requires_grad_(False)."
+        )
 
 
-def bound_positions(optimizer: torch.optim.Optimizer, model: nn.Module, *, bound_epsilon: float = 1e-3) -> BoundHandle:
+def bound_positions(optimizer: Optimizers, model: nn.Module, *, bound_epsilon: float = 1e-3) -> BoundHandle:
     """Keeps every position within the cell its gradient was taken in, as hooks on the optimizer's step (Eq. 7).
 
     After a step, element by element, ``floor(P_last) - bound_epsilon <= P <= ceil(P_last) + bound_epsilon``, with
     P_last the position before that step: the gradient of bilinear interpolation is only valid there. Each step may
     cross one cell's border by ``bound_epsilon``, hence move at most one cell further. Correct under gradient
-    accumulation (only steps count), under a GradScaler that skips a step (then nothing moved) and in several processes
-    (a pure function of equal numbers).
+    accumulation (only steps count), under a GradScaler that skips a step (then nothing moved), in several processes
+    (a pure function of equal numbers), and for displacements that FSDP2 (``fully_shard``) shards. Which displacements
+    the optimizer holds is read in every step, so groups may be added later.
+
+    An optimizer that wraps others (Lookahead, SAM) is hooked with all of them: the outermost step that runs is what is
+    bounded. Hooks do not survive a copy or pickling of the optimizer: a layer that trains warns if its positions left
+    their cells without them.
 
     Args:
-        optimizer: Any torch optimizer that holds the displacements.
+        optimizer: The optimizer that holds the displacements, or all of them in a list.
         model: The converted network.
         bound_epsilon: How far a step may cross the border, in pixels. Positive: at 0 a position on an integer, where
             floor equals ceil, could never move.
@@ -132,14 +159,16 @@ def bound_positions(optimizer: torch.optim.Optimizer, model: nn.Module, *, bound
         A handle whose ``remove()`` takes the bound off.
 
     Raises:
-        ValueError: ``bound_epsilon`` is not positive, or ``optimizer`` lacks a displacement that requires a gradient
-            (it was made before converting), or holds none.
+        TypeError: ``optimizer`` is not a torch optimizer.
+        ValueError: ``bound_epsilon`` is not positive; a displacement that requires a gradient is in no ``optimizer``,
+            or none is; an optimizer would orthogonalize displacements (Muon) or is schedule-free; a parametrization of
+            a displacement cannot be inverted; displacements are flattened by FSDP1.
     """
-    return _after_steps(optimizer, model, bound_epsilon, rule=None)
+    return hook_steps(optimizer, model, bound_epsilon, rule=None)
 
 
 def move_positions(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     model: nn.Module,
     *,
     momentum: float = 0.9,
@@ -170,7 +199,7 @@ def move_positions(
     :func:`bound_positions` is. Weight decay does not act on positions.
 
     Args:
-        optimizer: Any torch optimizer that holds the displacements.
+        optimizer: The optimizer that holds the displacements, or all of them in a list.
         model: The converted network.
         momentum: Of the mean of gradients.
         memory: Of the mean of squared gradients.
@@ -204,21 +233,29 @@ def move_positions(
     if not threshold >= 0:
         raise ValueError(f"`threshold` must not be negative; got {threshold}.")
 
-    def step(displacement: Tensor) -> Tensor | float:
+    for name_, layer in irregular_layers(model).items():
+        if not isinstance(layer.displacement, nn.Parameter):
+            raise ValueError(
+                f"The displacement of {name_!r} is parametrized and has no gradient of its own for the rule; use "
+                "bound_positions, or remove the parametrization."
+            )
+
+    def step(optimizer: torch.optim.Optimizer, displacement: Tensor) -> Tensor | float:
         gradient = displacement.grad
         overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer skips a scaler's infinities by itself
         if gradient is None or (overflow is not None and bool(overflow)):
             return 0.0
+        keeper = with_wrapped(optimizer)[-1]  # whose state a wrapper's state dict holds
         rate: float = next(
-            group["lr"] for group in optimizer.param_groups if any(it is displacement for it in group["params"])
+            group["lr"] for group in keeper.param_groups if any(it is displacement for it in group["params"])
         )
-        state = optimizer.state[displacement]
+        state = keeper.state[displacement]
         steps = state["position_steps"] = state.get("position_steps", 0) + 1
         mean = state.setdefault("position_mean", torch.zeros_like(displacement)).lerp_(gradient, 1 - momentum)
         square = state.setdefault("position_square", torch.zeros_like(displacement))
         square.lerp_(gradient.square(), 1 - memory)
-        direction, variance = mean / (1 - momentum**steps), square / (1 - memory**steps)
-        of_layer = variance.mean()
+        of_layer = whole_mean(square) / (1 - memory**steps)
+        direction, variance = local_part(mean) / (1 - momentum**steps), local_part(square) / (1 - memory**steps)
         if of_layer == 0:
             return 0.0
         of_mean = (1 - momentum) / (1 + momentum) * (1 + momentum**steps) / (1 - momentum**steps)
@@ -227,46 +264,4 @@ def move_positions(
         trust = torch.where(length > threshold * noise, 1 - threshold * noise / length, 0.0)
         return rate * trust * direction / (variance.sqrt() + of_layer.sqrt())
 
-    return _after_steps(optimizer, model, bound_epsilon, rule=step)
-
-
-def _after_steps(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    bound_epsilon: float,
-    rule: Callable[[Tensor], Tensor | float] | None,
-) -> BoundHandle:
-    """Hooks that bound each step of positions: the optimizer's own, or what ``rule`` gives for a displacement."""
-    if not bound_epsilon > 0:
-        raise ValueError(f"`bound_epsilon` must be positive, or positions on integers never move; got {bound_epsilon}.")
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    every = irregular_layers(model)
-    layers = [layer for layer in every.values() if id(layer.displacement) in held]
-    lacking = [name for name, layer in every.items() if layer.displacement.requires_grad and layer not in layers]
-    if lacking or not layers:
-        names = ", ".join(map(repr, lacking[:3])) or "every layer"
-        raise ValueError(
-            f"`optimizer` lacks the displacement of {names}{' and others' if len(lacking) > 3 else ''}: convert the "
-            "network first, then make the optimizer from its parameters (icnn_zoo.parameter_groups). A displacement "
-            "that is not to be trained has requires_grad False."
-        )
-    last: list[tuple[Tensor, Tensor]] = []
-
-    def remember(*_: object) -> None:
-        # The very float32 positions that the forward used: floor(grid + displacement) differs from
-        # grid + floor(displacement) by rounding.
-        last[:] = [(layer.displacement.detach().clone(), layer.positions.detach()) for layer in layers]
-
-    @torch.no_grad()
-    def bound(*_: object) -> None:
-        for layer, (displacement, positions) in zip(layers, last, strict=True):
-            if rule is not None:  # only now, as a closure makes the gradients within the step
-                layer.displacement.copy_(displacement - rule(layer.displacement))
-            low, high = smooth_interval(positions)
-            bounded = layer.positions.clamp(low - bound_epsilon, high + bound_epsilon)
-            layer.displacement.copy_(
-                torch.where(bounded == layer.positions, layer.displacement, bounded - layer.regular_grid)
-            )
-        last.clear()
-
-    return BoundHandle(optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(bound))
+    return hook_steps(optimizer, model, bound_epsilon, rule=step)

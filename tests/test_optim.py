@@ -119,7 +119,7 @@ def test_bound_refuses_a_zero_epsilon_and_an_optimizer_made_before_converting():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(ValueError, match="bound_epsilon"):
         bound_positions(optimizer, model, bound_epsilon=0.0)
-    with pytest.raises(ValueError, match="convert the network first"):
+    with pytest.raises(ValueError, match="Convert the network first"):
         bound_positions(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), model)
 
 

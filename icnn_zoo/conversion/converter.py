@@ -9,6 +9,8 @@ from icnn_zoo.conversion.planning import ConversionPlan, Filter, plan
 from icnn_zoo.conversion.rewrite_guards import guard
 from icnn_zoo.conversion.start import ExampleInput, Order, modules_from
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
+from icnn_zoo.nn.modules import replace_modules
+from icnn_zoo.nn.references import UnreachableError, redirect
 
 # Wrappers that took stock of the parameters when they were made, and would not know the new ones.
 _WRAPPERS = {
@@ -35,12 +37,16 @@ def convert(
     Parameter objects, so an optimizer made before keeps its references but does not know the new ``displacement``
     (:func:`icnn_zoo.bound_positions` refuses such an optimizer). Training mode, dtype, device, requires_grad, hooks
     and attributes are kept; at epsilon 0 the output is unchanged. A second call changes nothing. A module under
-    several names stays one module.
+    several names stays one module. References outside of the registered modules (plain lists, tuples, dicts,
+    attributes, bound methods, partials, closures) are turned to the new layers too.
 
-    Reparameterise before converting: ``fuse``, ``fuse_model``, ``reparameterize`` and ``switch_to_deploy`` of modules
-    that hold a converted layer, and ``set_input_size(patch_size=...)`` of a patch embedding, would put regular
-    convolutions back, and raise from now on (:mod:`icnn_zoo.conversion.rewrite_guards`). Not seen is code that calls
-    ``functional.conv2d`` with the weight of a convolution: it goes on without positions. No timm network does.
+    Reparameterize and dilate before converting: ``fuse``, ``fuse_model``, ``reparameterize`` and ``switch_to_deploy``
+    of modules that hold a converted layer, ``set_input_size(patch_size=...)`` of a patch embedding, and
+    segmentation_models_pytorch's ``make_dilated`` and ``set_in_channels`` would put regular convolutions back or leave
+    irregular ones out, and raise from now on (:mod:`icnn_zoo.conversion.rewrite_guards`). Not seen are functions that
+    look for ``nn.Conv2d`` in a network given to them, and code that calls ``functional.conv2d`` with the weight of a
+    convolution, which goes on without positions; no timm network does. After the first backward,
+    :func:`icnn_zoo.check_gradients` says whether every new layer is really used.
 
     Args:
         model: Any network.
@@ -61,11 +67,12 @@ def convert(
         The same ``model``; where it is itself a convolution, the new layer.
 
     Raises:
-        TypeError: ``start`` is no string or ``filter`` not callable.
+        TypeError: ``start`` is not a string or ``filter`` not callable.
         ValueError: ``start`` names no module, or several; nothing is left to convert; an option has an impossible
-            value; a convolution is lazy, quantised, pruned, parametrised, scripted, compiled, on the meta device,
-            inlined by a tracer, or of a class with an unknown forward; the network is already wrapped for distributed
-            training or compiled. The model is then unchanged.
+            value; a convolution is lazy, quantized, pruned, parametrized, scripted, compiled, on the meta device,
+            inlined by a tracer, or of a class with an unknown forward, or a method of it is held that the new layer
+            does not have; the network is already wrapped for distributed training or compiled. The model is then
+            unchanged.
 
     Example:
         >>> import timm, icnn_zoo
@@ -96,11 +103,16 @@ def convert(
     }
     if "" in layers:
         return layers[""]
+    replacements = {convs[name]: layer for name, layer in layers.items()}
+    try:
+        redirect(model, replacements, change=False)
+    except UnreachableError as error:
+        raise ValueError(
+            f"{error} The forward would go on with the regular convolution: leave it by `filter`."
+        ) from None
+    replace_modules(model, replacements)
+    redirect(model, replacements)
     aliases = [(alias, layers[layer.name]) for layer in decided.converted for alias in layer.aliases]
-    for alias, layer in aliases:
-        parent, _, child = alias.rpartition(".")
-        # In its place: deleting and adding would move it to the end, which sequences and feature extractors go by.
-        model.get_submodule(parent)._modules[child] = layer
     guard(model, [alias for alias, _ in aliases])
     return model
 

@@ -107,7 +107,7 @@ def plan(
         The plan; ``print`` shows it as a table, ``to_dict()`` gives it as data.
 
     Raises:
-        TypeError: ``start`` is no string or ``filter`` not callable.
+        TypeError: ``start`` is not a string or ``filter`` not callable.
         ValueError: ``start`` names no module, or several; ``order`` and ``example_input`` do not fit.
 
     Example:

@@ -1,9 +1,10 @@
-"""Keeping later rewrites of a converted network from dropping its learned shapes without a word.
+"""Guards that make later rewrites fail instead of silently dropping learned shapes.
 
 Networks with branches for training (RepVGG, MobileOne, FastViT, ...) have methods that read the weights of their
-convolutions and put new regular ones in their place. They know nothing of positions. So :func:`icnn_zoo.convert`
-shadows these methods on the modules that hold a converted layer, by objects of this module that raise: ordinary
-attributes of the instance, which are copied and pickled with it. ``icnn_zoo.deploy`` takes them off its copy.
+convolutions and put new regular ones in their place, or look for ``nn.Conv2d`` to change. They know nothing of
+positions. So :func:`icnn_zoo.convert` shadows these methods on the modules that hold a converted layer, by objects of
+this module that raise: ordinary attributes of the instance, which are copied and pickled with it. ``icnn_zoo.deploy``
+takes them off its copy.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import nn
 
 REWRITERS = ("fuse", "fuse_model", "reparameterize", "switch_to_deploy")
 """Methods that replace convolutions: timm's three, and torchvision's."""
+
+SURGEONS = ("make_dilated", "set_in_channels")
+"""Methods that change what is an ``nn.Conv2d``, and would pass over irregular layers: segmentation_models_pytorch's."""
 
 
 class RewriteGuard:
@@ -32,8 +36,27 @@ class RewriteGuard:
     def __call__(self, *args: object, **kwargs: object) -> NoReturn:
         raise RuntimeError(
             f"{self.method} would replace irregular layers by regular convolutions and drop their learned shapes, "
-            f"{self.layer!r} first. Reparameterise before converting (timm.utils.reparameterize_model, then "
+            f"{self.layer!r} first. Reparameterize before converting (timm.utils.reparameterize_model, then "
             "icnn_zoo.convert); for inference, icnn_zoo.deploy folds shapes and norms into standard convolutions."
+        )
+
+
+class SurgeryGuard:
+    """Stands for a method that would change regular convolutions and pass over irregular ones; calling it raises.
+
+    Args:
+        method: What it stands for, such as "ResNetEncoder.make_dilated".
+        layer: Dotted name of an irregular layer that the method would pass over.
+    """
+
+    def __init__(self, method: str, layer: str) -> None:
+        self.method = method
+        self.layer = layer
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        raise RuntimeError(
+            f"{self.method} looks for nn.Conv2d and would pass over irregular layers, {self.layer!r} first. Call it "
+            "before icnn_zoo.convert. Stride, padding and dilation of irregular layers can be set as attributes."
         )
 
 
@@ -77,6 +100,9 @@ def guard(model: nn.Module, names: list[str]) -> None:
             for method in REWRITERS:
                 if callable(getattr(type(module), method, None)) and method not in vars(module):
                     vars(module)[method] = RewriteGuard(f"{type(module).__name__}.{method}", name)
+            for method in SURGEONS:
+                if callable(getattr(type(module), method, None)) and method not in vars(module):
+                    vars(module)[method] = SurgeryGuard(f"{type(module).__name__}.{method}", name)
         module = model.get_submodule(name.rpartition(".")[0])
         if (
             hasattr(type(module), "set_input_size")
@@ -87,8 +113,14 @@ def guard(model: nn.Module, names: list[str]) -> None:
 
 
 def unguard(model: nn.Module) -> None:
-    """Takes the guards off all modules of a network."""
+    """Takes the guards off all modules of a deployed network.
+
+    There the methods that replace convolutions have nothing left to do, and would not know the standard forms: called
+    without arguments they do nothing and return the module, which is what ``Module.eval`` does.
+    """
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, (RewriteGuard, PatchSizeGuard)):
+            if isinstance(value, RewriteGuard):
+                vars(module)[name] = module.eval
+            elif isinstance(value, (SurgeryGuard, PatchSizeGuard)):
                 del vars(module)[name]

@@ -31,7 +31,7 @@ def resolve_start(model: nn.Module, start: str) -> str:
         The exact dotted name.
 
     Raises:
-        TypeError: ``start`` is no string.
+        TypeError: ``start`` is not a string.
         ValueError: There is no such module (the message lists the nearest names), or several.
     """
     if not isinstance(start, str):

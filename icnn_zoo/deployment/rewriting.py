@@ -11,8 +11,9 @@ from torch import nn
 from icnn_zoo.conversion.rewrite_guards import unguard
 from icnn_zoo.deployment.norm_folding import attached_hooks, fold, foldable_norms, without_norm
 from icnn_zoo.deployment.standard_forms import has_standard_form, standard_form
-from icnn_zoo.nn.irregular_conv import irregular_layers
+from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 from icnn_zoo.nn.modules import replace_modules
+from icnn_zoo.nn.references import redirect, unregistered
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,14 @@ def rewrite(model: nn.Module) -> Deployment:
         rewritten = standard_form(layer, weight, bias)
         replacements[layer] = rewritten.module
         report.append(DeployedLayer(name, rewritten.form, rewritten.box, rewritten.outliers, rewritten.cost, norm_name))
-    return Deployment(replace_modules(result, replacements).eval(), tuple(report))
+    result = replace_modules(result, replacements).eval()
+    redirect(result, replacements)
+    for where in unregistered(result, IrregularConv2d):
+        raise ValueError(
+            f"{where} of `model` holds an irregular layer that is not registered, or that a function keeps, which a "
+            "copy cannot follow; it would stay irregular. Call the layer by its attribute."
+        )
+    return Deployment(result, tuple(report))
 
 
 def _check(model: nn.Module) -> None:

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from icnn_zoo.nn.conv_rules import ConvRules, find_rules, plain_weight, reason_to_refuse, static_padding
+from icnn_zoo.nn.step_watch import StepWatch
 from icnn_zoo.ops.functional import irregular_conv2d
 from icnn_zoo.ops.geometry import pad_with_mode, pair
+
+_EXACT = (torch.float32, torch.float64)
+_SMALLEST = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 
 
 class IrregularConv2d(nn.Module):
     """A convolution whose taps sit at learned real-valued positions; see :func:`icnn_zoo.irregular_conv2d`.
 
-    Takes what ``nn.Conv2d`` takes and has its attributes, but is no ``nn.Conv2d``: code that looks for one would fuse,
-    prune or re-initialise it wrongly.
+    Takes what ``nn.Conv2d`` takes and has its attributes, but is not an ``nn.Conv2d``: code that looks for one would
+    fuse, prune or re-initialize it wrongly. Stride, padding and dilation may be edited later, as those of an
+    ``nn.Conv2d``: the displacement stays, and the regular grid follows.
 
     The parameter ``displacement`` holds positions minus the regular grid, in pixels. Learning it is the same as
     learning the positions; a recipe that decays every parameter then pulls towards the regular shape and not into the
-    centre, and a checkpoint survives a change of dilation. ``displacement`` stays float32 after ``.half()``,
-    ``.bfloat16()`` and under autocast (bfloat16 has a spacing of 0.0625 px at 8 to 16 px), and follows ``.double()``.
+    center, and a checkpoint survives a change of dilation. ``displacement`` stays float32 after ``.half()``,
+    ``.bfloat16()`` and under autocast (bfloat16 has a spacing of 0.0625 px at 8 to 16 px), and follows ``.double()``;
+    so do the tensors of a parametrization of it (``torch.nn.utils.parametrize``).
 
     Args:
         in_channels: Channels C of the input.
         out_channels: Channels N of the output.
-        kernel_size: Taps (rows, columns) or one int for both. The centre of an even kernel is tap ``(k - 1) // 2``.
+        kernel_size: Taps (rows, columns) or one int for both. The center of an even kernel is tap ``(k - 1) // 2``.
         stride: Step between output pixels.
         padding: Int, pair, "same" or "valid".
         dilation: Spacing of the regular grid in pixels; positions are absolute.
@@ -44,9 +51,10 @@ class IrregularConv2d(nn.Module):
 
     Attributes:
         backend: What computes it, "auto" at first; see :func:`icnn_zoo.irregular_conv2d`.
-        regular_grid: Positions of the regular kernel [kh * kw, 2], integers times dilation, origin at the centre tap.
+        regular_grid: Positions of the regular kernel [kh * kw, 2], integers times dilation, origin at the center tap.
 
     Raises:
+        TypeError: A forward with a displacement in half precision, which only code around ``.to()`` can make.
         ValueError: An argument does not fit; the message names it.
 
     Example:
@@ -68,7 +76,9 @@ class IrregularConv2d(nn.Module):
     padding_mode: str
     weight: nn.Parameter
     bias: nn.Parameter | None
-    regular_grid: Tensor
+    displacement: Tensor
+    step_watch: StepWatch | None
+    _grid: Tensor
 
     def __init__(
         self,
@@ -153,11 +163,16 @@ class IrregularConv2d(nn.Module):
         vars(self).update(vars(conv))
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             vars(self)[name] = vars(conv)[name].copy()
+        self.padding_rule = rules.padding
+        self.weight_rule = rules.weight
+        for name in _SMALLEST:
+            setattr(self, name, getattr(conv, name))
+        for name in ("in_channels", "out_channels", "groups"):
+            setattr(self, name, operator.index(getattr(conv, name)))
         self.epsilon = float(epsilon)
         self.per_kernel = per_kernel
         self.backend = "auto"
-        self.padding_rule = rules.padding
-        self.weight_rule = rules.weight
+        self.step_watch = None
 
     def _add_displacement(self, weight: Tensor) -> None:
         taps = self.kernel_size[0] * self.kernel_size[1]
@@ -166,7 +181,14 @@ class IrregularConv2d(nn.Module):
         self.displacement = nn.Parameter(
             torch.full((*owners, taps, 2), self.epsilon, dtype=dtype, device=weight.device)
         )
-        self.register_buffer("regular_grid", self._make_grid(), persistent=False)
+        self.register_buffer("_grid", self._make_grid(), persistent=False)
+
+    @property
+    def regular_grid(self) -> Tensor:
+        """Positions of the regular kernel [kh * kw, 2], by what kernel size and dilation are now."""
+        grid = self._grid
+        fits = grid.device == self.displacement.device and grid.dtype == self.displacement.dtype
+        return grid if fits else self._make_grid()
 
     def _make_grid(self) -> Tensor:
         like = self.displacement
@@ -175,6 +197,15 @@ class IrregularConv2d(nn.Module):
             for size, dilation in zip(self.kernel_size, self.dilation, strict=True)
         )
         return torch.cartesian_prod(rows, cols).reshape(-1, 2)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What a rule of a person's own makes of its padding is its business.
+        free = name == "padding" and (isinstance(value, str) or self.padding_rule is not static_padding)
+        if name in _SMALLEST and not free:
+            value = pair(name, value, _SMALLEST[name])
+        super().__setattr__(name, value)
+        if name == "dilation" and "_grid" in self._buffers:
+            self._grid = self._make_grid()
 
     def reset_parameters(self) -> None:
         """Draws weight and bias as nn.Conv2d does and puts every tap epsilon off the regular grid."""
@@ -187,7 +218,13 @@ class IrregularConv2d(nn.Module):
     @property
     def positions(self) -> Tensor:
         """Absolute positions (row, col) in pixels, in the shape of ``displacement``."""
-        return self.regular_grid + self.displacement
+        displacement = self.displacement
+        if displacement.dtype not in _EXACT:
+            raise TypeError(
+                f"`displacement` must be float32 or float64, but something has made it {displacement.dtype}, which "
+                "rounds positions. Module.to() does not; for FSDP2's mixed precision see icnn_zoo.whole_displacements."
+            )
+        return self.regular_grid + displacement
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves [B, C, H, W] or [C, H, W] to the size nn.Conv2d gives."""
@@ -195,6 +232,8 @@ class IrregularConv2d(nn.Module):
         if isinstance(traced, fx.Proxy):  # any tracer keeps the layer whole, as torch.fx does with torch.nn's own
             tracer: Any = traced.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
+        if self.step_watch is not None and self.training and not torch.compiler.is_compiling():
+            self.step_watch.check(self.displacement)
         padding: int | Sequence[int] | str = self.padding
         if self.padding_rule is not static_padding or self.padding_mode != "zeros":
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -212,17 +251,40 @@ class IrregularConv2d(nn.Module):
             backend=self.backend,
         )
 
+    def _displacement_tensors(self) -> list[Tensor]:
+        parametrizations: Any = self._modules.get("parametrizations", {})
+        if "displacement" not in parametrizations:
+            return [self.displacement]
+        return [*parametrizations["displacement"].parameters(), *parametrizations["displacement"].buffers()]
+
+    def displacement_parameters(self) -> list[nn.Parameter]:
+        """The displacement, or what a parametrization (``torch.nn.utils.parametrize``) computes it from."""
+        return [tensor for tensor in self._displacement_tensors() if isinstance(tensor, nn.Parameter)]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IrregularConv2d:
         # Module.half() and friends end here. Positions must not be rounded to half precision, not even on the way.
-        displacement, grad = self.displacement.detach(), self.displacement.grad
-        grad = None if grad is None else grad.detach()
-        super()._apply(fn, recurse)
-        if self.displacement.dtype not in (torch.float32, torch.float64):
-            device = self.displacement.device
-            self.displacement.data = displacement.to(device)
-            self.displacement.grad = None if grad is None else grad.to(device)
-        self.regular_grid = self._make_grid()
+        exact = self._displacement_tensors()
+        exact += [tensor.grad for tensor in exact if tensor.is_leaf and tensor.grad is not None]
+        ids = {id(tensor) for tensor in exact}
+
+        def apply(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            rounds = id(tensor) in ids and result.is_floating_point() and result.dtype not in _EXACT
+            return tensor.to(result.device) if rounds else result
+
+        self._grid = self.regular_grid  # which may have been left behind on another device
+        super()._apply(apply, recurse)
+        self._grid = self._make_grid()
         return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.displacement.dtype not in _EXACT and isinstance(self.displacement, nn.Parameter):
+            # load_state_dict(assign=True) takes the dtype of what is loaded.
+            self.displacement = nn.Parameter(self.displacement.float(), self.displacement.requires_grad)
+        self._grid = self.regular_grid
+        if self.step_watch is not None:
+            self.step_watch.forget()
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

@@ -70,3 +70,8 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
     return model
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first three names, for messages."""
+    return ", ".join(map(repr, names[:3])) + (" and others" if len(names) > 3 else "")

@@ -19,7 +19,7 @@ def check_tensors(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor
         raise ValueError(f"`input` must have shape [B, C, H, W] or [C, H, W]; got {list(input.shape)}.")
     if weight.dim() != 4:
         raise ValueError(f"`weight` must have shape [N, C / groups, kh, kw]; got {list(weight.shape)}.")
-    if not isinstance(groups, int) or groups < 1:
+    if not hasattr(groups, "__index__") or groups < 1:
         raise ValueError(f"`groups` must be an int of at least 1; got {groups!r}.")
     channels, (num_outputs, group_channels, *kernel) = input.shape[-3], weight.shape
     if channels != group_channels * groups:

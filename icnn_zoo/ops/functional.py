@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -87,6 +88,7 @@ def irregular_conv2d(
         raise ValueError(f"`backend` must be one of {', '.join(known)}; got {backend!r}.")
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     checks.check_tensors(input, weight, positions, bias, groups)
+    groups = operator.index(groups)
     top_bottom_left_right = resolve_padding(padding, tuple(weight.shape[-2:]), stride, dilation)
     if input.dim() == 3:
         batch = irregular_conv2d(

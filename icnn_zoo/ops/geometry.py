@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +56,7 @@ def memory_format(input: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
+def pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
     """Reads an int or a pair of ints, rows first.
 
     Raises:
@@ -62,12 +64,13 @@ def pair(name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]
         ValueError: Not one or two ints, or less than ``minimum``.
     """
     try:
-        values = (value, value) if isinstance(value, int) else tuple(value)
+        # NumPy's integers are ints to nn.Conv2d too; its arrays have both.
+        values = tuple(value) if hasattr(value, "__len__") or not hasattr(value, "__index__") else (value, value)
     except TypeError:
         raise TypeError(f"`{name}` must be an int or a pair (rows, columns) of ints; got {value!r}.") from None
-    if len(values) != 2 or not all(isinstance(item, int) and item >= minimum for item in values):
+    if len(values) != 2 or not all(hasattr(item, "__index__") and item >= minimum for item in values):
         raise ValueError(f"`{name}` must be an int or a pair (rows, columns) of at least {minimum}; got {value!r}.")
-    return values
+    return operator.index(values[0]), operator.index(values[1])
 
 
 def resolve_padding(

@@ -133,7 +133,7 @@ def test_an_optimizer_made_before_converting_is_detected():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     convert(model, "2")
-    with pytest.raises(ValueError, match="convert the network first, then make the optimizer"):
+    with pytest.raises(ValueError, match="Convert the network first, then make the optimizer"):
         icnn_zoo.bound_positions(optimizer, model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     convert(model, "0")
@@ -151,7 +151,7 @@ def test_reparameterising_a_converted_network_raises_and_says_what_to_do(name):
     convert(model, "")
     layers = len(irregular_layers(model))
     for inplace in (False, True):
-        with pytest.raises(RuntimeError, match=r"drop their learned shapes.*Reparameterise before converting"):
+        with pytest.raises(RuntimeError, match=r"drop their learned shapes.*Reparameterize before converting"):
             reparameterize_model(model, inplace=inplace)
     assert len(irregular_layers(model)) == layers
 

@@ -1,0 +1,192 @@
+"""Hooks on the steps of optimizers that keep positions within the cell their gradient was taken in (Eq. 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
+from icnn_zoo.nn.modules import some_of
+from icnn_zoo.nn.step_watch import StepWatch
+from icnn_zoo.ops.interpolation import smooth_interval
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+Rule = Callable[[torch.optim.Optimizer, Tensor], Tensor | float]
+"""(the optimizer whose step runs, a displacement) to what to subtract from it."""
+
+
+class BoundHandle:
+    """Removes the hooks of :func:`bound_positions`; a context manager as torch's own handles are."""
+
+    def __init__(self, hooks: Sequence[RemovableHandle], watches: Sequence[tuple[IrregularConv2d, StepWatch]]) -> None:
+        self._hooks = hooks
+        self._watches = watches
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for layer, watch in self._watches:
+            if layer.step_watch is watch:
+                layer.step_watch = None
+
+    def __enter__(self) -> BoundHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def hook_steps(optimizer: Optimizers, model: nn.Module, bound_epsilon: float, rule: Rule | None) -> BoundHandle:
+    """Hooks that bound each step of positions: the optimizer's own, or what ``rule`` gives for a displacement.
+
+    Errors are those of :func:`icnn_zoo.bound_positions`.
+    """
+    if not bound_epsilon > 0:
+        raise ValueError(f"`bound_epsilon` must be positive, or positions on integers never move; got {bound_epsilon}.")
+    given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    for item in given:
+        if not isinstance(item, torch.optim.Optimizer):
+            raise TypeError(
+                "`optimizer` must be a torch.optim.Optimizer, whose steps can be hooked, or a list of them; got "
+                f"{type(item).__name__}."
+            )
+    layers = _check_held(given, model, steps_displacements=rule is None)
+    hooks = StepHooks(model, bound_epsilon, rule)
+    handles: list[RemovableHandle] = []
+    for item in given:
+        for inner in with_wrapped(item):
+            if not getattr(type(inner).step, "hooked", False):  # timm's Lookahead skips what sets this up
+                inner._patch_step_function()
+            handles += [inner.register_step_pre_hook(hooks.remember), inner.register_step_post_hook(hooks.bound)]
+    watches = [(layer, StepWatch(name)) for name, layer in layers.items()]
+    for layer, watch in watches:
+        layer.step_watch = watch
+        watch.see(layer.displacement)
+    return BoundHandle(handles, watches)
+
+
+def _check_held(
+    optimizers: Sequence[torch.optim.Optimizer], model: nn.Module, steps_displacements: bool
+) -> dict[str, IrregularConv2d]:
+    """The layers that are trained or may be later, after checks."""
+    every = irregular_layers(model)
+    held = {
+        id(parameter): (it, group) for it in optimizers for group in it.param_groups for parameter in group["params"]
+    }
+    lacking, found = [], False
+    for name, layer in every.items():
+        for parameter in layer.displacement_parameters():
+            if id(parameter) not in held:
+                lacking += [name] * parameter.requires_grad
+                continue
+            found = True
+            holder, group = held[id(parameter)]
+            _refuse_optimizer(holder, group, name, steps_displacements)
+        if not isinstance(layer.displacement, nn.Parameter):
+            steps: Any = layer.parametrizations
+            if not all(hasattr(step, "right_inverse") for step in steps["displacement"]):
+                raise ValueError(
+                    f"A parametrization of the displacement of {name!r} has no right_inverse to bound it by."
+                )
+        if local_part(layer.displacement).shape[-2:] != layer.regular_grid.shape:
+            raise ValueError(
+                f"The displacement of {name!r} is flattened or cut across taps, as by FullyShardedDataParallel. Leave "
+                "it out: ignored_states=icnn_zoo.whole_displacements(model), or use fully_shard."
+            )
+    if lacking or not found:
+        raise ValueError(
+            f"`optimizer` lacks the displacement of {some_of(lacking) or 'every layer'}. Convert the network first, "
+            "then make the optimizer from its parameters (icnn_zoo.parameter_groups). Of several optimizers, give all "
+            "in a list. A displacement that is not to be trained has requires_grad False."
+        )
+    return every
+
+
+def _refuse_optimizer(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], name: str, steps_displacements: bool
+) -> None:
+    """Refuses kinds of optimizers that would make something else of a displacement than a step."""
+    for inner in with_wrapped(optimizer):
+        kind = type(inner).__name__
+        if callable(getattr(inner, "eval", None)):
+            raise ValueError(
+                f"`optimizer`: {kind} is schedule-free and swaps the displacement of {name!r} for an average that "
+                "no bound holds for. Give displacements to an optimizer of their own, such as torch.optim.SGD."
+            )
+        excluded = group.get("use_fallback", False) or not group.get("use_muon", True)
+        if kind.lower().endswith("muon") and steps_displacements and not excluded:
+            raise ValueError(
+                f"`optimizer`: {kind} would orthogonalize the displacement of {name!r} as if it were a matrix. "
+                "Exclude displacements: icnn_zoo.parameter_groups sets use_muon=False on their group. Or take "
+                "icnn_zoo.move_positions, or another optimizer for them."
+            )
+
+
+class StepHooks:
+    """What one call of :func:`bound_positions` does before and after steps."""
+
+    def __init__(self, model: nn.Module, bound_epsilon: float, rule: Rule | None) -> None:
+        self.model = model
+        self.bound_epsilon = bound_epsilon
+        self.rule = rule
+        self.running: torch.optim.Optimizer | None = None
+        self.last: list[tuple[IrregularConv2d, Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def remember(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if self.running is not None and self.running is not optimizer:
+            return  # a step within a wrapper's
+        self.running = optimizer
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        # The very float32 positions that the forward used: floor(grid + displacement) differs from
+        # grid + floor(displacement) by rounding.
+        self.last = [
+            (layer, local.detach().clone(), layer.regular_grid + local.detach())
+            for layer in irregular_layers(self.model).values()
+            if any(id(parameter) in held for parameter in layer.displacement_parameters())
+            for local in [local_part(layer.displacement)]
+        ]
+
+    @torch.no_grad()
+    def bound(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if optimizer is not self.running:
+            return
+        for layer, displacement, positions in self.last:
+            now, grid = local_part(layer.displacement), layer.regular_grid
+            if self.rule is not None:  # only now, as a closure makes the gradients within the step
+                now.copy_(displacement - self.rule(optimizer, layer.displacement))
+            low, high = smooth_interval(positions)
+            bounded = (grid + now).clamp(low - self.bound_epsilon, high + self.bound_epsilon)
+            bounded = torch.where(bounded == grid + now, now, bounded - grid)
+            if isinstance(layer.displacement, nn.Parameter):
+                now.copy_(bounded)
+            elif not torch.equal(bounded, now):
+                layer.displacement = bounded  # by the parametrization's right inverse, which rounds
+            if layer.step_watch is not None:
+                layer.step_watch.see(layer.displacement)
+        self.running, self.last = None, []
+
+
+def with_wrapped(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """An optimizer and those that it wraps, the innermost last."""
+    found = {id(optimizer): optimizer}
+    for value in vars(optimizer).values():
+        if isinstance(value, torch.optim.Optimizer) and id(value) not in found:
+            found.update((id(inner), inner) for inner in with_wrapped(value))
+    return list(found.values())
+
+
+def local_part(tensor: Any) -> Tensor:
+    """This process's part of a tensor that FSDP2 shards, otherwise the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole_mean(tensor: Any) -> Tensor:
+    """The mean over all numbers of a tensor, of all processes that hold a part of it."""
+    if hasattr(tensor, "full_tensor"):
+        return tensor.sum().full_tensor() / tensor.numel()
+    return tensor.mean()
