@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from icnn_zoo.cli.options import Command
 from icnn_zoo.io.files import user_path
@@ -14,8 +15,9 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("name", choices=sorted(DATASETS), help="what to prepare")
     parser.add_argument("--root", type=user_path, default=Path("data"), help="folder to store it in (default: data)")
-    for option, explanation in OPTIONS.items():
-        parser.add_argument(f"--{option.replace('_', '-')}", action="store_true", help=explanation)
+    for name, option in OPTIONS.items():
+        kind: dict[str, Any] = {"action": "store_true"} if option.kind is None else {"type": option.kind}
+        parser.add_argument(f"--{name.replace('_', '-')}", help=option.help, **kind)
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from icnn_zoo.cli import export, pictures, plan, prepare, reproduce, zoo
+from icnn_zoo.cli import export, pictures, plan, prepare, reproduce, segment, zoo
 from icnn_zoo.cli.options import Command
 from icnn_zoo.io.console import replace_unprintable
 
@@ -20,6 +20,7 @@ COMMANDS: dict[str, Command] = {
     **pictures.COMMANDS,
     **reproduce.COMMANDS,
     **zoo.COMMANDS,
+    **segment.COMMANDS,
 }
 
 # What bad input raises, at the latest in the library that meets it.

@@ -1,4 +1,4 @@
-"""The zoo's commands: ``icnn-zoo list``, ``show``, ``load``, ``verify``, ``publish`` and ``segment``."""
+"""The zoo's commands: ``icnn-zoo list``, ``show``, ``load``, ``verify`` and ``publish``."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from icnn_zoo.data.cityscapes import CityscapesDataModule
 from icnn_zoo.data.datamodule import SegmentationDataModule
+from icnn_zoo.data.documents import DocumentsDataModule
 from icnn_zoo.data.drawn_voc import DrawnVOCDataModule
 from icnn_zoo.data.folder import FolderDataModule
 from icnn_zoo.data.lines import LinesDataModule
@@ -15,6 +16,7 @@ from icnn_zoo.io.label_pictures import color_map
 __all__ = [
     "VOC_CLASSES",
     "CityscapesDataModule",
+    "DocumentsDataModule",
     "DrawnVOCDataModule",
     "FolderDataModule",
     "LinesDataModule",

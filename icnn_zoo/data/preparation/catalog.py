@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from icnn_zoo.io.files import user_path
 
@@ -21,11 +21,24 @@ class Preparation(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-# Options of ``icnn-zoo prepare``: flags that are off by default.
+class Option(NamedTuple):
+    """An option of ``icnn-zoo prepare``.
+
+    Attributes:
+        help: What it does.
+        kind: Makes its value from a word; None for a flag, off by default.
+    """
+
+    help: str
+    kind: Callable[[str], object] | None = None
+
+
 OPTIONS = {
-    "download": "fetch what is missing and can be had without a registration: VOC 2012 and SBD; VOC 2010",
-    "train_ids": "write labelTrainIds files beside Cityscapes' labelIds, for other programs",
-    "any_number": "accept numbers of images that are not the official ones",
+    "download": Option("fetch what is missing and can be had without a registration: VOC 2012 and SBD; VOC 2010"),
+    "train_ids": Option("write labelTrainIds files beside Cityscapes' labelIds, for other programs"),
+    "any_number": Option("accept numbers of images that are not the official ones"),
+    "pdfs": Option("folder of your own PDFs (default: fetch Debian's packages of TeX documentation)", user_path),
+    "pages": Option("pages to prepare in all (default: 24000)", int),
 }
 
 
@@ -41,19 +54,25 @@ def _efficientnet_lite0(root: Path) -> Path:
     return prepare_efficientnet_lite0(root)
 
 
-def _voc2012(root: Path, download: bool, any_number: bool) -> str:
+def _documents(root: Path, pdfs: Path | None = None, pages: int | None = None) -> str:
+    from icnn_zoo.data.preparation.documents import PAGES, prepare_documents
+
+    return prepare_documents(root, pdfs=pdfs, pages=PAGES if pages is None else pages)
+
+
+def _voc2012(root: Path, download: bool = False, any_number: bool = False) -> str:
     from icnn_zoo.data.preparation.voc2012 import prepare_voc2012
 
     return prepare_voc2012(root, download=download, any_number=any_number)
 
 
-def _pascal_context(root: Path, download: bool, any_number: bool) -> str:
+def _pascal_context(root: Path, download: bool = False, any_number: bool = False) -> str:
     from icnn_zoo.data.preparation.pascal_context import prepare_pascal_context
 
     return prepare_pascal_context(root, download=download, any_number=any_number)
 
 
-def _cityscapes(root: Path, train_ids: bool, any_number: bool) -> str:
+def _cityscapes(root: Path, train_ids: bool = False, any_number: bool = False) -> str:
     from icnn_zoo.data.preparation.cityscapes import prepare_cityscapes
 
     return prepare_cityscapes(root, train_ids=train_ids, any_number=any_number)
@@ -61,6 +80,7 @@ def _cityscapes(root: Path, train_ids: bool, any_number: bool) -> str:
 
 DATASETS: dict[str, Preparation] = {
     "cityscapes": Preparation(_cityscapes, ("train_ids", "any_number")),
+    "documents": Preparation(_documents, ("pdfs", "pages")),
     "drawn-voc": Preparation(_drawn_voc),
     "efficientnet-lite0": Preparation(_efficientnet_lite0),
     "pascal-context": Preparation(_pascal_context, ("download", "any_number")),
@@ -68,22 +88,22 @@ DATASETS: dict[str, Preparation] = {
 }
 
 
-def prepare(name: str, root: Path, **options: bool) -> str:
+def prepare(name: str, root: Path, **options: Any) -> str:
     """Prepares a thing and returns what to tell the user.
 
     Args:
         name: One of ``DATASETS``.
         root: Folder to store it in.
-        **options: Of ``OPTIONS``; those that are False may be any.
+        **options: Of ``OPTIONS``; those that are False or None are not set.
 
     Raises:
         ValueError: An option that does not apply to the thing.
         FileNotFoundError, ImportError, RuntimeError: As the thing's function.
     """
     preparation = DATASETS[name]
-    for option, value in options.items():
-        if value and option not in preparation.options:
+    chosen = {option: value for option, value in options.items() if value is not None and value is not False}
+    for option in chosen:
+        if option not in preparation.options:
             names = ", ".join(key for key, entry in DATASETS.items() if option in entry.options)
             raise ValueError(f"--{option.replace('_', '-')} does not apply to {name}, only to {names}.")
-    chosen = {key: options.get(key, False) for key in preparation.options}
     return f"Ready: {preparation.function(user_path(root), **chosen)}"

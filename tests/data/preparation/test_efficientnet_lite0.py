@@ -16,7 +16,7 @@ def tensors(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 
 def test_the_command_table_names_what_can_be_prepared():
-    assert set(DATASETS) == {"cityscapes", "drawn-voc", "efficientnet-lite0", "pascal-context", "voc2012"}
+    assert set(DATASETS) == {"cityscapes", "documents", "drawn-voc", "efficientnet-lite0", "pascal-context", "voc2012"}
 
 
 def test_tensors_are_renamed_in_order():
