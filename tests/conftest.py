@@ -85,6 +85,19 @@ def drawn_voc_root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def documents_root(tmp_path_factory) -> Path:
+    """A prepared folder of small documents, six packages of two."""
+    pytest.importorskip("pypdfium2")
+    from pdf_cases import write_library
+
+    from icnn_zoo.data.preparation.documents import prepare_documents
+
+    root = tmp_path_factory.mktemp("documents")
+    prepare_documents(root, pdfs=write_library(root / "pdfs"))
+    return root
+
+
+@pytest.fixture(scope="session")
 def zoo_run(tmp_path_factory) -> Path:
     """The folder of a real run of two steps, with a network of 0.4 MB."""
     from icnn_zoo.cli.programs import lightning_main

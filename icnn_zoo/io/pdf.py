@@ -33,7 +33,11 @@ def open_pdf(path: Path) -> PdfDocument:
     try:
         document = pypdfium2.PdfDocument(path)
     except pypdfium2.PdfiumError as error:
-        reason = "encrypted: remove its password first" if "password" in str(error).lower() else f"broken: {error}"
+        reason = (
+            "encrypted: remove its password first"
+            if "password" in str(error).lower()
+            else f"broken or without pages: {error}"
+        )
         raise ValueError(f"{str(path)!r} is {reason}") from error
     if not len(document):
         document.close()

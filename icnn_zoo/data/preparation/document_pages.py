@@ -21,6 +21,7 @@ _MOST_UNEXPLAINED = 0.05  # of the ink
 _LEAST_DRAWN = 0.03  # of the area of text
 _SCAN = 0.6  # of the page's area
 _MOST_NAMELESS = 0.3  # of the width of text
+_WORDS = np.isin(np.arange(256), (TEXT, HEADING, CODE, FORMULA))
 
 
 @dataclass
@@ -115,14 +116,14 @@ def picture_problem(image: np.ndarray, labels: np.ndarray, page: PageStructure |
         page: To name fonts that the file does not hold.
     """
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    paper = int(np.bincount(gray.ravel(), minlength=256).argmax())
-    ink = np.abs(gray.astype(np.int16) - paper) > _INK
-    words = np.isin(labels, (TEXT, HEADING, CODE, FORMULA))
+    paper = int(cv2.calcHist([gray], [0], None, [256], [0, 256]).argmax())
+    ink = cv2.absdiff(gray, np.full_like(gray, paper)) > _INK
+    words = _WORDS[labels]
     if not words.any():
         return "no region of text"
     if ink[words].mean() < _LEAST_DRAWN:
         fonts = ", ".join(sorted(page.not_embedded)[:3]) if page is not None else ""
         return "text that is not drawn" + (f": the file does not hold the fonts {fonts}" if fonts else "")
-    if ink[labels == 0].sum() > _MOST_UNEXPLAINED * ink.sum():
+    if np.count_nonzero(ink & (labels == 0)) > _MOST_UNEXPLAINED * np.count_nonzero(ink):
         return "much ink that the structure does not explain"
     return None

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import filelock
+import numpy as np
 from PIL import Image
 
 from icnn_zoo.data.documents import DOCUMENT_CLASSES, FOLDER, FORMAT, PALETTE, check_folder
@@ -162,8 +164,8 @@ def _write_pages(folder: Path, split: str, document: Document) -> dict[str, Any]
         place.mkdir(parents=True, exist_ok=True)
     for page in result.pages:  # until the line of progress stands, a file that a kill cut off is written anew
         file = f"{page_name(document.name, page.number)}.png"
-        _picture(page).save(images / file, compress_level=4)
-        palette_picture(page.labels, PALETTE).save(labels / file, compress_level=4)
+        _picture(page).save(images / file, compress_level=1)
+        palette_picture(page.labels, PALETTE).save(labels / file, compress_level=1)
     return {
         "document": document.name,
         "pages": [(page.number, *page.labels.shape) for page in result.pages],
@@ -178,9 +180,9 @@ def page_name(document: str, number: int) -> str:
 
 def _picture(page: LabeledPage) -> Image.Image:
     """The page's picture, gray if it has no color, which takes a third."""
-    picture = Image.fromarray(page.image)
-    is_gray = (page.image == page.image[..., :1]).all()
-    return picture.convert("L") if is_gray else picture
+    red, green, blue = cv2.split(page.image)
+    is_gray = np.array_equal(red, green) and np.array_equal(green, blue)
+    return Image.fromarray(red if is_gray else page.image)
 
 
 def _finish(

@@ -92,6 +92,9 @@ class _Layout:
         runs = [*page.texts, *(TextRun(bar, self.body, "", False, True, False) for bar in bars)]
         self.pieces = self._undo_bold_paragraphs(_pieces(runs, self.body))
         self._follow_rows()
+        self.rules += [
+            edge for entry in page.drawings if entry.outlined and self._is_frame(entry) for edge in _edges(entry.box)
+        ]
         curves = [entry.box for entry in page.drawings if entry.shape == "curve" and not self._is_frame(entry)]
         self.tables = _tables(self.rules, curves, self.pieces, self.pitch)
         self.figures = self._figures()
@@ -170,7 +173,7 @@ class _Layout:
         box = entry.box
         if _area(box) > 0.8 * self.page.height * self.page.width:
             return True
-        if entry.shape == "image":
+        if entry.shape in ("image", "rule"):
             return False
         return self._holds_prose(box)
 
@@ -209,6 +212,17 @@ class _Layout:
         for box in self.figures:
             _fill(mask, box, FIGURE)
         return mask
+
+
+def _edges(box: Box) -> list[Box]:
+    """The four lines of a frame."""
+    left, top, right, bottom = box
+    return [
+        Box(left, top, right, top + 1),
+        Box(left, bottom - 1, right, bottom),
+        Box(left, top, left + 1, bottom),
+        Box(right - 1, top, right, bottom),
+    ]
 
 
 def _split_bars(rules: Sequence[Drawing], texts: Sequence[TextRun], body: float) -> tuple[list[Box], list[Box]]:

@@ -82,10 +82,12 @@ class Drawing(NamedTuple):
     Attributes:
         box: Around it.
         shape: "rule": a thin axis-parallel line; "box": of other axis-parallel lines; "curve"; "image".
+        outlined: Whether a line is drawn along it.
     """
 
     box: Box
     shape: Shape
+    outlined: bool = False
 
 
 @dataclass
@@ -134,9 +136,7 @@ def read_structure(page: Any, height: int, width: int) -> PageStructure:
         if kind == pdfium.FPDF_PAGEOBJ_TEXT:
             _add_text(structure, entry, box, matrix)
         elif kind == pdfium.FPDF_PAGEOBJ_PATH:
-            shape = _shape(entry, box)
-            if shape is not None:
-                structure.drawings.append(Drawing(box, shape))
+            structure.drawings += _path(entry, box)
         elif kind in (pdfium.FPDF_PAGEOBJ_IMAGE, pdfium.FPDF_PAGEOBJ_SHADING):
             structure.drawings.append(Drawing(box, "image" if kind == pdfium.FPDF_PAGEOBJ_IMAGE else "curve"))
     return structure
@@ -218,14 +218,20 @@ def _add_text(structure: PageStructure, entry: Any, box: Box, matrix: np.ndarray
         structure.not_embedded.add(name)
 
 
-def _shape(entry: Any, box: Box) -> Shape | None:
-    """The shape of a path; None for one that is not drawn."""
+def _path(entry: Any, box: Box) -> list[Drawing]:
+    """A path, or nothing if it is not drawn."""
     import pypdfium2.raw as pdfium
 
     fill, stroke = ctypes.c_int(), ctypes.c_int()
     pdfium.FPDFPath_GetDrawMode(entry, fill, stroke)
     if not fill.value and not stroke.value:
-        return None
+        return []
+    return [Drawing(box, _shape(entry, box), bool(stroke.value))]
+
+
+def _shape(entry: Any, box: Box) -> Shape:
+    import pypdfium2.raw as pdfium
+
     last: tuple[float, float] | None = None
     for place in range(min(pdfium.FPDFPath_CountSegments(entry), _MAX_SEGMENTS)):
         segment = pdfium.FPDFPath_GetPathSegment(entry, place)
