@@ -14,9 +14,11 @@ import cv2
 import numpy as np
 
 from icnn_zoo.data.datamodule import SegmentationDataModule, Split
-from icnn_zoo.data.label_files import class_table, files_in, read_classes, read_image
+from icnn_zoo.data.folders import files_in
+from icnn_zoo.data.label_files import class_table, read_classes
 from icnn_zoo.data.samples import Sample
 from icnn_zoo.data.transforms import Size, size_pair
+from icnn_zoo.io.images import read_image
 
 FOLDER = "documents"
 FORMAT = 1

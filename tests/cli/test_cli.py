@@ -18,7 +18,13 @@ from icnn_zoo.cli.programs import COMMANDS, lightning_main, zoo_main
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-ON_DISK = {"voc2012.yaml", "pascal_context.yaml", "cityscapes.yaml", "folder.yaml"}  # trained in test_configs.py
+ON_DISK = {
+    "voc2012.yaml",
+    "pascal_context.yaml",
+    "cityscapes.yaml",
+    "folder.yaml",
+    "documents.yaml",
+}  # trained in test_configs.py
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -56,6 +56,23 @@ def test_a_config_fits_validates_tests_and_predicts(name, tmp_path, monkeypatch)
         assert Image.open(path).size == Image.open(images[path.stem.removesuffix("_pred_labelIds")]).size
 
 
+def test_the_config_of_documents_fits_and_tests_pages_and_scans(tmp_path, monkeypatch, documents_root):
+    monkeypatch.chdir(tmp_path)
+    small = ["--data.init_args.root", str(documents_root), "--data.init_args.num_workers", "0"]
+    small += ["--data.init_args.num_val", "2", "--data.init_args.num_test", "2", "--data.init_args.batch_size", "2"]
+    small += ["--trainer.accelerator", "cpu", "--trainer.max_steps", "2", "--trainer.val_check_interval", "1"]
+    config = ["-c", str(ROOT / "configs" / "documents.yaml"), *small]
+    lightning_main(["fit", *config])
+    last = tmp_path / "runs" / "documents" / "version_0" / "checkpoints" / "last.ckpt"
+    for scans in ("false", "true"):
+        lightning_main(["test", *config, "--ckpt_path", str(last), "--data.init_args.scans", scans])
+    results = [
+        (tmp_path / "runs" / "documents" / f"version_{version}" / "metrics.csv").read_text() for version in (1, 2)
+    ]
+    assert all("test/mIoU" in result for result in results)
+    assert results[0] != results[1]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_of_the_paper_has_the_papers_values(name):
     config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())

@@ -17,7 +17,6 @@ from PIL import Image
 
 from icnn_zoo.data.documents import DOCUMENT_CLASSES, FOLDER, FORMAT, PALETTE, check_folder
 from icnn_zoo.data.inspection import progress
-from icnn_zoo.data.label_files import palette_picture
 from icnn_zoo.data.preparation.document_pages import LONGEST_SIDE, LabeledPage, label_document
 from icnn_zoo.data.preparation.document_sources import (
     Document,
@@ -28,6 +27,7 @@ from icnn_zoo.data.preparation.document_sources import (
     split_documents,
 )
 from icnn_zoo.io.files import write_whole
+from icnn_zoo.io.label_pictures import palette_picture
 
 PAGES = 24000
 _PLAN, _PROGRESS = "plan.json", "progress.jsonl"
