@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icnn_zoo.cli.options import Command, add_registry, check_output
+from icnn_zoo.io.files import user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,13 +20,16 @@ _PAGE_SIDE = 800  # pixels of a page's longer side, as the networks of documents
 def _segment_options(parser: argparse.ArgumentParser) -> None:
     add_registry(parser)
     parser.add_argument("name", help="arch.tag")
-    parser.add_argument("image", type=Path, help="photograph, or PDF")
+    parser.add_argument("image", type=user_path, help="photograph, or PDF")
     parser.add_argument(
-        "--to", type=Path, required=True, help="picture to write, such as picture.png; of a PDF a PDF, page by page"
+        "--to",
+        type=user_path,
+        required=True,
+        help="picture to write, such as picture.png; of a PDF a PDF, page by page",
     )
     parser.add_argument(
         "--labels",
-        type=Path,
+        type=user_path,
         help="label map to write, a PNG of class indices in their colors; of a PDF a TIFF, page by page",
     )
     parser.add_argument(

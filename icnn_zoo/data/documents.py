@@ -18,6 +18,7 @@ from icnn_zoo.data.folders import files_in
 from icnn_zoo.data.label_files import class_table, read_classes
 from icnn_zoo.data.samples import Sample
 from icnn_zoo.data.transforms import Size, size_pair
+from icnn_zoo.io.files import user_path
 from icnn_zoo.io.images import read_image
 
 FOLDER = "documents"
@@ -115,7 +116,7 @@ class DocumentsDataModule(SegmentationDataModule):
         if predict_split not in _SPLITS:
             raise ValueError(f"`predict_split` must be one of {', '.join(_SPLITS)}; got {predict_split!r}.")
         super().__init__(crop_size=crop_size, mirror=mirror, fill=fill, **kwargs)
-        self.folder = Path(root) / FOLDER
+        self.folder = user_path(root) / FOLDER
         self.eval_crop = None if eval_crop is None else size_pair("eval_crop", eval_crop)
         self.numbers = {"train": num_train, "val": num_val, "test": num_test}
         self.scans = scans
