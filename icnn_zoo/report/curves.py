@@ -1,10 +1,10 @@
-"""Training curves and scores of a run, as SVG and HTML."""
+"""Training curves of a run, laid out for drawing as SVG."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from typing import Any
 
 from icnn_zoo.training.run_metrics import Series, thinned
 
@@ -13,8 +13,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 8, 8, 22
 _MOST_POINTS = 300
 
 
-def curve_pictures(metrics: Mapping[str, Series]) -> str:
-    """The figures of a run: loss, mIoU and displacements, as far as they were logged."""
+def curve_pictures(metrics: Mapping[str, Series]) -> list[dict[str, Any]]:
+    """The figures of a run, as data for the page: loss, mIoU and displacements, as far as they were logged."""
     layers = {
         name.removeprefix("displacement/mean/").removeprefix("backbone."): series
         for name, series in metrics.items()
@@ -25,14 +25,14 @@ def curve_pictures(metrics: Mapping[str, Series]) -> str:
         ("Validation mIoU", "", {"mIoU": metrics.get("val/mIoU", [])}),
         ("Mean displacement by layer", "px", layers),
     ]
-    return "".join(
+    return [
         _figure(title, unit, drawn)
         for title, unit, lines in figures
         if (drawn := {name: series for name, series in lines.items() if len(series) > 1})
-    )
+    ]
 
 
-def _figure(title: str, unit: str, lines: Mapping[str, Series]) -> str:
+def _figure(title: str, unit: str, lines: Mapping[str, Series]) -> dict[str, Any]:
     colors = _depth_colors(len(lines))
     steps = [step for series in lines.values() for step, _ in series]
     values = [value for series in lines.values() for _, value in series]
@@ -42,35 +42,33 @@ def _figure(title: str, unit: str, lines: Mapping[str, Series]) -> str:
     high = max(high, ticks[-1], low + 1e-12)
 
     def x(step: float) -> float:
-        return _LEFT + (step - first) / (last - first) * (_WIDTH - _LEFT - _RIGHT)
+        return round(_LEFT + (step - first) / (last - first) * (_WIDTH - _LEFT - _RIGHT), 1)
 
     def y(value: float) -> float:
-        return _HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+        return round(_HEIGHT - _BOTTOM - (value - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
-    parts = []
-    for tick in ticks:
-        parts.append(f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{tick:g}</text>')
-    for step, anchor in ((first, "start"), (last, "end")):
-        label = f"step {step}" if step == first else str(step)
-        parts.append(f'<text x="{x(step):.1f}" y="{_HEIGHT - 6}" text-anchor="{anchor}">{label}</text>')
-    for color, series in zip(colors, lines.values(), strict=True):
-        points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in thinned(series, _MOST_POINTS))
-        parts.append(f'<polyline points="{points}" stroke="{color}"/>')
     ends = ", ".join(f"{name} from {series[0][1]:.3g} to {series[-1][1]:.3g}" for name, series in lines.items())
-    label = escape(f"{title} over steps {first} to {last}: {ends} {unit}".strip(), quote=True)
-    keys = ""
-    if len(lines) > 1:
-        entries = (
-            f'<li><i style="background:{color}"></i>{escape(name)}</li>'
-            for color, name in zip(colors, lines, strict=True)
-        )
-        keys = f'<ul class="keys">{"".join(entries)}</ul>'
-    caption = escape(f"{title} ({unit})" if unit else title)
-    return (
-        f'<figure class="curve"><figcaption>{caption}</figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>{keys}</figure>'
-    )
+    return {
+        "caption": f"{title} ({unit})" if unit else title,
+        "label": f"{title} over steps {first} to {last}: {ends} {unit}".strip(),
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "left": _LEFT,
+        "right": _WIDTH - _RIGHT,
+        "ticks": [{"y": y(tick), "text": f"{tick:g}"} for tick in ticks],
+        "ends": [
+            {"x": x(first), "anchor": "start", "text": f"step {first}"},
+            {"x": x(last), "anchor": "end", "text": str(last)},
+        ],
+        "lines": [
+            {
+                "points": " ".join(f"{x(step)},{y(value)}" for step, value in thinned(series, _MOST_POINTS)),
+                "color": color,
+            }
+            for color, series in zip(colors, lines.values(), strict=True)
+        ],
+        "legend": list(zip(colors, lines, strict=True)) if len(lines) > 1 else [],
+    }
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from icnn_zoo._version import __version__
 from icnn_zoo.analysis.kernel_shapes import layer_shapes
 from icnn_zoo.analysis.statistics import depth_trends, shape_statistics
 from icnn_zoo.io.files import check_target, replacing
 from icnn_zoo.nn.irregular_conv import irregular_layers
-from icnn_zoo.report import sections as parts
 from icnn_zoo.report.curves import curve_pictures
 from icnn_zoo.report.payload import heatmaps_payload, shapes_payload
 from icnn_zoo.report.samples import Sample, find_palette
+from icnn_zoo.report.sections import (
+    card_section,
+    header_section,
+    iou_section,
+    predictions_section,
+    settings_section,
+    shapes_section,
+)
 from icnn_zoo.training.network_sources import Source
 from icnn_zoo.training.task import SegmentationTask
 
@@ -47,7 +55,7 @@ def write_page(
         source: What the first network was loaded from: its run or card is where scores and curves come from.
 
     Raises:
-        ValueError: No sample, another suffix, or a position that is no finite number.
+        ValueError: No sample, another suffix, or a position that is not a finite number.
         FileNotFoundError: The folder does not exist.
     """
     path = check_target(path, (".html",))
@@ -66,41 +74,42 @@ def write_page(
     scores = {name: series[-1][1] for name, series in metrics.items()}
     if card is not None:
         scores |= {metric.name: metric.value for metric in card.metrics}
-    sections = [
-        parts.header(source.title, task, scores),
-        parts.card_section(card) if card is not None else "",
-        parts.predictions_section(task, samples, find_palette(source, task)),
-        parts.heatmaps_section(samples, list(tasks)),
-        parts.shapes_section(statistics, depth_trends(statistics)) if layers else "",
-        parts.curves_section(curve_pictures(metrics)),
-        parts.iou_section(task.class_names, scores),
-        parts.settings_section(dict(task.hparams)),
-        f"<footer>Made by icnn-zoo {escape(__version__)}.</footer>",
-    ]
-    page = _assemble(source.title, "\n".join(sections), payload)
+    page = _render(
+        title=source.title,
+        header=header_section(task, scores),
+        card=None if card is None else card_section(card),
+        predictions=predictions_section(task, samples, find_palette(source, task)),
+        networks=list(tasks),
+        shapes=shapes_section(statistics, depth_trends(statistics)) if layers else None,
+        curves=curve_pictures(metrics),
+        iou=iou_section(task.class_names, scores),
+        settings=settings_section(dict(task.hparams)),
+        data=payload,
+    )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _assemble(title: str, body: str, payload: Mapping[str, Any]) -> str:
+def _render(data: Mapping[str, Any], **content: Any) -> str:
+    """The template with its content, which it escapes, and this package's own style and scripts, which it does not."""
     files = resources.files("icnn_zoo.report") / "assets"
+    texts = {path: files.joinpath(path).read_text("utf-8") for path in ("page.css", "heatmaps.js", "shapes.js")}
+    environment = Environment(
+        loader=PackageLoader("icnn_zoo.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     # "<" inside JSON strings could close the script element; the escape means the same in JSON.
-    data = json.dumps(payload, separators=(",", ":")).replace("<", "\\u003c")
-    page = files.joinpath("page.html").read_text(encoding="utf-8")
-    inserts = {
-        "@TITLE@": escape(title),
-        "@STYLE@": files.joinpath("page.css").read_text(encoding="utf-8"),
-        "@BODY@": body,
-        "@DATA@": data,
-        "@SCRIPT@": "\n".join(
-            files.joinpath(name).read_text(encoding="utf-8") for name in ("heatmaps.js", "shapes.js")
-        ),
-    }
-    before = ""
-    for mark, text in inserts.items():  # in the order of the template, so that no insert is searched for marks
-        head, _, page = page.partition(mark)
-        before += head + text
-    return before + page
+    packed = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return environment.get_template("page.html").render(
+        **content,
+        version=__version__,
+        style=Markup(texts["page.css"]),
+        script=Markup(texts["heatmaps.js"] + "\n" + texts["shapes.js"]),
+        data=Markup(packed),
+    )
 
 
 def _shrunk(sample: Sample) -> Sample:

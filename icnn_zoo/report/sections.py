@@ -1,9 +1,8 @@
-"""The sections of the page, as HTML."""
+"""What the sections of the page show, as plain data for its template."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,15 @@ from icnn_zoo.report.samples import Sample
 from icnn_zoo.training.task import SegmentationTask
 from icnn_zoo.zoo.cards import Card
 
+Row = tuple[str, str]
 _SMALL = 200  # pixels of an image's longer side below which it is shown with sharp pixels
 
 
-def header(title: str, task: SegmentationTask, scores: Mapping[str, float]) -> str:
+def header_section(task: SegmentationTask, scores: Mapping[str, float]) -> dict[str, Any]:
     """What it is and its most important numbers."""
     layers = irregular_layers(task.model)
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
     positions = sum(layer.displacement.numel() for layer in layers.values())
-    start = f"learnable shapes from {task.start or 'the first layer'} on" if layers else "regular convolutions"
     tiles = [
         (f"{split} mIoU", f"{100 * scores[key]:.1f} %")
         for split in ("val", "test")
@@ -35,14 +34,11 @@ def header(title: str, task: SegmentationTask, scores: Mapping[str, float]) -> s
     tiles += [("classes", str(len(task.class_names))), ("parameters", f"{parameters:,}")]
     if layers:
         tiles += [("irregular layers", str(len(layers))), ("taps with a position", f"{positions // 2:,}")]
-    entries = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in tiles)
-    return (
-        f'<header><h1>{escape(title)}</h1><p class="quiet">{escape(str(task.hparams["backbone"]))}, {escape(start)}</p>'
-        f'<dl class="tiles">{entries}</dl></header>'
-    )
+    start = f"learnable shapes from {task.start or 'the first layer'} on" if layers else "regular convolutions"
+    return {"backbone": task.hparams["backbone"], "start": start, "tiles": tiles}
 
 
-def card_section(card: Card) -> str:
+def card_section(card: Card) -> dict[str, Any]:
     """Where a checkpoint of the zoo comes from."""
     rows = [(f"{metric.name}: {metric.value:.4f}", metric.protocol) for metric in card.metrics]
     rows += [
@@ -54,128 +50,55 @@ def card_section(card: Card) -> str:
         ("weights", f"{card.weights.size / 1e6:.1f} MB, {card.weights.licence}"),
         ("sha256", card.weights.sha256),
     ]
-    return _section("Card", f"<p>{escape(card.description)}</p>{_definitions(rows, 'facts')}")
+    return {"description": card.description, "rows": rows}
 
 
-def predictions_section(task: SegmentationTask, samples: Sequence[Sample], palette: np.ndarray) -> str:
+def predictions_section(task: SegmentationTask, samples: Sequence[Sample], palette: np.ndarray) -> dict[str, Any]:
     """Images, truth where it is known, predictions, and a legend of the classes that occur."""
     figures, seen = [], set()
     for index, sample in enumerate(samples):
         image = torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None]
         with torch.no_grad():
             labels = image_scores(task, image).argmax(dim=1)[0].cpu().numpy()
-        shown = [("truth", sample.mask)] if sample.mask is not None else []
-        shown.append(("prediction", labels))
+        pictures = [{"what": "image", "uri": data_uri(sample.image, quality=85)}]
+        for what, values in (("truth", sample.mask), ("prediction", labels)):
+            if values is not None:
+                seen |= set(np.unique(values).tolist())
+                pictures.append({"what": what, "uri": data_uri(colored(np.asarray(values), palette))})
         height, width = sample.image.shape[:2]
-        size = f'width="{width}" height="{height}"'
-        name = escape(sample.name, quote=True)
-        pictures = [f'<img id="image-{index}" {size} alt="{name}" src="{data_uri(sample.image, quality=85)}">']
-        for what, values in shown:
-            seen |= set(np.unique(values).tolist())
-            picture = data_uri(colored(np.asarray(values), palette))
-            pictures.append(f'<img {size} alt="{what} of {name}" src="{picture}">')
-        small = " small" if max(height, width) < _SMALL else ""
-        columns = "" if sample.mask is not None else " two"
-        caption = "image, truth, prediction" if sample.mask is not None else "image, prediction"
         figures.append(
-            f'<figure><div class="sample{small}{columns}">{"".join(pictures)}</div>'
-            f"<figcaption>{name}: {caption}</figcaption></figure>"
+            {
+                "index": index,
+                "name": sample.name,
+                "height": height,
+                "width": width,
+                "small": max(height, width) < _SMALL,
+                "pictures": pictures,
+            }
         )
-    keys = "".join(
-        f'<li><i style="background:#{bytes(palette[index]).hex()}"></i>{escape(task.class_names[index])}</li>'
-        for index in sorted(seen)
-        if index < len(palette)  # not the label that is ignored
-    )
-    body = f'<div class="samples">{"".join(figures)}</div><ul class="keys">{keys}</ul>'
-    return _section("Predictions", body)
+    known = sorted(index for index in seen if index < len(palette))  # not the label that is ignored
+    legend = [(f"#{bytes(palette[index]).hex()}", task.class_names[index]) for index in known]
+    return {"figures": figures, "legend": legend}
 
 
-def heatmaps_section(samples: Sequence[Sample], titles: Sequence[str]) -> str:
-    """Places for the heatmaps, which the script fills."""
-    thumbs = "".join(
-        f'<button type="button" class="thumb" data-sample="{index}" aria-pressed="false">'
-        f'<img alt="{escape(sample.name, quote=True)}"></button>'
-        for index, sample in enumerate(samples)
-    )
-    fields = "".join(
-        f'<figure><div class="field" tabindex="0" role="application" data-network="{index}" aria-label="Heatmap of the '
-        f'{escape(title, quote=True)} network: click a pixel, or move it with the arrow keys"><canvas></canvas></div>'
-        f"<figcaption>{escape(title)}</figcaption></figure>"
-        for index, title in enumerate(titles)
-    )
-    text = (
-        "<p>Which pixels of the image the output at one pixel depends on: the gradient of the score of the class "
-        "that is predicted there. Click a pixel, or move it with the arrow keys.</p>"
-    )
-    scale = (
-        '<div class="scale-row"><span>0</span><canvas class="scale" width="180" height="10"></canvas>'
-        "<span>highest gradient of this pixel</span></div>"
-    )
-    choices = f'<div class="choices" role="group" aria-label="Image">{thumbs}</div>' if len(samples) > 1 else ""
-    status = '<p class="status quiet" id="heatmap-status" aria-live="polite"></p>'
-    return _section("Heatmaps", f'{text}{choices}<div class="maps">{fields}</div>{scale}{status}', "heatmaps")
+def shapes_section(statistics: Sequence[ShapeStatistics], trends: Mapping[str, float | None]) -> dict[str, Any]:
+    """Statistics of the shapes, which the script draws."""
+    layers = [{"name": entry.short_name, "cells": cells(entry)} for entry in statistics]
+    return {"layers": layers, "columns": ("layer", *COLUMNS), "trends": _sentence(trends)}
 
 
-def shapes_section(statistics: Sequence[ShapeStatistics], trends: Mapping[str, float | None]) -> str:
-    """A place for the shapes, which the script fills, and their statistics."""
-    options = "".join(
-        f'<option value="{index}">{escape(entry.short_name)}</option>' for index, entry in enumerate(statistics)
-    )
-    columns = "".join(f'<th scope="col">{column}</th>' for column in ("layer", *COLUMNS))
-    rows = "".join(
-        f'<tr><th scope="row">{escape(entry.short_name)}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in cells(entry))
-        + "</tr>"
-        for entry in statistics
-    )
-    body = (
-        "<p>Every point is a tap of one shape, coloured by its place in the regular kernel. Drag to turn, or use the "
-        "arrow keys.</p>"
-        f'<div class="choices"><select id="layer" aria-label="Layer">{options}</select>'
-        '<button type="button" data-view="flat">Along the channels</button>'
-        '<button type="button" data-view="space">In space</button></div>'
-        '<div class="turn"><canvas id="turn" tabindex="0" role="img" aria-label="Kernel shapes"></canvas></div>'
-        '<p class="quiet" id="shapes-status" aria-live="polite"></p>'
-        f'<p class="quiet">{escape(_sentence(trends))}</p>'
-        '<div class="scroll"><table><caption>Lengths in pixels of each layer\'s input</caption>'
-        f"<thead><tr>{columns}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-    return _section("Kernel shapes", body, "shapes")
-
-
-def curves_section(figures: str) -> str:
-    """The training curves."""
-    return _section("Training", f'<div class="curves">{figures}</div>') if figures else ""
-
-
-def iou_section(class_names: Sequence[str], scores: Mapping[str, float]) -> str:
-    """IoU of every class, as bars."""
+def iou_section(class_names: Sequence[str], scores: Mapping[str, float]) -> dict[str, Any] | None:
+    """IoU of every class in percent, as bars; None where it was not measured."""
     for split in ("val", "test"):
         found = {name: scores[key] for name in class_names if (key := f"{split}/IoU/{name}") in scores}
         if found:
-            bars = "".join(
-                f'<li><span>{escape(name)}</span><span class="track"><i style="width:{100 * value:.1f}%"></i></span>'
-                f"<span>{100 * value:.1f}</span></li>"
-                for name, value in found.items()
-            )
-            return _section(f"IoU by class, {split}, in %", f'<ul class="bars">{bars}</ul>')
-    return ""
+            return {"split": split, "bars": [(name, f"{100 * value:.1f}") for name, value in found.items()]}
+    return None
 
 
-def settings_section(settings: Mapping[str, Any]) -> str:
+def settings_section(settings: Mapping[str, Any]) -> list[Row]:
     """All arguments of the network and its training."""
-    rows = [(name, str(value)) for name, value in sorted(settings.items()) if not name.startswith("_")]
-    return f"<section><details><summary>Settings</summary>{_definitions(rows)}</details></section>"
-
-
-def _section(title: str, body: str, identifier: str | None = None) -> str:
-    name = "" if identifier is None else f' id="{identifier}"'
-    return f"<section{name}><h2>{escape(title)}</h2>{body}</section>"
-
-
-def _definitions(rows: Sequence[tuple[str, str]], kind: str = "settings") -> str:
-    entries = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
-    return f'<dl class="{kind}">{entries}</dl>'
+    return [(name, str(value)) for name, value in sorted(settings.items()) if not name.startswith("_")]
 
 
 def _sentence(trends: Mapping[str, float | None]) -> str:
