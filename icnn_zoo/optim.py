@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import PolynomialLR
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from icnn_zoo.nn.irregular_conv import irregular_layers
 from icnn_zoo.nn.modules import find_name, some_of
@@ -90,7 +91,32 @@ def parameter_groups(
     return groups
 
 
-def poly_policy(optimizer: torch.optim.Optimizer, max_steps: int, power: float = 0.9) -> PolynomialLR:
+class PolyPolicy(LRScheduler):
+    """Rates that fall to 0 by a power of the share of steps to come; see :func:`poly_policy`.
+
+    Its state is the step alone: rates, length and power are the configuration's, so that a run that goes on with other
+    ones follows them.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_steps: int, power: float) -> None:
+        self.max_steps, self.power = max_steps, power
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        factor = max(0.0, 1 - self.last_epoch / self.max_steps) ** self.power
+        return [rate * factor for rate in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch = state_dict["last_epoch"]
+        for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = rate
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def poly_policy(optimizer: torch.optim.Optimizer, max_steps: int, power: float = 0.9) -> PolyPolicy:
     """The poly policy: every group's rate times ``(1 - step / max_steps) ** power``, to be stepped once per update.
 
     Raises:
@@ -98,7 +124,29 @@ def poly_policy(optimizer: torch.optim.Optimizer, max_steps: int, power: float =
     """
     if max_steps < 1:
         raise ValueError(f"`max_steps` must be the number of optimizer steps of the run, at least 1; got {max_steps}.")
-    return PolynomialLR(optimizer, total_iters=max_steps, power=power)
+    return PolyPolicy(optimizer, max_steps, power)
+
+
+def keep_options(optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    """Keeps an optimizer's rates, decay, momentum and other options as they are when a state is loaded into it.
+
+    A state dict holds the options of the run that saved it; here it brings what was learned (momenta and counts), and
+    the configuration decides how to go on. A learning rate schedule, loaded after it, sets the rate of its step.
+
+    Returns:
+        A handle whose ``remove()`` gives torch's behaviour back.
+    """
+
+    def hook(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        saved = state_dict["param_groups"]
+        if len(saved) != len(optimizer.param_groups):
+            return state_dict  # torch says so
+        groups = [
+            {**own, "params": of_state["params"]} for own, of_state in zip(optimizer.param_groups, saved, strict=True)
+        ]
+        return {**state_dict, "param_groups": groups}
+
+    return optimizer.register_load_state_dict_pre_hook(hook)
 
 
 def check_gradients(model: nn.Module) -> None:

@@ -181,6 +181,8 @@ class PeerTask(SegmentationTask):
         **task: Arguments of SegmentationTask; ``start`` must be None.
     """
 
+    architecture = (*SegmentationTask.architecture, "peer", "peer_start", "peer_dilation")
+
     def __init__(
         self, peer: Peer = "deformable", peer_start: str = "classifier", peer_dilation: int = 2, **task: Any
     ) -> None:
@@ -205,7 +207,7 @@ class PeerTask(SegmentationTask):
         )
         for layer in layers:
             optimizer.register_step_post_hook(layer.clamp)
-        schedule["scheduler"] = poly_policy(optimizer, schedule["scheduler"].total_iters, self.poly_power)
+        schedule["scheduler"] = poly_policy(optimizer, schedule["scheduler"].max_steps, self.poly_power)
         return configured
 
 

@@ -201,13 +201,12 @@ class _Run:
         return next((path for path in reversed(found) if path.is_file()), None)
 
     def _is_finished(self, checkpoint: Path) -> bool:
-        import torch
+        from icnn_zoo.training.checkpoints import read_checkpoint
 
         trainer = yaml.safe_load(RunFolder.around(checkpoint).config.read_text(encoding="utf-8"))["trainer"]
         if (trainer.get("max_steps") or -1) < 0:
             raise ValueError("reproduce needs the length of a run as trainer.max_steps.")
-        state = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
-        return state["global_step"] >= trainer["max_steps"]
+        return read_checkpoint(checkpoint, mmap=True)["global_step"] >= trainer["max_steps"]
 
 
 def _check_folder(folder: Path, run: _Run) -> None:

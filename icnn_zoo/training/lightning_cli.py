@@ -3,26 +3,58 @@
 from __future__ import annotations
 
 import logging
+import signal
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentError
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import CheckpointIO
 
 from icnn_zoo.data import SegmentationDataModule
 from icnn_zoo.io.files import write_whole
-from icnn_zoo.training.callbacks import LastCheckpoint, PredictionWriter, SamplePictures, ScoreTable
+from icnn_zoo.io.transports import is_local
+from icnn_zoo.training.callbacks import (
+    LastCheckpoint,
+    PredictionWriter,
+    SamplePictures,
+    ScoreTable,
+    StepProgress,
+    ValidateAtEnd,
+)
+from icnn_zoo.training.checkpoints import WholeCheckpointIO, check_size, read_task, task_options
+from icnn_zoo.training.console import calm
+from icnn_zoo.training.given_options import check_agreement, check_source, check_trained, remembered
+from icnn_zoo.training.loggers import NoLogs
 from icnn_zoo.training.run_folder import RunFolder
 from icnn_zoo.training.task import SegmentationTask
 
 
+class RunConfig(SaveConfigCallback):
+    """Writes config.yaml into the run folder, whichever logger the run has."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        config = self.config.clone()
+        source = config.get("ckpt_path")
+        if source is not None:
+            config["ckpt_path"] = None  # what this run makes of it is what its config is used with later
+        note = "" if source is None else f"# ckpt_path was {source}\n"
+        text = self.parser.dump(config, skip_none=False)
+        write_whole(RunFolder.of(trainer).config, note + text)
+
+
 class ZooCLI(LightningCLI):
     """LightningCLI for :class:`icnn_zoo.training.task.SegmentationTask` and any of the package's data modules.
+
+    What is given on the command line or in a config decides; options of the task that nobody gave come from the
+    checkpoint of ``--ckpt_path``. Where they disagree about the network, an error says both.
 
     Attributes:
         task: The class of the model; that of a subclass may be another SegmentationTask.
@@ -33,19 +65,25 @@ class ZooCLI(LightningCLI):
     @classmethod
     def run(cls, args: Sequence[str] | None = None) -> ZooCLI:
         """Parses ``args`` (default: the program's) and runs the subcommand."""
-        return cls(
-            cls.task,
-            SegmentationDataModule,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "callbacks": [LastCheckpoint(), ScoreTable(), PredictionWriter()],
-                "use_distributed_sampler": False,
-            },
-            parser_kwargs={"prog": "lightning", "description": "Trains and evaluates networks with learnable shapes."},
-            args=None if args is None else list(args),
-        )
+        with calm():
+            return cls(
+                cls.task,
+                SegmentationDataModule,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                save_config_callback=RunConfig,
+                save_config_kwargs={"save_to_log_dir": False},
+                trainer_defaults={
+                    "callbacks": [ValidateAtEnd(), ScoreTable(), PredictionWriter()],
+                    "enable_model_summary": False,  # ZooCLI tells of the network in a line
+                    "use_distributed_sampler": False,
+                },
+                parser_kwargs={
+                    "prog": "lightning",
+                    "description": "Trains and evaluates networks with learnable shapes.",
+                },
+                args=None if args is None else list(args),
+            )
 
     @classmethod
     def build(cls, config: Mapping[str, Any], overrides: Sequence[str] = (), **trainer: Any) -> ZooCLI:
@@ -96,23 +134,97 @@ class ZooCLI(LightningCLI):
         parser.link_arguments("data.ignore_index", "model.ignore_index", apply_on="instantiate")
         parser.link_arguments("data.classes", "model.class_names", apply_on="instantiate")
 
-    def predict(self, model: pl.LightningModule, **kwargs: Any) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and completes the model's options by those of the checkpoint."""
+        super().parse_arguments(parser, args)
+        self._remembered: dict[str, Any] = {}
+        self._step: int | None = None
+        command = self.config.get("subcommand")
+        if command is None:
+            return
+        section = self.config[command]
+        path = section.get("ckpt_path")
+        check_source(path)
+        if not path or not is_local(path) or not Path(path).is_file():
+            return
+        checkpoint = read_task(path)
+        check_size(self.task, checkpoint, path)
+        self._remembered, self._step = task_options(checkpoint), checkpoint.get("global_step")
+        given = parser.parse_args(args, defaults=False)[command].get("model", {})
+        options = remembered(self._remembered, given, list(section["model"].keys()))
+        self.config = parser.parse_object({command: {"model": options}}, self.config)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning 2.6 would let the checkpoint's options win over those of the command line here."""
+
+    def before_instantiate_classes(self) -> None:
+        if self.subcommand in ("validate", "test", "predict"):
+            section = self.config[self.subcommand]
+            configs = [str(file) for file in section.get("config") or []]
+            check_trained(self.subcommand, section.get("ckpt_path"), section["model"]["pretrained"], configs)
+
+    def after_instantiate_classes(self) -> None:
+        options = dict(self.model.hparams)
+        check_agreement(self.task.architecture, options, self._remembered)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Makes the trainer with what every run of the command line has: its checkpoints, its bar and a folder."""
+        if self.subcommand is None:
+            return super().instantiate_trainer(**kwargs)
+        options = {**self._get(self.config_init, "trainer"), **kwargs}
+        callbacks = list(_as_list(options["callbacks"]))
+        if options["enable_checkpointing"] is not False:
+            callbacks.append(LastCheckpoint())
+        if options["enable_progress_bar"] is not False and not any(isinstance(it, ProgressBar) for it in callbacks):
+            callbacks.append(StepProgress())
+        plugins = _as_list(options["plugins"])
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(WholeCheckpointIO())
+        logger = options["logger"]
+        if logger is False:
+            logger = NoLogs(Path(options["default_root_dir"] or ".") / "runs")
+        elif isinstance(logger, list):
+            # The run folder is that of the first: it has the metrics, where there is a logger that writes them there.
+            logger = sorted(logger, key=lambda it: not isinstance(it, CSVLogger))
+        return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks, "plugins": plugins, "logger": logger})
+
+    def fit(self, model: SegmentationTask, **kwargs: Any) -> None:
+        """Trains."""
+        self._run(self.trainer.fit, model, **kwargs)
+
+    def validate(self, model: SegmentationTask, **kwargs: Any) -> None:
+        """Scores on the validation data."""
+        self._run(self.trainer.validate, model, **kwargs)
+
+    def test(self, model: SegmentationTask, **kwargs: Any) -> None:
+        """Scores on the test data."""
+        self._run(self.trainer.test, model, **kwargs)
+
+    def predict(self, model: SegmentationTask, **kwargs: Any) -> None:
         """Predicts without keeping label maps: PredictionWriter has written them, and a set's would be gigabytes."""
-        self.trainer.predict(model, **{**kwargs, "return_predictions": False})
+        self._run(self.trainer.predict, model, **{**kwargs, "return_predictions": False})
 
-    def after_fit(self) -> None:
-        _print_run_folder(self.trainer)
+    def _run(self, call: Callable[..., Any], model: SegmentationTask, **kwargs: Any) -> None:
+        if self.trainer.is_global_zero:
+            print(f"Network: {model.describe()}")
+            print(f"Weights: {self._weights(model, kwargs.get('ckpt_path'))}", flush=True)
+        try:
+            call(model, **{**kwargs, "weights_only": True})  # code of a checkpoint never runs, wherever it lies
+        except BaseException as error:
+            if self.trainer.received_sigterm:
+                raise SystemExit(128 + signal.SIGTERM) from error
+            raise
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print(f"Run folder: {RunFolder.of(self.trainer).path.resolve()}")
 
-    def after_validate(self) -> None:
-        _print_run_folder(self.trainer)
+    def _weights(self, model: SegmentationTask, ckpt_path: str | None) -> str:
+        if ckpt_path:
+            step = f", step {self._step}" if self._step is not None else ""
+            return f"{ckpt_path}{step}"
+        if model.pretrained is True:
+            return "backbone pretrained by timm, head random"
+        return str(model.pretrained) if model.pretrained else "random"
 
-    def after_test(self) -> None:
-        _print_run_folder(self.trainer)
 
-    def after_predict(self) -> None:
-        _print_run_folder(self.trainer)
-
-
-def _print_run_folder(trainer: pl.Trainer) -> None:
-    if trainer.is_global_zero:
-        print(f"Run folder: {RunFolder.of(trainer).path.resolve()}")
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]

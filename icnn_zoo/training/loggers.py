@@ -43,6 +43,41 @@ class WandbLogger(_WandbLogger):
         super().__init__(name=name, save_dir=save_dir, offline=offline, project=project, **kwargs)
 
 
+class NoLogs(Logger):
+    """Keeps no logs, and gives the run a folder all the same: ``SAVE_DIR/unlogged/version_<n>``.
+
+    In the place of ``logger: false``, with which Lightning would put checkpoints into the current folder, and refuse
+    callbacks that log.
+
+    Args:
+        save_dir: Folder of the runs.
+    """
+
+    def __init__(self, save_dir: str | Path = "runs") -> None:
+        super().__init__()
+        self._save_dir = str(save_dir)
+        taken = [path.name.partition("_")[2] for path in (Path(save_dir) / self.name).glob("version_*")]
+        self._version = max((int(number) for number in taken if number.isdecimal()), default=-1) + 1
+
+    @property
+    def name(self) -> str:
+        return "unlogged"
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def save_dir(self) -> str:
+        return self._save_dir
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Forgets them."""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Forgets them."""
+
+
 def has_key() -> bool:
     """Whether wandb would find a key without asking: in the environment or the .netrc file.
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from icnn_zoo.training.checkpoints import check_size, read_checkpoint, read_task, task_options
 from icnn_zoo.training.run_folder import RunFolder, find_ckpt
 from icnn_zoo.training.run_metrics import Series, read_metrics
 from icnn_zoo.training.task import SegmentationTask
@@ -56,8 +56,7 @@ class Source:
         table = RunFolder.around(self.file).metrics
         if not table.is_file():
             return {}
-        step: int = torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        return read_metrics(table, step)
+        return read_metrics(table, read_checkpoint(self.file, mmap=True)["global_step"])
 
 
 def find_source(source: str | Path, *, registry: Registries = None, cache: str | Path | None = None) -> Source:
@@ -163,28 +162,13 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _from_checkpoint(source: Path) -> SegmentationTask:
+    checkpoint = read_task(source)
+    check_size(SegmentationTask, checkpoint, source)
     try:
-        checkpoint: Any = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds for a file that is no checkpoint
-        # weights_only runs no code of the file, so a file that would need some is refused too.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{str(source)!r} cannot be read as a checkpoint of tensors and plain values: {reason}"
-        ) from error
-    known = checkpoint if isinstance(checkpoint, dict) else {}  # a file may hold a tensor or a list alone
-    missing = [key for key in ("hyper_parameters", "state_dict") if key not in known]
-    if missing:
-        raise ValueError(
-            f"{str(source)!r} is no checkpoint of a run of this package: it has no {' and no '.join(missing)}. Name "
-            "runs/<name>/version_<n>/checkpoints/last.ckpt."
-        )
-    # Names that start with an underscore are Lightning's own.
-    arguments = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
-    try:
-        task = SegmentationTask(**arguments)
+        task = SegmentationTask(**task_options(checkpoint))
         task.load_state_dict(checkpoint["state_dict"])
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{str(source)!r} is no checkpoint of a SegmentationTask: {error}") from error
+        raise ValueError(f"{str(source)!r} is not a checkpoint of a SegmentationTask: {error}") from error
     return task.eval()
 
 

@@ -1,6 +1,9 @@
-"""Scores from a confusion matrix."""
+"""Scores from a confusion matrix, and their names in logs."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,10 +15,10 @@ def iou_and_accuracy(confusion: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         IoU [num_classes], NaN for a class that neither occurs nor is predicted, and the share of right pixels.
     """
-    confusion = confusion.double()
-    right = confusion.diagonal()
-    iou = right / (confusion.sum(0) + confusion.sum(1) - right)
-    return iou.float(), (right.sum() / confusion.sum()).float()
+    counts = confusion.cpu().double()  # not every device has 64 bits, which counts of pixels need
+    right = counts.diagonal()
+    iou = right / (counts.sum(0) + counts.sum(1) - right)
+    return iou.float().to(confusion.device), (right.sum() / counts.sum()).float().to(confusion.device)
 
 
 def background_miou(confusion: Tensor) -> float:
@@ -23,3 +26,16 @@ def background_miou(confusion: Tensor) -> float:
     background = torch.zeros_like(confusion)
     background[:, 0] = confusion.sum(dim=1)
     return float(iou_and_accuracy(background)[0].nanmean())
+
+
+def iou_names(split: str, classes: Sequence[str]) -> list[str]:
+    """Names of the IoU of classes in logs, such as "val/IoU/dog".
+
+    Loggers refuse some characters (MLflow brackets and letters beyond ASCII): those become "_", with the number of the
+    class where that makes two names the same.
+    """
+    plain = [re.sub(r"[^\w .:/-]", "_", name, flags=re.ASCII) or "_" for name in classes]
+    return [
+        f"{split}/IoU/{name}" if plain.count(name) == 1 else f"{split}/IoU/{name}_{index}"
+        for index, name in enumerate(plain)
+    ]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
@@ -19,12 +20,15 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from icnn_zoo.conversion.converter import convert
 from icnn_zoo.io.label_pictures import check_classes
 from icnn_zoo.models.segmentation import SegmentationModel, shrink_labels
-from icnn_zoo.optim import bound_positions, move_positions, parameter_groups, poly_policy
+from icnn_zoo.nn.irregular_conv import irregular_layers
+from icnn_zoo.optim import bound_positions, keep_options, move_positions, parameter_groups, poly_policy
 from icnn_zoo.training.callbacks.monitors import DisplacementMonitor
 from icnn_zoo.training.callbacks.resuming import GeneratorStates
 from icnn_zoo.training.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits
+from icnn_zoo.training.finiteness import all_finite, find_nonfinite
+from icnn_zoo.training.given_options import check_agreement
 from icnn_zoo.training.provenance import find_provenance
-from icnn_zoo.training.scores import background_miou, iou_and_accuracy
+from icnn_zoo.training.scores import background_miou, iou_and_accuracy, iou_names
 from icnn_zoo.zoo.pretrained import load_pretrained
 
 Batch = dict[str, Any]
@@ -37,11 +41,17 @@ class SegmentationTask(pl.LightningModule):
     many processes share it; gradient accumulation averages those, as Caffe does. Evaluation fills one confusion matrix
     over the whole set: mIoU is the mean over the classes that occur in it or are predicted.
 
+    Training and evaluation end with an error where a loss or an output is not a finite number.
+
+    Attributes:
+        architecture: Names of the options that a network and a checkpoint of it must share.
+
     Args:
         backbone: Any timm name that can be dilated.
-        num_classes: Classes, background included. The command line takes it from the data.
+        num_classes: Classes, background included: 2 to 256, as label maps have 8 bits. The command line takes it from
+            the data.
         ignore_index: Label that is no class. The command line takes it from the data.
-        class_names: Names for logs and tables, None for numbers. The command line takes them from the data.
+        class_names: Different names for logs and tables, None for numbers. The command line takes them from the data.
         start: First module to make irregular: a backbone module ("layer3.11"), "classifier" for the head alone, None
             for the regular baseline.
         epsilon: Initial displacement in pixels.
@@ -83,6 +93,17 @@ class SegmentationTask(pl.LightningModule):
     Raises:
         ValueError: A backbone, ``start`` or other choice that does not exist; the message names the nearest.
     """
+
+    architecture: tuple[str, ...] = (
+        "backbone",
+        "num_classes",
+        "start",
+        "per_kernel",
+        "output_stride",
+        "head",
+        "head_dilation",
+        "dilation_rule",
+    )
 
     def __init__(
         self,
@@ -128,6 +149,8 @@ class SegmentationTask(pl.LightningModule):
         if loss_resolution not in ("logits", "image"):
             raise ValueError(f"`loss_resolution` must be logits or image; got {loss_resolution!r}.")
         check_evaluation(evaluation, window, scales, window_batch)
+        if not 2 <= num_classes <= 256:
+            raise ValueError(f"`num_classes` must be 2 to 256, as label maps have 8 bits; got {num_classes}.")
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"`class_names` must have num_classes = {num_classes} names; got {len(class_names)}.")
         self.ignore_index = ignore_index
@@ -204,6 +227,20 @@ class SegmentationTask(pl.LightningModule):
         self._has_weights = True
         return super().load_state_dict(*args, **kwargs)
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another network, and to go on with another optimizer than it holds the state of."""
+        saved = checkpoint.get("hyper_parameters", {})
+        check_agreement(self.architecture, self.hparams, saved)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            check_agreement(("optimizer",), self.hparams, saved)
+
+    def describe(self) -> str:
+        """The network in a line: backbone, size and what is irregular."""
+        layers = len(irregular_layers(self.model))
+        form = f"irregular from {self.start} on ({layers} layers)" if layers else "regular"
+        number = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"{self.hparams['backbone']}, {number:,} parameters, {len(self.class_names)} classes, {form}"
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a published checkpoint has to say of its making."""
         checkpoint["provenance"] = find_provenance()
@@ -231,6 +268,7 @@ class SegmentationTask(pl.LightningModule):
         if self.start is not None:
             hook = move_positions if self.position_rule == "layer" else bound_positions
             hook(optimizer, self.model, bound_epsilon=self.bound_epsilon)
+        keep_options(optimizer)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("The poly policy needs the run's length: set trainer.max_steps or trainer.max_epochs.")
@@ -258,8 +296,20 @@ class SegmentationTask(pl.LightningModule):
             torch.distributed.all_reduce(valid)
         # Distributed training averages gradients over processes; times their number makes that the global sum.
         loss = total * self.trainer.world_size / valid.clamp(min=1)
+        self._check_loss(loss, batch["image"])
         self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
         return loss
+
+    def _check_loss(self, loss: Tensor, images: Tensor) -> None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if all_finite(loss) or scaler is not None:  # a scaler leaves such a step out and goes on with a smaller scale
+            return
+        place = find_nonfinite(self.model, self.model.preprocess(images))
+        raise FloatingPointError(
+            f"the loss of step {self.trainer.global_step} is {float(loss)}: {place}. Nothing of this step is kept; "
+            f"checkpoints are of earlier ones. Lower model.lr ({self.lr:g}) or model.position_lr "
+            f"({self.position_lr:g}), or set trainer.gradient_clip_val; a half precision may be too narrow."
+        )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch)
@@ -303,7 +353,14 @@ class SegmentationTask(pl.LightningModule):
             )
         else:
             logits = partial(whole_logits, self._full_logits, flip=self.flip)
-        return multi_scale(logits, self.model.preprocess(images), self.scales).argmax(dim=1)
+        pixels = self.model.preprocess(images)
+        values = multi_scale(logits, pixels, self.scales)
+        if not all_finite(values):
+            raise FloatingPointError(
+                f"the network's output is not finite: {find_nonfinite(self.model, pixels)}. Take a checkpoint of an "
+                "earlier step, train with lower rates, or evaluate with trainer.precision 32-true."
+            )
+        return values.argmax(dim=1)
 
     def _full_logits(self, images: Tensor) -> Tensor:
         return self.model.upsample(self._logits(images).float(), images.shape[-2:])
@@ -315,7 +372,7 @@ class SegmentationTask(pl.LightningModule):
         confusion = self.confusion.compute()  # summed over processes
         self.confusion.reset()
         iou, accuracy = iou_and_accuracy(confusion)
-        values = {f"{split}/IoU/{name}": value for name, value in zip(self.class_names, iou, strict=True)}
+        values: dict[str, Any] = dict(zip(iou_names(split, self.class_names), iou, strict=True))
         values |= {f"{split}/mIoU_background": background_miou(confusion), f"{split}/pixel_accuracy": accuracy}
         # All processes hold the same numbers; sync_dist only keeps Lightning from warning that they might not.
         self.log_dict(values, sync_dist=True)

@@ -2,7 +2,8 @@
 
 from icnn_zoo.training.callbacks.monitors import DisplacementMonitor, ScoreTable
 from icnn_zoo.training.callbacks.pictures import PredictionWriter, SamplePictures
-from icnn_zoo.training.callbacks.resuming import GeneratorStates, LastCheckpoint
+from icnn_zoo.training.callbacks.progress import StepProgress
+from icnn_zoo.training.callbacks.resuming import GeneratorStates, LastCheckpoint, ValidateAtEnd
 from icnn_zoo.training.callbacks.shapes_logger import ShapesLogger
 
 __all__ = [
@@ -13,4 +14,6 @@ __all__ = [
     "SamplePictures",
     "ScoreTable",
     "ShapesLogger",
+    "StepProgress",
+    "ValidateAtEnd",
 ]

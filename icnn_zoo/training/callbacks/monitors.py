@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from rich.text import Text
 
 from icnn_zoo.analysis.displacement import InputSizes, displacement_statistics
 from icnn_zoo.io.console import print_table
+from icnn_zoo.training.scores import iou_names
 
 
 class DisplacementMonitor(Callback):
@@ -65,12 +66,12 @@ class ScoreTable(Callback):
         table = Table(title=f"{split}: intersection over union", title_justify="left")
         table.add_column("class")
         table.add_column("IoU", justify="right")
-        for name in pl_module.class_names:  # type: ignore[union-attr]
-            value = float(metrics[f"{split}/IoU/{name}"])
-            table.add_row(Text(name), "absent" if np.isnan(value) else f"{value:.3f}")
+        names = list(pl_module.class_names)  # type: ignore[arg-type]
+        for name, key in zip(names, iou_names(split, names), strict=True):
+            value = float(metrics[key])
+            table.add_row(Text(name), "absent" if math.isnan(value) else f"{value:.3f}")  # no markup in names
         table.add_section()
         table.add_row("mIoU", f"{float(metrics[f'{split}/mIoU']):.3f}")
-        first = pl_module.class_names[0]  # type: ignore[index]
-        table.add_row(Text(f"mIoU of {first} everywhere"), f"{float(metrics[f'{split}/mIoU_background']):.3f}")
+        table.add_row(Text(f"mIoU of {names[0]} everywhere"), f"{float(metrics[f'{split}/mIoU_background']):.3f}")
         table.add_row("pixel accuracy", f"{float(metrics[f'{split}/pixel_accuracy']):.3f}")
         print_table(table)

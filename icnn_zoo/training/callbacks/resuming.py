@@ -3,30 +3,83 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from icnn_zoo.training.run_folder import RunFolder
 
 
-class LastCheckpoint(Callback):
-    """Saves ``last.ckpt`` after step ``max_steps``, beside every ModelCheckpoint that has ``save_last``.
+class LastCheckpoint(Checkpoint):
+    """Saves ``last.ckpt`` after every validation, at the end of training, and when the process is told to end.
 
-    ModelCheckpoint itself saves it with each validation, hence not the last steps of a run whose length is no multiple
-    of ``val_check_interval``.
+    It takes the place of ``save_last`` of every ModelCheckpoint that has it, in the same folder; without any
+    ModelCheckpoint it writes into ``checkpoints/`` of the run folder. Since Lightning 2.6 ``save_last`` writes only
+    together with a better checkpoint: a run without a better score would lose everything since then.
+
+    Told to end (SIGTERM), a run of one process saves the step it has just finished. With several, whose steps would
+    have to be made to agree while they end, the last validation's checkpoint stays.
     """
+
+    best_model_path = ""  # Lightning asks the first Checkpoint callback for it
+
+    def __init__(self) -> None:
+        self._beside: list[ModelCheckpoint] = []
+        self._alone = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        others = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        self._alone = not others
+        self._beside += [callback for callback in others if callback.save_last]
+        for callback in others:
+            callback.save_last = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Checkpoint callbacks come last, those of the configuration first: the best score of this validation is in.
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._save(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         # Not when training ends: by then Lightning counts the epoch as over, and resuming would begin the next one.
-        if trainer.global_step != trainer.max_steps:
+        if is_last_step(trainer):
+            self._save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if not trainer.received_sigterm or trainer.world_size > 1 or trainer.sanity_checking:
             return
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.save_last and callback.dirpath:
-                trainer.save_checkpoint(Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}.ckpt")
+        # A worker that was told to end too can interrupt a step halfway; that is not a state to resume from.
+        done = trainer.fit_loop.epoch_loop.batch_progress.current
+        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0 and done.ready == done.completed:
+            self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folders = [str(callback.dirpath) for callback in self._beside if callback.dirpath]
+        if self._alone:
+            folders = [str(RunFolder.of(trainer).last.parent)]
+        for folder in dict.fromkeys(folders):
+            trainer.save_checkpoint(f"{folder}/{ModelCheckpoint.CHECKPOINT_NAME_LAST}.ckpt", weights_only=False)
+
+
+class ValidateAtEnd(Callback):
+    """Validates after the last step, also where the run's length is not a multiple of the validation interval."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if is_last_step(trainer):
+            trainer.should_stop = True  # before it stops, Lightning validates
+
+
+def is_last_step(trainer: pl.Trainer) -> bool:
+    """Whether the step that has just ended is the last one of the run, by ``max_steps`` or ``max_epochs``."""
+    if trainer.global_step == trainer.max_steps:
+        return True
+    return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
 
 
 class GeneratorStates(Callback):
