@@ -61,7 +61,7 @@ class Step:
 
     def _displace(self, options: argparse.Namespace) -> None:
         if options.checkpoint:
-            state = torch.load(options.checkpoint, map_location="cpu", weights_only=False)["state_dict"]
+            state = torch.load(options.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
             self.model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()})
         else:
             with torch.no_grad():

@@ -102,9 +102,11 @@ def check_size(task: Callable[..., nn.Module], checkpoint: Mapping[str, Any], so
     Raises:
         ValueError: Tensors are missing, of another shape, or larger than what the file holds of them.
     """
+    # The regular network, which can be made without memory; displacements are no larger than twice its weights.
+    options = {**task_options(checkpoint), "start": None, "pretrained": False}
     try:
-        with torch.device("meta"):  # shapes alone
-            expected = {name: value.shape for name, value in task(**task_options(checkpoint)).state_dict().items()}
+        with torch.device("meta"):
+            expected = {name: value.shape for name, value in task(**options).state_dict().items()}
     except (TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{str(source)!r} is not a checkpoint of a {task.__name__}: {error}") from error
     found = checkpoint["state_dict"]

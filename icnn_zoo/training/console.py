@@ -23,6 +23,7 @@ _WARNINGS = (
     r".*The number of training batches .* is smaller than the logging interval",  # steps are counted over epochs
     r".*LightningCLI's args parameter is intended",  # which both programs use
     r".*Checkpoint directory .* exists and is not empty",  # a run has its own folder
+    r".*The dirpath has changed from",  # likewise, whose best checkpoint is the best since it went on
 )
 
 

@@ -16,19 +16,19 @@ def all_finite(values: Tensor) -> bool:
 
 @torch.no_grad()
 def find_nonfinite(network: nn.Module, images: Tensor) -> str:
-    """Says in words where a network's numbers stop being finite: its weights, else the first layer's output.
+    """Says in words where a network's numbers stop being finite: in a weight, else in the first such layer's output.
 
     Args:
         network: The network, as it is.
         images: What to run it on, [B, 3, H, W].
 
     Returns:
-        Such as "the weights of backbone.layer3.0.conv1 are not finite".
+        Such as "the weight of backbone.layer3.0.conv1 is not finite".
     """
     for name, value in network.state_dict().items():
         if value.is_floating_point() and value.numel() and not all_finite(value):
             layer, _, kind = name.rpartition(".")
-            return f"{'positions' if kind == 'displacement' else kind} of {layer} are not finite"
+            return f"the {kind} of {layer} is not finite"
     if not all_finite(images.float()):
         return "the images are not finite"
     found: list[str] = []

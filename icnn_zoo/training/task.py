@@ -228,11 +228,11 @@ class SegmentationTask(pl.LightningModule):
         return super().load_state_dict(*args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another network, and to go on with another optimizer than it holds the state of."""
+        """Refuses a checkpoint of another network, and to go on with what it holds no optimizer state for."""
         saved = checkpoint.get("hyper_parameters", {})
         check_agreement(self.architecture, self.hparams, saved)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            check_agreement(("optimizer",), self.hparams, saved)
+            check_agreement(("optimizer", "freeze_norm"), self.hparams, saved)
 
     def describe(self) -> str:
         """The network in a line: backbone, size and what is irregular."""

@@ -182,7 +182,7 @@ def test_a_killed_run_resumes_with_the_losses_of_the_uninterrupted_one(tmp_path)
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, (tmp_path / "killed.log").read_text()
-    step = torch.load(last, weights_only=False)["global_step"]
+    step = torch.load(last, weights_only=True)["global_step"]
     assert start("resumed", "--ckpt_path", str(last)).wait(timeout=240) == 0, (tmp_path / "resumed.log").read_text()
     assert start("whole").wait(timeout=240) == 0, (tmp_path / "whole.log").read_text()
     whole, resumed = losses("whole"), losses("resumed")

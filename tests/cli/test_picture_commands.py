@@ -119,7 +119,7 @@ def test_mistakes_are_named_and_nothing_is_written(
 def test_positions_that_are_lost_are_told(zoo_run, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
-    checkpoint = torch.load(zoo_run / "checkpoints" / "last.ckpt", weights_only=False)
+    checkpoint = torch.load(zoo_run / "checkpoints" / "last.ckpt", weights_only=True)
     name = next(name for name in checkpoint["state_dict"] if name.endswith("displacement"))
     checkpoint["state_dict"][name][0] = float("nan")
     torch.save(checkpoint, folder / "last.ckpt")

@@ -41,7 +41,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Checkpoint callbacks come last, those of the configuration first: the best score of this validation is in.
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        # Not at the end, where the step has been saved: Lightning resumes wrongly after a validation out of turn.
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not is_last_step(trainer):
             self._save(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -64,7 +65,7 @@ class LastCheckpoint(Checkpoint):
         if self._alone:
             folders = [str(RunFolder.of(trainer).last.parent)]
         for folder in dict.fromkeys(folders):
-            trainer.save_checkpoint(f"{folder}/{ModelCheckpoint.CHECKPOINT_NAME_LAST}.ckpt", weights_only=False)
+            trainer.save_checkpoint(f"{folder}/{ModelCheckpoint.CHECKPOINT_NAME_LAST}.ckpt", False)  # all of it
 
 
 class ValidateAtEnd(Callback):
