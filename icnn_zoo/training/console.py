@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,13 +40,6 @@ def calm() -> Iterator[None]:
     finally:
         for name, without in filters.items():
             logging.getLogger(name).removeFilter(without)
-
-
-def print_anything() -> None:
-    """Lets a console whose encoding lacks a letter show a question mark in its place, where Python would raise."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
 
 
 class _Without(logging.Filter):
