@@ -71,8 +71,8 @@ class SegmentationTask(pl.LightningModule):
         optimizer: "sgd" or "adamw".
         lr: Rate of the backbone's weights.
         head_lr_factor: Rate of the head's weights over ``lr``; its biases have twice that. DeepLab's 10 is for SGD.
-        position_lr: Rate of the positions: with the rule "layer" the most that a step moves a tap, in pixels (0.1 when
-            fine-tuning); with "optimizer" about that for adamw, for sgd pixels per unit of gradient.
+        position_lr: Rate of the positions: with the rule "layer" the most that a step moves a tap, in pixels; with
+            "optimizer" about that for adamw (0.01 to 0.03), for sgd pixels per unit of gradient (the paper's 50).
         position_rule: How positions move: "layer" where their gradients agree, by what is large for their layer
             (:func:`icnn_zoo.move_positions`), "optimizer" by the optimizer's own rule, as in the paper.
         momentum: Momentum of SGD.
@@ -125,8 +125,8 @@ class SegmentationTask(pl.LightningModule):
         optimizer: Literal["sgd", "adamw"] = "sgd",
         lr: float = 1e-3,
         head_lr_factor: float = 10.0,
-        position_lr: float = 50.0,
-        position_rule: Literal["layer", "optimizer"] = "optimizer",
+        position_lr: float = 0.1,
+        position_rule: Literal["layer", "optimizer"] = "layer",
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         poly_power: float = 0.9,
@@ -233,6 +233,8 @@ class SegmentationTask(pl.LightningModule):
         check_agreement(self.architecture, self.hparams, saved)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_agreement(("optimizer", "freeze_norm"), self.hparams, saved)
+            if "position_rule" not in saved:  # a run from before there was one goes on as it began
+                self.position_rule = "optimizer"
 
     def describe(self) -> str:
         """The network in a line: backbone, size and what is irregular."""
@@ -251,6 +253,11 @@ class SegmentationTask(pl.LightningModule):
             self._has_weights = True
 
     def configure_optimizers(self) -> Any:
+        if self.start is not None and self.position_rule == "layer" and self.position_lr > 1:
+            raise ValueError(
+                f"`position_lr` is in pixels a step with position_rule layer, 0.1 to begin with; got {self.position_lr}."
+                " Rates per unit of gradient, such as the paper's 50, go with position_rule optimizer."
+            )
         groups = parameter_groups(
             self.model,
             lr=self.lr,

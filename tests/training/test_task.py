@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def make_task(**arguments) -> SegmentationTask:
     torch.manual_seed(0)
     defaults = {"backbone": "test_resnet", "num_classes": 4, "start": "layer3", "lr": 0.01, "position_lr": 20.0}
-    return SegmentationTask(**{**defaults, **arguments})
+    return SegmentationTask(**{**defaults, "position_rule": "optimizer", **arguments})
 
 
 def make_data(**arguments) -> ShapesDataModule:
@@ -264,6 +264,23 @@ def test_options_train(tmp_path, options):
     trainer = make_trainer(tmp_path, record, max_steps=2, **options.get("trainer", {}))
     trainer.fit(make_task(**options.get("task", {})), make_data())
     assert all(math.isfinite(loss) for loss in record.losses)
+
+
+def test_a_rate_per_unit_of_gradient_is_refused_for_a_rule_in_pixels(tmp_path):
+    with pytest.raises(ValueError, match=r"position_lr.*got 50.0.*position_rule optimizer"):
+        make_trainer(tmp_path).fit(make_task(position_rule="layer", position_lr=50.0), make_data())
+
+
+def test_a_checkpoint_from_before_the_rule_goes_on_by_the_optimizers(tmp_path):
+    saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    make_trainer(tmp_path, saving, max_steps=1).fit(make_task(), make_data())
+    checkpoint = torch.load(tmp_path / "step=1.ckpt", weights_only=False)
+    del checkpoint["hyper_parameters"]["position_rule"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    task = make_task(position_rule="layer")  # at 20 px a step, which that rule refuses
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.fit(task, make_data(), ckpt_path=tmp_path / "old.ckpt")
+    assert (trainer.global_step, task.position_rule) == (2, "optimizer")
 
 
 def test_pretrained_weights_are_needed_to_begin_training_and_only_then(tmp_path):
