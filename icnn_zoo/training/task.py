@@ -255,7 +255,7 @@ class SegmentationTask(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         if self.start is not None and self.position_rule == "layer" and self.position_lr > 1:
             raise ValueError(
-                f"`position_lr` is in pixels a step with position_rule layer, 0.1 to begin with; got {self.position_lr}."
+                f"`position_lr` is in pixels with position_rule layer, 0.1 to begin with; got {self.position_lr}."
                 " Rates per unit of gradient, such as the paper's 50, go with position_rule optimizer."
             )
         groups = parameter_groups(
