@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from icnn_zoo.io import downloads
+from icnn_zoo.io.downloads import Promise
+from icnn_zoo.io.transports import Patience
+
+HASTY = Patience(first_wait=0.01, longest_wait=0.02, connect=2.0, read=0.5)
 
 NAME = "test_resnet.shapes"
 ABOUT: dict[str, Any] = {
@@ -30,8 +34,9 @@ def content(size: int = 300_000) -> bytes:
     return bytes(place * place % 251 for place in range(size))
 
 
-def fetch(url: str, data: bytes, cache: Path) -> bytes:
-    return downloads.fetch(url, sha256=sha256(data), size=len(data), cache=cache, progress=False)
+def fetch(url: str, data: bytes, cache: Path, patience: Patience = HASTY) -> bytes:
+    promise = Promise(sha256(data), len(data))
+    return downloads.fetch(url, promise, cache, progress=False, patience=patience)
 
 
 def sha256(data: bytes) -> str:

@@ -27,7 +27,7 @@ def _list_names(options: argparse.Namespace) -> None:
             if fnmatch.fnmatchcase(entry.name, options.pattern):
                 rows.setdefault(entry.name, (f"{entry.weights.size / 1e6:.1f} MB", entry.summary))
     if not rows:
-        raise ValueError(f"no checkpoint of {', '.join(place.url for place in places)} matches {options.pattern!r}.")
+        raise ValueError(f"no checkpoint of {', '.join(map(str, places))} matches {options.pattern!r}.")
     width = max(map(len, rows))
     for name, (size, summary) in sorted(rows.items()):
         print(f"{name:<{width}}  {size:>9}  {summary}")
@@ -35,7 +35,7 @@ def _list_names(options: argparse.Namespace) -> None:
 
 def _show_options(parser: argparse.ArgumentParser) -> None:
     add_registry(parser)
-    parser.add_argument("name", help="arch.tag")
+    parser.add_argument("name", help="arch.tag, or arch.tag@sha256:... to pin it")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the whole card")
     form.add_argument("--config", action="store_true", help="print the training configuration, starting from it")
@@ -52,12 +52,12 @@ def _show(options: argparse.Namespace) -> None:
     if options.json:
         print(dump(card).decode(), end="")
     else:
-        print(training_config(card) if options.config else readme(card, {}), end="")
+        print(training_config(card, entry.card.sha256) if options.config else readme(card, {}), end="")
 
 
 def _load_options(parser: argparse.ArgumentParser) -> None:
     add_registry(parser)
-    parser.add_argument("name", help="arch.tag")
+    parser.add_argument("name", help="arch.tag, or arch.tag@sha256:... to pin it")
     parser.add_argument("--to", type=user_path, help="write the weights to this file too, such as model.safetensors")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
@@ -68,18 +68,20 @@ def _load(options: argparse.Namespace) -> None:
         check_output(options.to, options.force, (".safetensors",))
 
     from icnn_zoo.io.files import write_whole
+    from icnn_zoo.zoo.checkpoints import read_checkpoint
     from icnn_zoo.zoo.networks import assemble
     from icnn_zoo.zoo.registry import find_checkpoint
-    from icnn_zoo.zoo.weights import parse_weights
 
     place, entry = find_checkpoint(options.name, registry=options.registry, cache=options.cache)
-    card, data = place.read(entry)
-    assemble(card, parse_weights(data, entry.name))
+    checkpoint = read_checkpoint(place, entry)
+    card = checkpoint.card
+    assemble(card, checkpoint.tensors)
     if options.to is not None:
-        write_whole(options.to, data)
+        write_whole(options.to, checkpoint.data)
     form = "regular" if card.conversion is None else f"irregular from {card.conversion.start!r} on"
     print(f"{card.name}: {card.weights.parameters:,} parameters, {form}, {len(card.classes)} classes")
-    print(f"Verified: sha256 {card.weights.sha256}, from {place.url}")
+    print(f"Verified: sha256 {card.weights.sha256}, from {place}")
+    print(f"To pin it: {entry.pin}")
     if options.to is not None:
         print(f"Written: {options.to}")
 
@@ -112,7 +114,7 @@ def _verify(options: argparse.Namespace) -> None:
                 root = [] if options.data_root is None else [f"--data.init_args.root={options.data_root}"]
                 measured = check_metrics(model, card, root)
                 print("".join(f"  {key}: {value:.4f}, as its card says\n" for key, value in measured.items()), end="")
-        except (FileNotFoundError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
             failures.append(f"{name}: {error}")
     if failures:
         raise ValueError("\n".join(failures))

@@ -48,7 +48,8 @@ def read_config(file: Path) -> dict[str, Any]:
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration without what means something on one machine only, and would stop others from using it.
 
-    That is the checkpoint from which an interrupted run went on, and the folders that its logs went to.
+    That is the checkpoint from which an interrupted run went on, the folders that its logs went to, and where its data
+    lay.
     """
     portable = {key: value for key, value in config.items() if key != "ckpt_path"}
     trainer = dict(portable.get("trainer") or {})
@@ -59,6 +60,11 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
             options["save_dir"] = "runs"
     if trainer.get("default_root_dir") and Path(str(trainer["default_root_dir"])).is_absolute():
         trainer["default_root_dir"] = None
+    for section in (portable.get("model"), (portable.get("data") or {}).get("init_args")):
+        values: dict[str, Any] = section or {}
+        for key, value in values.items():
+            if isinstance(value, str) and Path(value).is_absolute():
+                values[key] = Path(value).name
     return {**portable, "trainer": trainer}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.training.lightning_cli import ZooCLI
+from icnn_zoo.zoo.card_config import run_config
 from icnn_zoo.zoo.cards import Card
 
 TOLERANCE = 1e-3  # of a metric in 0 to 1: rounding turns over single pixels
@@ -72,7 +73,7 @@ def check_metrics(model: SegmentationModel, card: Card, overrides: Sequence[str]
         ValueError: One differs by more than 0.001; else as :func:`measure`.
         FileNotFoundError: As :func:`measure`.
     """
-    found = measure(model, card.training.config, [metric.name for metric in card.metrics], overrides)
+    found = measure(model, run_config(card), [metric.name for metric in card.metrics], overrides)
     for metric in card.metrics:
         if not abs(found[metric.name] - metric.value) <= TOLERANCE:
             raise ValueError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 from filelock import FileLock
 
-from icnn_zoo.io.files import write_whole
+from icnn_zoo.io.files import sync, write_whole
 from icnn_zoo.io.transports import is_local, local_path
 from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.publishing.about import read_about
@@ -22,10 +23,10 @@ from icnn_zoo.publishing.card_making import make_card, read_config, training_of
 from icnn_zoo.training.network_sources import load_task
 from icnn_zoo.training.run_folder import find_ckpt
 from icnn_zoo.zoo.card_readme import readme
-from icnn_zoo.zoo.cards import FORMAT, Card, check_name, dump, parse
+from icnn_zoo.zoo.cards import Card, check_name, dump, parse
 from icnn_zoo.zoo.golden import golden_logits
 from icnn_zoo.zoo.networks import assemble
-from icnn_zoo.zoo.registry import CARD, INDEX, README, WEIGHTS, Entry, File, Index
+from icnn_zoo.zoo.registry import CARD, INDEX, INDEX_FORMAT, README, WEIGHTS, Entry, File, Index
 from icnn_zoo.zoo.weights import parse_weights
 
 _STAGING = ".staging-"
@@ -65,7 +66,7 @@ def publish(
     check_name(name)
     if any(entry.name == name for entry in _read_index(folder).checkpoints):
         raise ValueError(
-            f"`name`: {name} is published in {str(folder)!r} already, and stays as it is; take another tag."
+            f"`name`: {name} is published in {str(folder)!r} already, and stays as it is; choose another tag."
         )
     wanted, pictures = read_about(about)
     file = find_ckpt(Path(source))
@@ -89,7 +90,7 @@ def _target_folder(to: str | Path) -> Path:
 def _read_index(folder: Path) -> Index:
     file = folder / INDEX
     if not file.is_file():
-        return Index(format=FORMAT, checkpoints=())
+        return Index(format=1, checkpoints=())
     return parse(Index, file.read_bytes(), str(file))
 
 
@@ -105,12 +106,15 @@ def _add(
     captions: Mapping[str, str],
     original: SegmentationModel,
 ) -> Path:
-    for left in folder.glob(f"{_STAGING}*"):  # of a process that was killed: the lock says that none is at work
+    # Of a process that was killed: the lock says that none is at work.
+    for left in folder.glob(f"{_STAGING}*"):
         shutil.rmtree(left)
+    for left in folder.glob(f".{Path(INDEX).stem}-*{Path(INDEX).suffix}"):
+        left.unlink()
     index = _read_index(folder)
     target = folder / card.name
     if any(entry.name == card.name for entry in index.checkpoints):
-        raise ValueError(f"`name`: {card.name} was published in {str(folder)!r} meanwhile; take another tag.")
+        raise ValueError(f"`name`: {card.name} was published in {str(folder)!r} meanwhile; choose another tag.")
     if target.exists():
         # Moved in by a process that was killed before it could list it.
         known = {WEIGHTS, CARD, README, *pictures}
@@ -120,19 +124,20 @@ def _add(
         if strange:
             raise ValueError(f"{str(target)!r} is in the way and holds {', '.join(strange)}; move it elsewhere.")
         shutil.rmtree(target)
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+    staging = folder / f"{_STAGING}{secrets.token_hex(4)}"
+    staging.mkdir()  # with the mode of the user's mask, as any folder
     try:
         text = dump(card)
-        (staging / WEIGHTS).write_bytes(data)
-        (staging / CARD).write_bytes(text)
-        (staging / README).write_text(
-            readme(card, {Path(name).name: what for name, what in captions.items()}), encoding="utf-8"
-        )
+        write_whole(staging / WEIGHTS, data)
+        write_whole(staging / CARD, text)
+        write_whole(staging / README, readme(card, {Path(name).name: what for name, what in captions.items()}))
         for name, path in pictures.items():
             shutil.copyfile(path, staging / name)
+            sync(staging / name)
         _read_back(staging, card.name, original)
-        staging.chmod(0o755)  # mkdtemp lets nobody else in
+        sync(staging)
         os.rename(staging, target)
+        sync(folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -142,8 +147,19 @@ def _add(
         card=File(sha256=hashlib.sha256(text).hexdigest(), size=len(text)),
         weights=File(sha256=card.weights.sha256, size=card.weights.size),
     )
+    date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     entries = sorted([*index.checkpoints, entry], key=lambda item: item.name)
-    write_whole(folder / INDEX, dump(Index(format=FORMAT, checkpoints=tuple(entries))))
+    write_whole(
+        folder / INDEX,
+        dump(
+            Index(
+                format=INDEX_FORMAT,
+                version=index.version + 1,
+                date=date,
+                checkpoints=tuple(entries),
+            )
+        ),
+    )
     return target
 
 

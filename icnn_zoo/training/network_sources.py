@@ -13,6 +13,7 @@ from icnn_zoo.training.checkpoints import check_size, read_checkpoint, read_task
 from icnn_zoo.training.run_folder import RunFolder, find_ckpt
 from icnn_zoo.training.run_metrics import Series, read_metrics
 from icnn_zoo.training.task import SegmentationTask
+from icnn_zoo.zoo.card_config import run_config
 from icnn_zoo.zoo.cards import NAME, Card
 from icnn_zoo.zoo.registry import CARD, WEIGHTS, Entry, Registries, Registry, find_checkpoint
 
@@ -42,7 +43,7 @@ class Source:
         """The configuration of the run, None where there is none beside the checkpoint."""
         if self.file is None:
             card = self.card()
-            return None if card is None else card.training.config
+            return None if card is None else run_config(card)
         path = self.file if self.file.suffix in _CONFIGS else RunFolder.around(self.file).config
         return _read_yaml(path) if path.is_file() else None
 
@@ -78,7 +79,7 @@ def find_source(source: str | Path, *, registry: Registries = None, cache: str |
     """
     text, path = str(source), Path(source)
     bare = text.removeprefix("zoo:")
-    if bare != text or (not path.exists() and path.suffix not in _SUFFIXES and re.fullmatch(NAME, text)):
+    if bare != text or (not path.exists() and path.suffix not in _SUFFIXES and re.fullmatch(f"{NAME}(@.*)?", text)):
         return Source(bare, published=find_checkpoint(bare, registry=registry, cache=cache))
     if path.is_file() and path.name == WEIGHTS:
         path = path.parent
@@ -136,7 +137,7 @@ def _from_zoo(place: Registry, entry: Entry) -> SegmentationTask:
     conversion = {"start": None} if card.conversion is None else card.conversion.model_dump()
     # How it was trained and how it evaluates come from the run's config, the network from the card.
     arguments = {
-        **card.training.config.get("model", {}),
+        **run_config(card).get("model", {}),
         **card.network,
         **conversion,
         "num_classes": len(card.classes),

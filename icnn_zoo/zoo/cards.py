@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Final, Literal, TypeVar
+import unicodedata
+from collections.abc import Iterator
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
@@ -12,11 +14,17 @@ FORMAT: Final = 1
 NAME = r"[a-z0-9_]+\.[a-z0-9_-]+"
 
 Text = Annotated[str, StringConstraints(pattern=r"\S")]
+Line = Annotated[str, StringConstraints(pattern=r"^[^\n\t]*\S[^\n\t]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=f"^{NAME}$", max_length=100)]
+Module = Annotated[str, StringConstraints(pattern=r"^[\w.]*$", max_length=200)]
 Color = Annotated[str, StringConstraints(pattern=r"^#[0-9a-f]{6}$")]
 Size = Annotated[int, Field(gt=0, le=2**40)]
+Side = Annotated[int, Field(gt=0, le=1025)]
 Channels = tuple[float, float, float]
+
+_BOUNDS = {"head_dilation": 128, "output_stride": 64}  # of the network's arguments, where a larger one costs memory
+_JOINERS = "\u200c\u200d"  # invisible, and needed by some scripts and emoji
 
 
 class Record(BaseModel):
@@ -28,33 +36,33 @@ class Record(BaseModel):
 class Conversion(Record):
     """The arguments of :func:`icnn_zoo.convert`."""
 
-    start: str
-    epsilon: float
+    start: Module
+    epsilon: Annotated[float, Field(ge=-16, le=16)]
     per_kernel: bool
 
 
 class Dataset(Record):
     """What the network was trained on."""
 
-    name: Text
-    split: Text
-    licence: Text
+    name: Line
+    split: Line
+    licence: Line
     attribution: Text
 
 
 class Metric(Record):
     """A result; ``name`` is what ``lightning validate`` or ``lightning test`` logs, such as "test/mIoU"."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^(val|test)/\S")]
+    name: Annotated[str, StringConstraints(pattern=r"^(val|test)/\S[^\n\t]*$")]
     value: float
-    protocol: Text
+    protocol: Line
 
 
 class Provenance(Record):
     """Versions of the packages and the commit that trained; None for an installed package without a repository."""
 
-    packages: Annotated[dict[str, Text], Field(min_length=1)]
-    commit: Text | None
+    packages: Annotated[dict[str, Line], Field(min_length=1)]
+    commit: Line | None
 
 
 class Training(Provenance):
@@ -72,18 +80,24 @@ class Weights(Record):
     sha256: Sha256
     size: Size
     parameters: Size
-    licence: Text
+    licence: Line
 
 
 class Golden(Record):
-    """What the network answers to :func:`icnn_zoo.zoo.golden.golden_image`."""
+    """What the network answers to :func:`icnn_zoo.zoo.golden.golden_image`.
 
-    seed: Annotated[int, Field(ge=0)]
-    size: tuple[Size, Size]
-    logits: Annotated[tuple[float, ...], Field(min_length=1)]
-    tolerance: Annotated[float, Field(gt=0)]
-    labels: Annotated[tuple[str, ...], Field(min_length=1)]
-    agreement: Annotated[float, Field(gt=0, le=1)]
+    The bounds are those within which a check is cheap and says something.
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    size: tuple[Side, Side]
+    logits: Annotated[tuple[float, ...], Field(min_length=16, max_length=4096)]
+    tolerance: Annotated[float, Field(gt=0, le=0.01)]
+    labels: Annotated[
+        tuple[Annotated[str, StringConstraints(pattern=r"^\d{1,3}( \d{1,3})*$")], ...],
+        Field(min_length=1, max_length=1025),
+    ]
+    agreement: Annotated[float, Field(ge=0.9, le=1)]
 
 
 class Card(Record):
@@ -111,7 +125,7 @@ class Card(Record):
     description: Text
     network: dict[str, Any]
     conversion: Conversion | None
-    classes: Annotated[tuple[Text, ...], Field(min_length=2, max_length=255)]
+    classes: Annotated[tuple[Line, ...], Field(min_length=2, max_length=255)]
     palette: tuple[Color, ...]
     mean: Channels
     std: Channels
@@ -124,8 +138,10 @@ class Card(Record):
     @model_validator(mode="after")
     def _parts_agree(self) -> Card:
         backbone = self.network.get("backbone")
-        if not isinstance(backbone, str):
-            raise ValueError("`network` must name its backbone")
+        if not isinstance(backbone, str) or not re.fullmatch(r"\w+(\.\w+)?", backbone):
+            raise ValueError("`network` must name its backbone as timm does")
+        for key, value in self.network.items():
+            check_plain(value, f"`network.{key}`", _BOUNDS.get(key, 4096))
         architecture = backbone.partition(".")[0]
         if not self.name.startswith(f"{architecture}."):
             raise ValueError(f"`name` must be {architecture}.<tag>, after the backbone; got {self.name!r}")
@@ -137,6 +153,36 @@ class Card(Record):
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def check_plain(value: object, name: str, bound: float) -> None:
+    """Checks that a value of a card is one that nothing can be made of: no class to build, no place to read.
+
+    Args:
+        value: None, a truth value, a number, a text, or a list of those.
+        name: What to call it in messages.
+        bound: The largest absolute value that a number may have.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if isinstance(value, (list, tuple)):
+        if len(value) > 256:
+            raise ValueError(f"{name} must have at most 256 items; got {len(value)}")
+        for item in value:
+            if isinstance(item, (list, tuple)):
+                raise ValueError(f"{name} must not hold lists of lists")
+            check_plain(item, name, bound)
+    elif isinstance(value, str):
+        if len(value) > 300 or re.search(r"^[/\\~]|^\w:|\.\.|://|\$\{", value):
+            raise ValueError(f"{name} must be a short text or a folder below the current one; got {value[:80]!r}")
+    elif isinstance(value, (int, float)):
+        if not abs(value) <= bound:
+            raise ValueError(f"{name} must be at most {bound:g}; got {value:.6g}")
+    elif value is not None:
+        raise ValueError(
+            f"{name} must be a number, a text, a truth value or a list of them; got a {type(value).__name__}"
+        )
 
 
 def parse(kind: type[AnyRecord], text: str | bytes, source: str) -> AnyRecord:
@@ -151,22 +197,43 @@ def parse(kind: type[AnyRecord], text: str | bytes, source: str) -> AnyRecord:
         The record.
 
     Raises:
-        ValueError: It is no JSON, of a newer format, or not as the schema wants it; the message names the keys.
+        ValueError: It is not JSON, of a newer format, or not as the schema wants it; the message names the keys.
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{source} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not JSON: {error}") from error
     version = data.get("format") if isinstance(data, dict) else None
-    if "format" in kind.model_fields and isinstance(version, int) and version > FORMAT:
+    newest = max(get_args(kind.model_fields["format"].annotation), default=0) if "format" in kind.model_fields else 0
+    if newest and isinstance(version, int) and version > newest:
         raise ValueError(
-            f"{source} has format {version}; this version of icnn_zoo reads formats up to {FORMAT}. "
+            f"{source} has format {version}; this version of icnn_zoo reads formats up to {newest}. "
             "Upgrade: pip install --upgrade icnn-zoo."
         )
+    for string in _texts(data):
+        if hidden := next((sign for sign in string if _is_hidden(sign)), None):
+            raise ValueError(f"{source} has a control character, U+{ord(hidden):04X}, in {string[:80]!r}")
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         raise ValueError(f"{source}: {complaints(error)}") from error
+
+
+def _texts(data: Any) -> Iterator[str]:
+    left = [data]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, list):
+            left += item
+
+
+def _is_hidden(sign: str) -> bool:
+    """Whether a character moves the cursor, turns the direction of writing, or ends a line unseen."""
+    return sign not in "\n\t" + _JOINERS and unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def complaints(error: ValidationError) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.conversion.converter import convert
-from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.zoo.cards import Card
+from icnn_zoo.zoo.checkpoints import check_tensors, network_arguments, outline, read_checkpoint
 from icnn_zoo.zoo.golden import check_golden
 from icnn_zoo.zoo.pretrained import ZOO, load_pretrained
 from icnn_zoo.zoo.registry import Entry, Registries, Registry, find_checkpoint
 from icnn_zoo.zoo.segmenter import Segmenter
-from icnn_zoo.zoo.weights import check_fit, parse_weights
 
 
 def create_model(
@@ -76,6 +74,7 @@ def create_model(
 def load_checkpoint(
     name: str,
     *,
+    sha256: str | None = None,
     device: str | torch.device = "cpu",
     registry: Registries = None,
     cache: str | Path | None = None,
@@ -86,7 +85,9 @@ def load_checkpoint(
     Weights are verified against their SHA-256 before they are parsed, and are data only: nothing in a registry is run.
 
     Args:
-        name: ``arch.tag``, as :func:`icnn_zoo.list_checkpoints` has it.
+        name: ``arch.tag``, as :func:`icnn_zoo.list_checkpoints` has it, or ``arch.tag@sha256:...``, which is pinned.
+        sha256: Pins the name to a hash: that of card.json, which holds the weights' own and so pins everything, or
+            that of the weights. None takes whatever the registry has under the name.
         device: Where to put the network.
         registry: Folders or URLs to search in order; None for ``ICNN_ZOO_REGISTRY`` (separated by commas), and
             without it the checkpoints of this package. "default" names those too.
@@ -103,7 +104,7 @@ def load_checkpoint(
         RuntimeError: A registry cannot be reached, the cache cannot be written, or the device does not exist.
     """
     torch.empty(0, device=device)  # an unknown device should not cost a download
-    place, entry = find_checkpoint(_bare(name), registry=registry, cache=cache, progress=progress)
+    place, entry = find_checkpoint(_bare(name), sha256=sha256, registry=registry, cache=cache, progress=progress)
     model, _ = rebuild(place, entry)
     return model.to(device)
 
@@ -116,8 +117,8 @@ def rebuild(place: Registry, entry: Entry) -> tuple[Segmenter, Card]:
         FileNotFoundError: A file is missing.
         RuntimeError: The registry cannot be reached, or the cache not be written.
     """
-    card, data = place.read(entry)
-    return assemble(card, parse_weights(data, entry.name)), card
+    checkpoint = read_checkpoint(place, entry)
+    return assemble(checkpoint.card, checkpoint.tensors), checkpoint.card
 
 
 def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
@@ -127,12 +128,7 @@ def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
         ValueError: They do not belong together; the message names the first tensors.
     """
     where = f"the card of {card.name}"
-    unknown = set(card.network) - _network_arguments() - {"backbone"}
-    if unknown:
-        raise ValueError(
-            f"{where} has network arguments that this version of icnn_zoo does not know: {', '.join(sorted(unknown))}. "
-            "Upgrade: pip install --upgrade icnn-zoo."
-        )
+    check_tensors(card, dict(tensors), outline(card))
     try:
         conversion = {} if card.conversion is None else card.conversion.model_dump()
         with torch.random.fork_rng(devices=[]):  # loading should not change what is drawn next
@@ -147,7 +143,6 @@ def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
             )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} describes no network that can be built: {error}") from error
-    check_fit(model.state_dict(), tensors, where)
     model.load_state_dict(dict(tensors))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters != card.weights.parameters:
@@ -183,12 +178,8 @@ def _bare(name: str) -> str:
     return name.removeprefix(ZOO)
 
 
-def _network_arguments() -> set[str]:
-    return set(inspect.signature(SegmentationModel).parameters) - {"backbone", "num_classes"}
-
-
 def _check_arguments(network: Mapping[str, Any]) -> None:
-    known = _network_arguments()
+    known = network_arguments()
     for name in network:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from icnn_zoo.models.backbones import create_backbone
 from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.zoo.checkpoints import read_checkpoint
 from icnn_zoo.zoo.registry import Registries, find_checkpoint
-from icnn_zoo.zoo.weights import parse_weights, read_file, state_of
+from icnn_zoo.zoo.weights import read_file, state_of
 
 ZOO = "zoo:"
 _BACKBONE, _HEAD = "backbone.", "classifier."
@@ -118,7 +119,7 @@ def load_start(
 
     Args:
         model: The network.
-        name: ``arch.tag``, with or without ``zoo:`` in front.
+        name: ``arch.tag``, with or without ``zoo:`` in front and ``@sha256:...`` behind.
         classes: The network's class names; None compares only their number.
         registry: As in :func:`icnn_zoo.load_checkpoint`.
         cache: As in :func:`icnn_zoo.load_checkpoint`.
@@ -133,11 +134,12 @@ def load_start(
     """
     name = name.removeprefix(ZOO)
     place, entry = find_checkpoint(name, registry=registry, cache=cache)
-    card, data = place.read(entry)
+    checkpoint = read_checkpoint(place, entry)
+    card = checkpoint.card
     where = f"`pretrained`={ZOO}{name}"
     _check_origin(model, where, card.network["backbone"], card.mean, card.std)
     same = _same_classes(model, classes, card.classes, len(card.classes))
-    return _load(model, parse_weights(data, name), where, same_classes=same, partial=False)
+    return _load(model, checkpoint.tensors, where, same_classes=same, partial=False)
 
 
 def _check_origin(model: SegmentationModel, where: str, backbone: Any, mean: Any, std: Any) -> None:

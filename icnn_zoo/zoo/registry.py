@@ -1,4 +1,4 @@
-"""The zoo: registries anywhere, the checkpoints they list, and networks rebuilt from them."""
+"""The zoo: registries anywhere, and the checkpoints they list."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import difflib
 import fnmatch
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from icnn_zoo.io.downloads import DownloadError, cache_folder, fetch, fetch_small, mismatch, store
-from icnn_zoo.io.transports import is_local, local_path
-from icnn_zoo.zoo.cards import Card, Name, Record, Sha256, Size, Text, parse
+from icnn_zoo.io.addresses import is_plain_http, join, shown
+from icnn_zoo.io.downloads import Promise, cache_folder, fetch, fetch_small, open_plain, read_small, store
+from icnn_zoo.io.transports import PATIENCE, DownloadError, Patience, is_local, local_path
+from icnn_zoo.zoo.cards import Card, Line, Name, Record, Sha256, Size, parse
 
 INDEX = "index.json"
 WEIGHTS = "model.safetensors"
@@ -24,9 +26,12 @@ CARD = "card.json"
 README = "README.md"
 PACKAGED = Path(__file__).parents[1] / "checkpoints"
 DEFAULT = "default"
+INDEX_FORMAT: Literal[2] = 2
 _INDEX_LIMIT = 10_000_000
+_CARD_LIMIT = 5_000_000
+_PIN = "@sha256:"
 
-Registries = str | Path | Sequence[str | Path] | None
+Date = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$")]
 
 
 class File(Record):
@@ -40,22 +45,46 @@ class Entry(Record):
     """A checkpoint in an index; its files are in the folder of its name."""
 
     name: Name
-    summary: Text
+    summary: Line
     card: File
     weights: File
 
+    @property
+    def pin(self) -> str:
+        """The name with the hash of the card, which holds that of the weights: it means the same for ever."""
+        return f"{self.name}{_PIN}{self.card.sha256}"
+
+    @model_validator(mode="after")
+    def _small_card(self) -> Entry:
+        if self.card.size > _CARD_LIMIT:
+            raise ValueError(f"the card of {self.name} must have at most {_CARD_LIMIT} bytes; got {self.card.size}")
+        return self
+
 
 class Index(Record):
-    """The file index.json of a registry."""
+    """The file index.json of a registry.
 
-    format: Literal[1]
+    Attributes:
+        format: Version of this schema; 1 had neither version nor date.
+        version: Counts the changes of the index, so that an older one can be told from a newer one.
+        date: Of the last change, UTC.
+        checkpoints: What there is.
+    """
+
+    format: Literal[1, 2]
+    version: Annotated[int, Field(ge=0)] = 0
+    date: Date | None = None
     checkpoints: tuple[Entry, ...]
 
     @model_validator(mode="after")
-    def _unique(self) -> Index:
+    def _parts_agree(self) -> Index:
         names = [entry.name for entry in self.checkpoints]
         if len(set(names)) < len(names):
             raise ValueError("`checkpoints` must have different names")
+        if self.format == 1 and (self.version or self.date):
+            raise ValueError("an index with `version` and `date` must have `format` 2")
+        if self.format > 1 and not (self.version and self.date):
+            raise ValueError("an index of `format` 2 must have a `version` of at least 1 and a `date`")
         return self
 
 
@@ -67,38 +96,57 @@ class Registry:
         url: A folder, or any URL that fsspec can read: https, s3, hf, ...
         cache: Where copies of remote files are kept; files of a folder are read where they are.
         progress: Shows a bar while downloading, on a terminal.
+        patience: How long a remote registry is waited for.
     """
 
     url: str
     cache: Path
     progress: bool = True
+    patience: Patience = PATIENCE
+
+    def __str__(self) -> str:
+        return shown(self.url)
 
     def read_index(self) -> Index:
-        """The list of its checkpoints; the last known one, with a warning, where the registry cannot be reached.
+        """The list of its checkpoints.
+
+        The last known one, with a warning, where the registry cannot be reached, or gives an older list than before, or
+        none of what it listed: whoever holds the registry back should not decide what is new.
 
         Raises:
             FileNotFoundError: It has no index.
             DownloadError: It cannot be reached and never was.
-            ValueError: The index is broken, or of a newer version.
+            ValueError: The index is broken, or of a newer format.
         """
-        url = self.join(INDEX)
+        url = join(self.url, INDEX)
         if is_local(self.url):
             file = Path(local_path(url))
             if not file.is_file():
-                raise FileNotFoundError(f"the registry {self.url!r} has no {INDEX}; a registry is a folder with one.")
-            return parse(Index, file.read_bytes(), url)
-        copy = self.cache / "indices" / f"{hashlib.sha256(url.encode()).hexdigest()}.json"
-        try:
-            data = fetch_small(url, _INDEX_LIMIT)
-        except (DownloadError, FileNotFoundError) as error:
-            if not copy.is_file():
-                raise type(error)(f"the registry {self.url!r} cannot be read: {error}") from error
+                raise FileNotFoundError(f"the registry {str(self)!r} has no {INDEX}; a registry is a folder with one.")
+            return parse(Index, read_small(file, _INDEX_LIMIT), url)
+        if is_plain_http(url):
             warnings.warn(
-                f"the registry {self.url!r} cannot be read, its last known index is used: {error}", stacklevel=2
+                f"the registry {str(self)!r} is read without encryption: whoever is on the way can change what a name "
+                "means. Use https, or pin names (NAME@sha256:...).",
+                stacklevel=2,
             )
-            return parse(Index, copy.read_bytes(), str(copy))
-        index = parse(Index, data, url)
-        if not copy.is_file() or copy.read_bytes() != data:
+        copy = self.cache / "indices" / f"{hashlib.sha256(url.encode()).hexdigest()}.json"
+        known = _read_copy(copy)
+        try:
+            data = fetch_small(url, _INDEX_LIMIT, patience=self.patience)
+        except (DownloadError, FileNotFoundError) as error:
+            if known is None:
+                raise type(error)(f"the registry {str(self)!r} cannot be read: {error}") from error
+            return self._keep(known, f"cannot be read, its last known index is used: {error}")
+        index = parse(Index, data, shown(url))
+        if known is not None and (index.version < known.version or (known.checkpoints and not index.checkpoints)):
+            what = f"version {index.version} of {index.date}, {len(index.checkpoints)} checkpoints"
+            return self._keep(
+                known,
+                f"gives an older or emptied index ({what}), its last known one is used (version {known.version} of "
+                f"{known.date}, {len(known.checkpoints)} checkpoints). If that is meant, remove {str(copy)!r}.",
+            )
+        if index != known:
             store(copy, data, self.cache)
         return index
 
@@ -108,44 +156,54 @@ class Registry:
         Raises:
             FileNotFoundError: It is not there.
             DownloadError: It cannot be had.
-            ValueError: It is not the one of the index, or broken, or of a newer version.
+            ValueError: It is not the one of the index, or broken, or of a newer format.
         """
-        url = self.join(entry.name, CARD)
-        card = parse(Card, self._read(url, entry.card), url)
+        url = join(self.url, entry.name, CARD)
+        name = shown(url)
+        card = parse(Card, self._read(url, entry.card), name)
         for what, said, found in (
             ("name", entry.name, card.name),
             ("weights' sha256", entry.weights.sha256, card.weights.sha256),
             ("weights' size", entry.weights.size, card.weights.size),
         ):
             if said != found:
-                raise ValueError(f"{url} does not belong to its entry in the index: {what} is {found}, not {said}.")
+                raise ValueError(f"{name} does not belong to its entry in the index: {what} is {found}, not {said}.")
         return card
 
-    def read(self, entry: Entry) -> tuple[Card, bytes]:
-        """The card of a checkpoint and the verified bytes of its safetensors file.
+    def read_weights(self, entry: Entry) -> bytes:
+        """The verified bytes of a checkpoint's safetensors file.
 
         Raises:
-            FileNotFoundError: A file is not there.
+            FileNotFoundError: It is not there.
             DownloadError: It cannot be had.
-            ValueError: It is not the one of the index (a copy of it was removed), or as :meth:`read_card`.
+            ValueError: It is not the one of the index; a copy of it was removed.
         """
-        return self.read_card(entry), self._read(self.join(entry.name, WEIGHTS), entry.weights)
+        return self._read(join(self.url, entry.name, WEIGHTS), entry.weights)
 
-    def join(self, *parts: str) -> str:
-        """The URL of something in the registry."""
-        return "/".join([self.url.rstrip("/"), *parts])
+    def _keep(self, known: Index, why: str) -> Index:
+        warnings.warn(f"the registry {str(self)!r} {why}", stacklevel=3)
+        return known
 
     def _read(self, url: str, file: File) -> bytes:
+        promise = Promise(file.sha256, file.size)
         if not is_local(self.url):
-            return fetch(url, sha256=file.sha256, size=file.size, cache=self.cache, progress=self.progress)
+            return fetch(url, promise, self.cache, progress=self.progress, patience=self.patience)
         path = Path(local_path(url))
         if not path.is_file():
-            raise FileNotFoundError(f"the registry {self.url!r} lists {url!r}, which is not there.")
+            raise FileNotFoundError(f"the registry {str(self)!r} lists {url!r}, which is not there.")
+        if path.stat().st_size > file.size:  # perhaps much larger: not read
+            raise ValueError(
+                f"{url} is not the file that the index promises: expected {file.size} bytes with sha256 {file.sha256}; "
+                f"got {path.stat().st_size} bytes."
+            )
         data = path.read_bytes()
-        wrong = mismatch(data, file.sha256, file.size)
+        wrong = promise.mismatch(data)
         if wrong is not None:
             raise ValueError(f"{url} is not the file that the index promises: {wrong}.")
         return data
+
+
+Registries = str | Path | Registry | Sequence[str | Path | Registry] | None
 
 
 def open_registries(
@@ -154,8 +212,8 @@ def open_registries(
     """The registries to search, in order.
 
     Args:
-        registry: Folders or URLs, "default" for the one that comes with the package. None takes those of
-            ``ICNN_ZOO_REGISTRY``, separated by commas, and without it the default.
+        registry: Folders, URLs or opened registries, "default" for the one that comes with the package. None takes
+            those of ``ICNN_ZOO_REGISTRY``, separated by commas, and without it the default.
         cache: Folder for copies; None for ``ICNN_ZOO_CACHE``, and without it the platform's.
         progress: Shows a bar while downloading, on a terminal.
 
@@ -163,13 +221,18 @@ def open_registries(
         ValueError: There is none to search.
     """
     if registry is None:
-        urls = [url.strip() for url in os.environ.get("ICNN_ZOO_REGISTRY", DEFAULT).split(",")]
+        urls: list[str | Path | Registry] = [
+            url.strip() for url in os.environ.get("ICNN_ZOO_REGISTRY", DEFAULT).split(",")
+        ]
     else:
-        urls = [str(url) for url in ([registry] if isinstance(registry, (str, Path)) else registry)]
-    if not urls or not all(urls):
-        raise ValueError(f"`registry` (or ICNN_ZOO_REGISTRY) must name folders or URLs; got {urls}.")
+        urls = [registry] if isinstance(registry, (str, Path, Registry)) else list(registry)
+    if not urls or not all(map(str, urls)):
+        raise ValueError(f"`registry` (or ICNN_ZOO_REGISTRY) must name folders or URLs; got {shown(urls)}.")
     folder = cache_folder(cache)
-    return [Registry(str(PACKAGED) if url == DEFAULT else url, folder, progress) for url in urls]
+    return [
+        url if isinstance(url, Registry) else Registry(str(PACKAGED if url == DEFAULT else url), folder, progress)
+        for url in urls
+    ]
 
 
 def list_checkpoints(pattern: str = "*", *, registry: Registries = None, cache: str | Path | None = None) -> list[str]:
@@ -186,7 +249,7 @@ def list_checkpoints(pattern: str = "*", *, registry: Registries = None, cache: 
     Raises:
         FileNotFoundError: A registry has no index.
         DownloadError: A registry cannot be reached and never was.
-        ValueError: An index is broken, or of a newer version.
+        ValueError: An index is broken, or of a newer format.
 
     Example:
         >>> import icnn_zoo
@@ -197,25 +260,63 @@ def list_checkpoints(pattern: str = "*", *, registry: Registries = None, cache: 
     return sorted(fnmatch.filter(names, pattern))
 
 
+def _read_copy(file: Path) -> Index | None:
+    """An index as it was last; None where there is none that can be read."""
+    try:
+        with open_plain(file, os.O_RDONLY) as stream:
+            return parse(Index, stream.read(_INDEX_LIMIT), str(file))
+    except (OSError, ValueError):
+        return None
+
+
 def find_checkpoint(
-    name: str, *, registry: Registries = None, cache: str | Path | None = None, progress: bool = True
+    name: str,
+    *,
+    sha256: str | None = None,
+    registry: Registries = None,
+    cache: str | Path | None = None,
+    progress: bool = True,
 ) -> tuple[Registry, Entry]:
     """The first registry that has a checkpoint, and its entry there.
 
-    A registry that cannot be read is an error even if a later one has the name: which network a name means must not
-    depend on the weather.
+    A name's meaning must not depend on which registries are reachable: one that cannot be read is an error even if a
+    later one has the name.
+
+    Args:
+        name: ``arch.tag``; with ``@sha256:...`` after it only with that hash.
+        sha256: The same hash: of the checkpoint's card.json, which pins everything, or of its weights. None takes
+            whatever the name means.
+        registry: As in :func:`icnn_zoo.load_checkpoint`.
+        cache: Likewise.
+        progress: Likewise.
 
     Raises:
-        ValueError: None has it; the message lists the nearest names.
+        ValueError: None has it (the message lists the nearest names), it has another hash, or the hash is not one.
     """
+    name, mark, pinned = name.partition("@")
+    if mark and not pinned.startswith("sha256:"):
+        raise ValueError(f"a name is pinned as {name}{_PIN}<64 hexadecimal digits>; got {name}@{pinned}.")
+    pins = {pin.lower() for pin in (sha256, pinned.removeprefix("sha256:") if mark else None) if pin is not None}
+    for pin in pins:
+        if not re.fullmatch("[0-9a-f]{64}", pin):
+            raise ValueError(f"`sha256` must be 64 hexadecimal digits; got {pin!r}.")
     places = open_registries(registry, cache, progress)
     names: list[str] = []
     for place in places:
         for entry in place.read_index().checkpoints:
             if entry.name == name:
+                _check_pins(place, entry, pins)
                 return place, entry
             names.append(entry.name)
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
     near += [other for other in names if other.startswith(f"{name}.") and other not in near]
     hint = f"the nearest are {', '.join(near)}" if near else f"there are {', '.join(sorted(names)) or 'none at all'}"
-    raise ValueError(f"`name`={name!r} is no checkpoint of {', '.join(place.url for place in places)}; {hint}.")
+    raise ValueError(f"`name`={name!r} is not a checkpoint of {', '.join(map(str, places))}; {hint}.")
+
+
+def _check_pins(place: Registry, entry: Entry, pins: set[str]) -> None:
+    for pin in pins - {entry.card.sha256, entry.weights.sha256}:
+        raise ValueError(
+            f"`sha256`: {entry.name} of {place} is not the one with {pin}: its card has {entry.card.sha256}, its "
+            f"weights {entry.weights.sha256}."
+        )

@@ -11,7 +11,7 @@ import fsspec
 import pytest
 from zoo_cases import content, fetch, files, fork, sha256
 
-from icnn_zoo.io import downloads, transports
+from icnn_zoo.io import downloads
 from icnn_zoo.io.downloads import cache_folder, fetch_small
 from icnn_zoo.io.transports import DownloadError
 
@@ -19,12 +19,6 @@ from icnn_zoo.io.transports import DownloadError
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 DATA = content()
-
-
-@pytest.fixture(autouse=True)
-def _hasty(monkeypatch):
-    monkeypatch.setattr(downloads, "_BACKOFF", (0.01, 0.02))
-    monkeypatch.setattr(transports, "_TIMEOUT", (2.0, 0.5))
 
 
 @pytest.fixture
@@ -145,9 +139,7 @@ def test_a_damaged_copy_is_removed_and_fetched_anew(zoo_server, url, tmp_path):
     assert fetch(url, DATA, tmp_path) == DATA
     copy.write_bytes(DATA[:100])
     zoo_server.files.clear()
-    with pytest.raises(
-        DownloadError, match=f"removed: expected 300000 bytes with sha256 {sha256(DATA)}; got 100 bytes"
-    ):
+    with pytest.raises(DownloadError, match="removed: expected 300000 bytes; got 100 bytes"):
         fetch(url, DATA, tmp_path)
     assert not copy.exists()
 
@@ -201,7 +193,7 @@ def test_any_file_system_of_fsspec_will_do_and_resumes(tmp_path):
     target = tmp_path / "files" / sha256(DATA)
     target.parent.mkdir()
     target.with_suffix(".partial").write_bytes(DATA[:1000])
-    note = {"url": "memory://folder/file", "version": str(system.ukey(path))}
+    note = {"address": sha256(b"memory://folder/file"), "version": str(system.ukey(path))}
     target.with_suffix(".json").write_text(json.dumps(note))
     assert fetch("memory://folder/file", DATA, tmp_path) == DATA
     with pytest.raises(FileNotFoundError, match="does not exist"):

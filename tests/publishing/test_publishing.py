@@ -62,8 +62,9 @@ def test_lightning_validate_on_the_published_checkpoint_gives_the_cards_metric(
     monkeypatch.chdir(tmp_path)
     zoo_main(["show", NAME, "--config"])
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
-    lightning_main(["validate", "-c", "config.yaml", "--trainer.logger.init_args.save_dir", "runs"])
-    rows = (tmp_path / "runs" / "shapes" / "version_0" / "metrics.csv").read_text().splitlines()
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs", "--trainer.logger.name", "own"]
+    lightning_main(["validate", "-c", "config.yaml", *logger])
+    rows = (tmp_path / "runs" / "own" / "version_0" / "metrics.csv").read_text().splitlines()
     values = dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))
     assert float(values["val/mIoU"]) == pytest.approx(card.metrics[0].value, abs=1e-6)
 

@@ -78,7 +78,7 @@ def test_a_dirty_card_is_refused_with_the_key(text, place, value, message):
 
 
 def test_what_is_no_json_is_refused():
-    with pytest.raises(ValueError, match="index is no JSON"):
+    with pytest.raises(ValueError, match="index is not JSON"):
         parse(Index, b"<html>", "index")
     with pytest.raises(ValueError, match=r"index: .*dictionary or an instance of Index|index: .*object"):
         parse(Index, b"[]", "index")
@@ -90,7 +90,7 @@ def test_the_readme_and_the_configuration_say_how_to_use_it(text):
     assert "icnn_zoo.load_checkpoint" in page
     assert "CC0-1.0" in page
     assert "![Predictions](picture.png)" in page
-    assert "pretrained: zoo:test_resnet.shapes" in training_config(card)
+    assert "pretrained: zoo:test_resnet.shapes" in training_config(card, 64 * "a")
 
 
 def test_the_golden_image_follows_its_formula():

@@ -1,5 +1,6 @@
 """Finding and loading checkpoints, in folders and over HTTP, and refusing what does not fit together."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -8,19 +9,19 @@ import sys
 import numpy as np
 import pytest
 import torch
-from zoo_cases import NAME, interpreter, sha256
+from zoo_cases import HASTY, NAME, interpreter, sha256
 
 import icnn_zoo
-from icnn_zoo.io import downloads
+from icnn_zoo.io.downloads import cache_folder
 from icnn_zoo.io.transports import DownloadError
 from icnn_zoo.zoo.networks import verify_checkpoint
+from icnn_zoo.zoo.registry import Registry
 
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ICNN_ZOO_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ICNN_ZOO_REGISTRY", raising=False)
-    monkeypatch.setattr(downloads, "_BACKOFF", (0.01, 0.02))
 
 
 @pytest.fixture
@@ -82,11 +83,12 @@ def test_a_warm_cache_serves_an_unreachable_registry_and_says_so(zoo_folder, zoo
     place = zoo_server.serve(zoo_folder)
     before = icnn_zoo.load_checkpoint(NAME, registry=place)
     zoo_server.manners = [500] * 100
+    hasty = Registry(place, cache_folder(), patience=HASTY)
     with pytest.warns(UserWarning, match="its last known index is used"):
-        after = icnn_zoo.load_checkpoint(NAME, registry=place)
+        after = icnn_zoo.load_checkpoint(NAME, registry=hasty)
     assert torch.equal(before.classifier.weight, after.classifier.weight)
     with pytest.raises(DownloadError, match=r"the registry .*elsewhere' cannot be read.*Tried 5 times"):
-        icnn_zoo.list_checkpoints(registry=f"{place}/elsewhere")
+        icnn_zoo.list_checkpoints(registry=dataclasses.replace(hasty, url=f"{place}/elsewhere"))
 
 
 def test_registries_are_searched_in_order_and_the_variable_names_several(zoo_folder, own, monkeypatch):
@@ -103,7 +105,7 @@ def test_registries_are_searched_in_order_and_the_variable_names_several(zoo_fol
 
 @pytest.mark.parametrize("name", ["test_resnet.shape", "test_resnet", "test_resent.shapes"])
 def test_near_misses_are_suggested(name, zoo_folder):
-    with pytest.raises(ValueError, match=rf"{name}' is no checkpoint of .*; the nearest are {NAME}"):
+    with pytest.raises(ValueError, match=rf"{name}' is not a checkpoint of .*; the nearest are {NAME}"):
         icnn_zoo.load_checkpoint(name, registry=zoo_folder)
 
 
@@ -117,12 +119,18 @@ def test_a_place_without_an_index_is_no_registry(tmp_path, zoo_server):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda index: index.update(format=2), "has format 2; .* Upgrade"),
+        (lambda index: index.update(format=3), "has format 3; .* Upgrade"),
         (lambda index: index["checkpoints"][0].update(name="../outside.tag"), r"checkpoints\.0\.name"),
         (lambda index: index["checkpoints"][0].update(name="/etc/passwd"), r"checkpoints\.0\.name"),
         (lambda index: index["checkpoints"][0]["weights"].update(sha256="../x"), "sha256"),
         (lambda index: index["checkpoints"].append(index["checkpoints"][0]), "different names"),
         (lambda index: index.pop("checkpoints"), "checkpoints: Field required"),
+        (lambda index: index.pop("version"), "an index of `format` 2 must have a `version`"),
+        (lambda index: index.update(date="soon"), "date: String should match"),
+        (lambda index: index["checkpoints"][0].update(summary="a\nforged 1 MB"), "summary: String should match"),
+        (lambda index: index["checkpoints"][0].update(summary="\x1b]0;x\x07"), "control character, U\\+00(1B|07)"),
+        (lambda index: index["checkpoints"][0].update(summary="a\u202eb"), "control character, U\\+202E"),
+        (lambda index: index["checkpoints"][0]["card"].update(size=10**9), "must have at most 5000000 bytes"),
     ],
 )
 @pytest.mark.parametrize("kind", ["folder", "http"])
@@ -175,8 +183,9 @@ def test_cards_that_do_not_fit_their_weights_or_this_version_are_refused(own, ch
 
 
 def test_weights_are_data_only(own):
-    bad = b"\x80\x04cos\nsystem\n"  # how a pickle begins
-    (own / NAME / "model.safetensors").write_bytes(bad)
+    file = own / NAME / "model.safetensors"
+    bad = b"\x80\x04cos\nsystem\n".ljust(file.stat().st_size)  # how a pickle begins
+    file.write_bytes(bad)
     card = json.loads((own / NAME / "card.json").read_text())
     promised = {"sha256": sha256(bad), "size": len(bad)}
     rewrite(own, lambda index: index["checkpoints"][0].update(weights=promised))

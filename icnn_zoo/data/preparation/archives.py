@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from icnn_zoo.io import downloads
+
 
 class Archive(NamedTuple):
     """An archive of a dataset.
@@ -55,14 +57,12 @@ def fetch(archives: Sequence[Archive], root: Path, download: bool) -> None:
         RuntimeError: Downloading failed, or what came is not the known archive.
         ValueError: Another folder is in its place, or the archive lacks the folder.
     """
-    from torchvision.datasets.utils import check_integrity, download_url
-
     for archive in archives:
         if (root / archive.folder).exists():
             raise ValueError(
                 f"{str(root / archive.folder)!r} is not complete: move it away, and {_by_hand(archive, root)}"
             )
-    missing = [archive for archive in archives if not check_integrity(root / archive.filename, archive.md5)]
+    missing = [archive for archive in archives if not _is_there(root / archive.filename, archive.md5)]
     if missing and not download:
         steps = "".join(f"\n- {archive.name}: {_by_hand(archive, root)}" for archive in missing)
         raise FileNotFoundError(
@@ -73,14 +73,18 @@ def fetch(archives: Sequence[Archive], root: Path, download: bool) -> None:
         if archive in missing:
             print(f"Fetching {archive.name} from {archive.url}")
             try:
-                download_url(archive.url, str(root), archive.filename, archive.md5)
-            except (OSError, RuntimeError) as error:
+                downloads.download(archive.url, file, downloads.Promise(archive.md5, algorithm="md5"))
+            except (OSError, RuntimeError, ValueError) as error:
                 raise RuntimeError(
                     f"{archive.name} cannot be downloaded ({error}). By hand: {_by_hand(archive, root)}"
                 ) from error
         _unpack(file, archive.folder, root)
         if archive in missing:
             file.unlink()
+
+
+def _is_there(file: Path, md5: str) -> bool:
+    return file.is_file() and downloads.Promise(md5, algorithm="md5").mismatch_of(file.resolve()) is None
 
 
 def _by_hand(archive: Archive, root: Path) -> str:
@@ -95,7 +99,7 @@ def _unpack(file: Path, folder: str, root: Path) -> None:
     from torchvision.datasets.utils import extract_archive
 
     print(f"Unpacking {file}")
-    partial = root / f"{file.name}.partial"
+    partial = root / f"{file.name}.unpacked"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         extract_archive(str(file), str(partial))

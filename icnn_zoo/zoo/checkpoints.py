@@ -1,0 +1,114 @@
+"""A published checkpoint as it is read: card and tensors, held against each other before anything large is built."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from icnn_zoo.conversion.planning import plan
+from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.zoo.cards import Card, Conversion
+from icnn_zoo.zoo.registry import Entry, Registry
+from icnn_zoo.zoo.weights import check_fit, parse_weights
+
+_HEADER = 10_000_000  # bytes that the names of a safetensors file may take
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a registry has of a checkpoint.
+
+    Attributes:
+        card: The card.
+        data: The verified bytes of the safetensors file.
+        tensors: Its tensors, of the names and shapes that the card's network has.
+    """
+
+    card: Card
+    data: bytes
+    tensors: dict[str, Tensor]
+
+
+def read_checkpoint(place: Registry, entry: Entry) -> Checkpoint:
+    """Reads card and weights.
+
+    Raises:
+        ValueError: They are not what the index promises, do not fit each other, or hold NaN or infinities.
+        FileNotFoundError: A file is missing.
+        RuntimeError: The registry cannot be reached, or the cache not be written.
+    """
+    card = place.read_card(entry)
+    shapes = outline(card)
+    size = sum(tensor.nbytes for tensor in shapes.values())
+    if not size <= card.weights.size <= size + _HEADER:
+        raise ValueError(
+            f"the card of {card.name} and its weights disagree: its network has {size} bytes of numbers, the file "
+            f"{card.weights.size} bytes."
+        )
+    data = place.read_weights(entry)
+    tensors = parse_weights(data, entry.name)
+    check_tensors(card, tensors, shapes)
+    return Checkpoint(card, data, tensors)
+
+
+def check_tensors(card: Card, tensors: dict[str, Tensor], shapes: dict[str, Tensor]) -> None:
+    """Checks that tensors have the names, shapes and dtypes of a card's network, and that all numbers are finite.
+
+    Raises:
+        ValueError: They have not; the message names the first.
+    """
+    check_fit(shapes, tensors, f"the card of {card.name}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"the weights of {card.name} hold NaN or infinities in {name}.")
+
+
+def outline(card: Card) -> dict[str, Tensor]:
+    """The tensors of a card's network by name, with shapes and dtypes but without memory for their numbers.
+
+    Raises:
+        ValueError: The card describes no network that can be built.
+    """
+    check_arguments(card)
+    try:
+        with torch.device("meta"):
+            model = SegmentationModel(num_classes=len(card.classes), mean=card.mean, std=card.std, **card.network)
+        state: dict[str, Tensor] = dict(model.state_dict())
+        if card.conversion is not None:
+            state |= _displacements(model, card.conversion)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"the card of {card.name} describes no network that can be built: {error}") from error
+    return state
+
+
+def _displacements(model: SegmentationModel, conversion: Conversion) -> dict[str, Tensor]:
+    found = {}
+    for layer in plan(model, conversion.start, per_kernel=conversion.per_kernel).converted:
+        *channels, rows, cols = cast(Tensor, model.get_submodule(layer.name).weight).shape
+        if not conversion.per_kernel:
+            channels = [layer.added_parameters // (rows * cols * 2)]
+        found[f"{layer.name}.displacement"] = torch.empty(*channels, rows * cols, 2, device="meta")
+    return found
+
+
+def check_arguments(card: Card) -> None:
+    """Checks that this version knows all arguments of a card's network.
+
+    Raises:
+        ValueError: It does not; the message names them.
+    """
+    unknown = set(card.network) - network_arguments() - {"backbone"}
+    if unknown:
+        raise ValueError(
+            f"the card of {card.name} has network arguments that this version of icnn_zoo does not know: "
+            f"{', '.join(sorted(unknown))}. Upgrade: pip install --upgrade icnn-zoo."
+        )
+
+
+def network_arguments() -> set[str]:
+    """The arguments of a network beside backbone and number of classes."""
+    return set(inspect.signature(SegmentationModel).parameters) - {"backbone", "num_classes"}
