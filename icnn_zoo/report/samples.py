@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+import icnn_zoo.data
 from icnn_zoo.data import SegmentationDataModule, ShapesDataModule
 from icnn_zoo.io.images import read_image
 from icnn_zoo.io.label_pictures import color_map
 from icnn_zoo.training.network_sources import Source
 from icnn_zoo.training.task import SegmentationTask
+from icnn_zoo.zoo.card_config import DATA_MODULES
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,13 @@ def find_data(source: Source) -> SegmentationDataModule | None:
     section = (source.config() or {}).get("data")
     if not isinstance(section, dict) or "class_path" not in section:
         return None
-    module, _, name = section["class_path"].rpartition(".")
-    kind = getattr(importlib.import_module(module), name, None) if module else None
-    if not (isinstance(kind, type) and issubclass(kind, SegmentationDataModule)):
+    path = section["class_path"]
+    if path not in DATA_MODULES:  # importing another one would run whatever a folder from elsewhere names
         raise ValueError(
-            f"the config of {source.title}: data.class_path {section['class_path']!r} is no data module of this "
-            "package."
+            f"the config of {source.title}: data.class_path {path!r} is not a data module of this package. Name image "
+            "files."
         )
+    kind = getattr(icnn_zoo.data, path.rpartition(".")[2])
     return kind(**(section.get("init_args") or {}))
 
 

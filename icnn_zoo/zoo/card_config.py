@@ -10,7 +10,7 @@ from icnn_zoo.zoo.cards import Card, check_plain
 # By name, since importing them is what must not depend on a card.
 DATA_MODULES: Final = frozenset(
     f"icnn_zoo.data.{name}DataModule"
-    for name in ("Shapes", "DrawnVOC", "VOC2012", "PascalContext", "Cityscapes", "Folder")
+    for name in ("Shapes", "DrawnVOC", "VOC2012", "PascalContext", "Cityscapes", "Folder", "Lines")
 )
 # The largest numbers that evaluating on a card's data may take; for what is not named, 10,000.
 _BOUNDS: Final = {
@@ -59,7 +59,7 @@ def run_config(card: Card) -> dict[str, Any]:
     if "data" in found:
         data = _mapping(found["data"], card, "data")
         path, arguments = data.get("class_path"), _mapping(data.get("init_args") or {}, card, "data.init_args")
-        if path not in DATA_MODULES or set(data) - {"class_path", "init_args"}:
+        if not isinstance(path, str) or path not in DATA_MODULES or set(data) - {"class_path", "init_args"}:
             raise ValueError(
                 f"the card of {card.name}: data.class_path must be a data module of this package, "
                 f"{', '.join(sorted(DATA_MODULES))}; got {str(path)[:100]!r}."
