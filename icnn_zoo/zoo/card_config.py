@@ -10,7 +10,7 @@ from icnn_zoo.zoo.cards import Card, check_plain
 # By name, since importing them is what must not depend on a card.
 DATA_MODULES: Final = frozenset(
     f"icnn_zoo.data.{name}DataModule"
-    for name in ("Shapes", "DrawnVOC", "VOC2012", "PascalContext", "Cityscapes", "Folder", "Lines")
+    for name in ("Shapes", "DrawnVOC", "VOC2012", "PascalContext", "Cityscapes", "Folder", "Lines", "Documents")
 )
 # The largest numbers that evaluating on a card's data may take; for what is not named, 10,000.
 _BOUNDS: Final = {
