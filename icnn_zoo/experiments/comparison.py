@@ -64,7 +64,12 @@ class Comparison(Callback):
         if not self._differences and irregular_layers(pl_module):
             self._regular = load_checkpoint(self.network, registry="default")
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Later than on_fit_end, so that this comes last, below the run's own table. Not called after an error.
+        if stage == "fit":
+            self._compare(trainer, pl_module)
+
+    def _compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         key = f"val/{EXPERIMENTS[self.experiment].metric}"
         if not trainer.is_global_zero or key not in trainer.callback_metrics:
             return
@@ -72,6 +77,7 @@ class Comparison(Callback):
             print(f"Not compared with stored results, as this run differs in {', '.join(self._differences)}.")
             return
         Console().print(self._table(key, float(trainer.callback_metrics[key]), bool(irregular_layers(pl_module))))
+        print(f"The stored rows again: icnn-zoo reproduce {self.experiment} --rows {' '.join(_SHOWN)}")
         if self._regular is not None:
             path = RunFolder.of(trainer).path / "comparison.png"
             with replacing(path) as temporary:
@@ -89,7 +95,6 @@ class Comparison(Callback):
             table.add_row(row, f"{statistics.fmean(values):.1f}{spread}", where)
         table.add_section()
         table.add_row("learned" if irregular else "regular", f"{100 * score:.1f}", "this run")
-        table.caption = f"stored rows: icnn-zoo reproduce {self.experiment} --rows {' '.join(_SHOWN)}"
         return table
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule, regular: Segmenter) -> Figure:

@@ -52,7 +52,7 @@ def trainer(tmp_path, config: dict, score: float = 0.987) -> SimpleNamespace:
 def compare(run: SimpleNamespace, task: SegmentationTask) -> Comparison:
     comparison = Comparison("lines", "plain5.lines_regular")
     comparison.on_fit_start(run, task)
-    comparison.on_fit_end(run, task)
+    comparison.teardown(run, task, "fit")
     return comparison
 
 
@@ -82,7 +82,7 @@ def test_a_run_of_the_same_configuration_gets_a_table_and_a_picture(tmp_path, ca
     output = capsys.readouterr().out
     assert "learned" in output
     assert "98.7" in output
-    assert "icnn-zoo reproduce lines --rows regular dilation-2 dilation-3" in " ".join(output.split())
+    assert "icnn-zoo reproduce lines --rows regular dilation-2 dilation-3" in output
     assert (tmp_path / "run" / "version_0" / "comparison.png").stat().st_size > 10_000
     assert task.training
 
@@ -116,6 +116,14 @@ def test_another_configuration_is_not_compared_but_told_of(tmp_path, capsys):
     compare(trainer(tmp_path, changed(trainer__max_steps=7)), SegmentationTask(start="layer1", **NETWORK))
     expected = "Not compared with stored results, as this run differs in trainer.max_steps.\n"
     assert capsys.readouterr().out == expected
+
+
+def test_other_stages_are_not_compared(tmp_path, capsys):
+    run, task = trainer(tmp_path, CONFIG), SegmentationTask(**NETWORK)
+    comparison = Comparison("lines", "plain5.lines_regular")
+    comparison.on_fit_start(run, task)
+    comparison.teardown(run, task, "test")
+    assert capsys.readouterr().out == ""
 
 
 def test_an_experiment_without_stored_results_is_refused():
