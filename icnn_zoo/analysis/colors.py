@@ -1,4 +1,4 @@
-"""Colours that both figures and pages use."""
+"""Colors that both figures and pages use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INK = "#52606d"  # lines and marks that must be seen on white and on near black
 
 @cache
 def tap_colors(kernel_size: tuple[int, int]) -> np.ndarray:
-    """One colour per tap, telling its regular place: the hue is its direction from the centre, which is grey.
+    """One color per tap, telling its regular place: the hue is its direction from the center, which is gray.
 
     Taps next to each other differ in lightness too, as 24 hues alone are hard to tell apart. All are of middle
     lightness (OKLCH), to be seen on white and on black.
@@ -36,7 +36,7 @@ def tap_colors(kernel_size: tuple[int, int]) -> np.ndarray:
 
 
 def hex_color(rgb: np.ndarray) -> str:
-    """An RGB colour in 0 to 1 as "#rrggbb"."""
+    """An RGB color in 0 to 1 as "#rrggbb"."""
     return "#" + "".join(f"{round(255 * float(value)):02x}" for value in rgb)
 
 

@@ -77,7 +77,7 @@ def input_gradient(
 def heatmap(
     network: nn.Module, image: Tensor, pixels: Sequence[Pixel], class_indices: Sequence[int | None] | None = None
 ) -> Tensor:
-    """How much every input pixel counts for output pixels: absolute derivatives, summed over the colours.
+    """How much every input pixel counts for output pixels: absolute derivatives, summed over the colors.
 
     Args:
         network: See :func:`input_gradient`, as for the other arguments.
@@ -128,7 +128,7 @@ def plot_heatmaps(
     """Lays heatmaps of one output pixel over the image, one panel per network (Figure 5 of the paper).
 
     Every map is divided by its own sum, so that networks whose scores differ in scale can be compared, and all panels
-    share one colour scale, which ends at the highest 0.5 % of pixels.
+    share one color scale, which ends at the highest 0.5 % of pixels.
 
     Args:
         image: RGB image uint8 [H, W, 3].
@@ -138,10 +138,10 @@ def plot_heatmaps(
             give speckled gradients; None for 1 % of the shorter side, 0 for none.
 
     Returns:
-        A figure with the image, one overlay per map and a colour bar, apart from pyplot.
+        A figure with the image, one overlay per map and a color bar, apart from pyplot.
 
     Raises:
-        ValueError: A pixel outside the image, no map, or one of another size or with what is no finite number.
+        ValueError: A pixel outside the image, no map, or one of another size or with values that are not finite.
     """
     check_pixel(pixel, image.shape[:2])
     if not maps:
@@ -158,11 +158,11 @@ def plot_heatmaps(
     panels = [figure.add_subplot(1, 1 + len(shares), index + 1) for index in range(1 + len(shares))]
     panels[0].imshow(image)
     panels[0].set_title("image", fontsize=9)
-    # The image stays recognisable in grey below, and colour means gradient only.
-    grey = image.astype(np.float64) @ (0.299, 0.587, 0.114) / 255
+    # The image stays recognizable in gray below, and color means gradient only.
+    gray = image.astype(np.float64) @ (0.299, 0.587, 0.114) / 255
     for axes, (name, share) in zip(panels[1:], shares.items(), strict=True):
         strength = np.clip(share / top, 0, 1)
-        axes.imshow(0.15 + 0.6 * grey, cmap="gray", vmin=0, vmax=1)
+        axes.imshow(0.15 + 0.6 * gray, cmap="gray", vmin=0, vmax=1)
         drawn = axes.imshow(strength, cmap="inferno", vmin=0, vmax=1, alpha=np.clip(2 * strength, 0, 0.92))
         axes.set_title(name, fontsize=9)
     for axes in panels:
@@ -182,7 +182,7 @@ def _checked(name: str, values: np.ndarray | Tensor, size: tuple[int, int]) -> n
     if array.shape != size:
         raise ValueError(f"`maps`: {name!r} must have the image's size {list(size)}; got {list(array.shape)}.")
     if not np.isfinite(array).all():
-        raise ValueError(f"`maps`: {name!r} has values that are no finite numbers: are the network's weights finite?")
+        raise ValueError(f"`maps`: {name!r} has values that are not finite: are the network's weights finite?")
     return array
 
 

@@ -58,8 +58,8 @@ def layer_shapes(model: nn.Module, layers: Sequence[str] | None = None) -> list[
         One entry per layer, in the order of registration, in which networks are usually as deep.
 
     Raises:
-        ValueError: There is no irregular layer, no layer of a given name, ``layers`` is empty, or a position is no
-            finite number.
+        ValueError: There is no irregular layer, no layer of a given name, ``layers`` is empty, or a position is
+            not a finite number.
 
     Example:
         >>> import torch, icnn_zoo
@@ -97,7 +97,7 @@ def _shapes_of(name: str, layer: IrregularConv2d) -> LayerShapes:
     lost = int((~np.isfinite(positions)).any(axis=-1).sum())
     if lost:
         raise ValueError(
-            f"layer {name!r} has {lost} taps whose position is no finite number: the training diverged. Take an "
+            f"layer {name!r} has {lost} taps whose position is not a finite number: the training diverged. Take an "
             "earlier checkpoint, or train with a smaller `position_lr`."
         )
     return LayerShapes(name, layer.kernel_size, grid, positions)

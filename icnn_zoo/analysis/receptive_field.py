@@ -118,7 +118,7 @@ def plot_receptive_fields(fields: Mapping[str, ReceptiveField]) -> Figure:
         fields: For each network its name and its field.
 
     Returns:
-        A figure, apart from pyplot: maps with circles that hold 50 and 90 % of the gradient, on one colour scale, and
+        A figure, apart from pyplot: maps with circles that hold 50 and 90 % of the gradient, on one color scale, and
         one panel of curves.
 
     Raises:

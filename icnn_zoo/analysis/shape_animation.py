@@ -55,7 +55,7 @@ def read_record(path: Path) -> tuple[int, list[LayerShapes]]:
                 for index, layer in enumerate(layers)
             ]
     except Exception as error:  # of many kinds for a file of another kind
-        raise ValueError(f"{str(path)!r} is no record of shapes: {error}") from error
+        raise ValueError(f"{str(path)!r} is not a record of shapes: {error}") from error
 
 
 def animate_shapes(
@@ -89,7 +89,7 @@ def animate_shapes(
     records = [(step, [found[names.index(name)] for name in wanted]) for step, found in records]
     reaches = np.max([[reach(shapes) for shapes in found] for _, found in records], axis=0).tolist()
     frames = [_frame(found, f"step {step}", reaches) for step, found in records]
-    # One palette for all frames, as colours would flicker with one each.
+    # One palette for all frames, as colors would flicker with one each.
     palette = frames[-1].quantize(256, dither=Image.Dither.NONE)
     pictures = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     milliseconds = [round(1000 * frame_seconds)] * (len(frames) - 1) + [round(10_000 * frame_seconds)]

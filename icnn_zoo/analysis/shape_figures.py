@@ -23,7 +23,7 @@ _PANEL_INCHES = 3.2
 def plot_shapes(model: nn.Module, layers: Sequence[str] | None = None) -> Figure:
     """Draws the learned positions of every irregular layer, seen along the channels (Figure 4, left, of the paper).
 
-    Every point is a tap of one shape, coloured by its place in the regular kernel. Crosses mark the regular grid, the
+    Every point is a tap of one shape, colored by its place in the regular kernel. Crosses mark the regular grid, the
     dashed box its receptive field, ellipses two standard deviations of each cloud around its mean. Few far taps lie
     outside the panel and are counted in its corner. Points are fewer and fainter where there are many shapes; means,
     ellipses and that count are always those of all shapes.
@@ -103,7 +103,7 @@ def draw_layer(axes: Axes, shapes: LayerShapes, half: float) -> None:
     colors = tap_colors(shapes.kernel_size)
     num_shapes, taps = shapes.positions.shape[:2]
     shown = shapes.thinned(max(1, MOST_POINTS // taps))
-    # Shape after shape, so that no tap's cloud covers its neighbours'.
+    # Shape after shape, so that no tap's cloud covers its neighbors'.
     points = shown.positions.reshape(-1, 2)
     axes.scatter(
         points[:, 1],

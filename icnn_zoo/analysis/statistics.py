@@ -18,22 +18,22 @@ from icnn_zoo.analysis.displacement import dead_taps
 from icnn_zoo.analysis.kernel_shapes import LayerShapes, layer_shapes
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 
-COLUMNS = ("kernel", "shapes", "centre shift", "length", "width", "anisotropy", "elongation", "outside", "dead")
+COLUMNS = ("kernel", "shapes", "center shift", "length", "width", "anisotropy", "elongation", "outside", "dead")
 
 
 @dataclass(frozen=True)
 class ShapeStatistics:
     """How the shapes of one layer lie. Lengths are in pixels of the layer's input.
 
-    A *cloud* is where one tap lies in all shapes of the layer; Figure 4 of the paper draws one colour per cloud.
+    A *cloud* is where one tap lies in all shapes of the layer; Figure 4 of the paper draws one color per cloud.
 
     Attributes:
         name: Dotted name of the layer.
         kernel_size: Taps (rows, columns).
         num_shapes: Number of shapes.
-        tap_mean: Mean displacement of every tap [T, 2], (row, col): how far a cloud's centre is from its regular place.
+        tap_mean: Mean displacement of every tap [T, 2], (row, col): how far a cloud's center is from its regular place.
         tap_covariance: Covariance of every tap's displacement [T, 2, 2]: how a cloud spreads.
-        centre_shift: Length of ``tap_mean``, averaged over the taps. The paper: centres stay.
+        center_shift: Length of ``tap_mean``, averaged over the taps. The paper: centers stay.
         length: Standard deviation of a cloud along its own longer axis, averaged over the taps.
         width: The same along the shorter axis.
         anisotropy: ``length`` over ``width``, None where the width is 0. Round clouds of S shapes have about
@@ -53,7 +53,7 @@ class ShapeStatistics:
     num_shapes: int
     tap_mean: list[list[float]]
     tap_covariance: list[list[list[float]]]
-    centre_shift: float
+    center_shift: float
     length: float
     width: float
     anisotropy: float | None
@@ -125,7 +125,7 @@ def describe(shapes: LayerShapes, dead: float | None = None) -> ShapeStatistics:
         num_shapes=len(displacement),
         tap_mean=mean.tolist(),
         tap_covariance=covariance.tolist(),
-        centre_shift=float(np.linalg.norm(mean, axis=-1).mean()),
+        center_shift=float(np.linalg.norm(mean, axis=-1).mean()),
         length=length,
         width=width,
         anisotropy=length / width if width > 1e-9 else None,
@@ -139,8 +139,8 @@ def describe(shapes: LayerShapes, dead: float | None = None) -> ShapeStatistics:
 
 def tap_covariances(shapes: LayerShapes) -> np.ndarray:
     """Covariance of every tap's displacement over the shapes [T, 2, 2], zero for a layer of one shape."""
-    centred = shapes.displacement - shapes.displacement.mean(axis=0)
-    covariance: np.ndarray = np.einsum("sti,stj->tij", centred, centred) / max(1, len(centred) - 1)
+    centered = shapes.displacement - shapes.displacement.mean(axis=0)
+    covariance: np.ndarray = np.einsum("sti,stj->tij", centered, centered) / max(1, len(centered) - 1)
     return covariance
 
 
@@ -158,8 +158,8 @@ def principal_axes(covariance: np.ndarray) -> tuple[float, float, float]:
 
 def _elongation(positions: np.ndarray) -> float | None:
     """Longer over shorter standard deviation of each shape's own taps, averaged over shapes [S, T, 2]."""
-    centred = positions - positions.mean(axis=1, keepdims=True)
-    variances = np.linalg.eigvalsh(np.einsum("sti,stj->sij", centred, centred))
+    centered = positions - positions.mean(axis=1, keepdims=True)
+    variances = np.linalg.eigvalsh(np.einsum("sti,stj->sij", centered, centered))
     if (variances[:, 0] <= 1e-9 * np.maximum(variances[:, 1], 1e-9)).any():
         return None
     return float(np.sqrt(variances[:, 1] / variances[:, 0]).mean())
@@ -172,12 +172,12 @@ def depth_trends(statistics: Sequence[ShapeStatistics]) -> dict[str, float | Non
         statistics: Those of all layers, from shallow to deep.
 
     Returns:
-        "centre_shift_over_length", the greatest over all layers: well below 1 if centres stay. "length" and
+        "center_shift_over_length", the greatest over all layers: well below 1 if centers stay. "length" and
         "anisotropy", the rank correlation (Spearman) of a layer's depth with that statistic: above 0 if clouds grow
         longer, and narrower for their length, with depth; likewise "elongation". None for fewer than three layers.
     """
-    shifts = [entry.centre_shift / entry.length for entry in statistics if entry.length > 0]
-    trends: dict[str, float | None] = {"centre_shift_over_length": max(shifts) if shifts else None}
+    shifts = [entry.center_shift / entry.length for entry in statistics if entry.length > 0]
+    trends: dict[str, float | None] = {"center_shift_over_length": max(shifts) if shifts else None}
     for key in ("length", "anisotropy", "elongation"):
         values = [value for entry in statistics if (value := getattr(entry, key)) is not None]
         trends[key] = _rank_correlation(values) if len(values) >= 3 else None
@@ -213,7 +213,7 @@ def cells(entry: ShapeStatistics) -> list[str]:
     return [
         "x".join(map(str, entry.kernel_size)),
         str(entry.num_shapes),
-        f"{entry.centre_shift:.3f}",
+        f"{entry.center_shift:.3f}",
         f"{entry.length:.3f}",
         f"{entry.width:.3f}",
         text(entry.anisotropy, ".2f"),

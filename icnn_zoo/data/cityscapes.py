@@ -34,7 +34,7 @@ class CityscapesDataModule(FileDataModule):
 
     Below ``root`` or ``root/cityscapes`` it needs ``leftImg8bit`` and ``gtFine`` as they are downloaded. Labels are
     ``*_gtFine_labelIds.png``, mapped while they are read; ``*_gtFine_labelTrainIds.png`` are taken where they exist.
-    Prediction PNGs hold label ids, 8 bits and grey, and are named as the official evaluation and the test server want
+    Prediction PNGs hold label ids, 8 bits and gray, and are named as the official evaluation and the test server want
     them: ``<city>_<sequence>_<frame>_pred_labelIds.png``. ``test`` is on the validation images, as the test set's
     labels are not public.
 

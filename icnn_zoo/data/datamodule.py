@@ -35,7 +35,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
     the next batch. In evaluation every image comes exactly once, at its native size or padded to ``eval_size``; where
     processes need an equal number, repeated images fill up, their mask all ``ignore_index`` and flagged in "padding".
 
-    Batches hold "image", uint8 [B, 3, H, W] RGB in 0..255 (the network normalises, on its device), "mask", int64
+    Batches hold "image", uint8 [B, 3, H, W] RGB in 0..255 (the network normalizes, on its device), "mask", int64
     [B, H, W], "name", list of str, and "padding", bool [B]; in evaluation also "size", int64 [B, 2], the height and
     width of the image without what was added at its right and bottom.
 
@@ -54,7 +54,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
             there is none to ask.
 
     Attributes:
-        ignore_index: 255, the label that is no class.
+        ignore_index: 255, the label that is not a class.
         transform: The training augmentation.
 
     Raises:
@@ -113,7 +113,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
 
     @property
     def palette(self) -> np.ndarray:
-        """Colours to draw masks with: uint8 [num_classes, 3], RGB. PASCAL VOC's unless a subclass says otherwise."""
+        """Colors to draw masks with: uint8 [num_classes, 3], RGB. PASCAL VOC's unless a subclass says otherwise."""
         return color_map(self.num_classes)
 
     @abstractmethod
@@ -129,7 +129,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
         return f"{name}.png"
 
     def encode_labels(self, labels: np.ndarray) -> Image.Image:
-        """A predicted label map, uint8 [H, W], as the picture to store: of class indices in the dataset's colours."""
+        """A predicted label map, uint8 [H, W], as the picture to store: of class indices in the dataset's colors."""
         return palette_picture(labels, self.palette)
 
     def setup(self, stage: str) -> None:

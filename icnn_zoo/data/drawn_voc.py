@@ -23,7 +23,7 @@ from icnn_zoo.data.scenes import (
 )
 from icnn_zoo.data.transforms import Size, size_pair
 from icnn_zoo.data.voc_classes import VOC_CLASSES
-from icnn_zoo.io.files import user_path
+from icnn_zoo.io.files import read_text, user_path
 
 FOLDER = "drawn-voc"
 FORMAT = 1
@@ -34,7 +34,7 @@ class DrawnVOCDataModule(SegmentationDataModule):
     """Scenes of drawn objects of the 20 PASCAL VOC classes on photographs.
 
     Six icon sets are for training, noto-v1 is for validation and openmoji for testing: every split has its own artists
-    and its own photographs. Objects vary in size, rotation, mirror image and colour, and hide each other. Sample i of a
+    and its own photographs. Objects vary in size, rotation, mirror image and color, and hide each other. Sample i of a
     split is a pure function of (seed, split, i) and of the prepared files. Prediction runs on the validation scenes.
 
     Make the files once with ``icnn-zoo prepare drawn-voc --root data``.
@@ -49,8 +49,8 @@ class DrawnVOCDataModule(SegmentationDataModule):
         object_size: Least and greatest length of an object's longer side as shares of the scene's shorter side;
             log-uniform.
         rotation: Greatest rotation to either side, in degrees.
-        jitter: Strength of the random colour changes of objects and backgrounds: 0 for none, 1 for as much as leaves
-            most things recognisable.
+        jitter: Strength of the random color changes of objects and backgrounds: 0 for none, 1 for as much as leaves
+            most things recognizable.
         noise: Greatest standard deviation of the Gaussian noise, of a range 0 to 1.
         crop_size: Training crop; None for ``image_size``.
         **kwargs: Those of :class:`SegmentationDataModule`.
@@ -148,7 +148,7 @@ class DrawnVOCDataset:
         return {"image": image, "mask": mask, "name": f"drawn-voc-{self.split}-{index:06d}"}
 
     def _background(self, rng: np.random.Generator) -> np.ndarray:
-        """A random part of a picture, a photograph two times of three, mirrored and recoloured: float32 [H, W, 3]."""
+        """A random part of a picture, a photograph two times of three, mirrored and recolored: float32 [H, W, 3]."""
         height, width = self.image_size
         pictures = self.textures if rng.random() < 1 / 3 else self.photographs
         levels = pictures[rng.integers(len(pictures))]
@@ -178,7 +178,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
     if not file.is_file():
         raise FileNotFoundError(f"there is no prepared dataset in {str(folder)!r}. Make it with: {command}")
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        manifest: dict[str, Any] = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(file)!r} is damaged ({error}). Remove {str(folder)!r} and run: {command}") from error
     if manifest.get("format") != FORMAT:
         raise ValueError(
             f"{str(folder)!r} has format {manifest.get('format')}, this version of icnn_zoo reads {FORMAT}. "

@@ -1,4 +1,4 @@
-"""Datasets of files: which image goes with which labels, whether all are there, and how many there should be."""
+"""Base for datasets stored as image and label files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A person's own images and masks: two folders, class names, and a look at every file before training begins."""
+"""Your own images and masks; every file is checked before training."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FolderDataModule(FileDataModule):
         mask_suffix: What a mask's name has between the image's name and its ending, such as "_mask".
         mask_values: The value that a mask has for each class, where that is not its index: [0, 255] for masks of
             black and white.
-        ignore_value: The value of masks that is no class; None if there is none.
+        ignore_value: The value of masks that is not a class; None if there is none.
         white_level: The value that is white in images of 16 bits a channel, such as 65535, or 4095 for 12 bits; None
             refuses them.
         check: Whether to look at all files first. False leaves it to the moment that a sample is read.

@@ -133,7 +133,7 @@ class PascalContextDataModule(FileDataModule):
     def _order(self, folder: Path) -> Order:
         if self.class_order != "auto":
             return self.class_order
-        order = recognise_order(folder, context_folder(self.root) / "SegmentationClass")
+        order = recognize_order(folder, context_folder(self.root) / "SegmentationClass")
         self.class_order = order  # one look is enough, and predictions need it image by image
         return order
 
@@ -204,7 +204,7 @@ def png_table(order: Order) -> np.ndarray:
     return class_table({**{_value(row, order): int(row["index"]) for row in _ROWS}, _IGNORE: _IGNORE})
 
 
-def recognise_order(folder: Path, voc_labels: Path, number: int = 40) -> Order:
+def recognize_order(folder: Path, voc_labels: Path, number: int = 40) -> Order:
     """The class order of PNGs, from the file beside them or by comparing them with VOC's labels of the same images.
 
     Args:

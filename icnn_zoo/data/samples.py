@@ -27,7 +27,7 @@ def check_sample(sample: Sample, num_classes: int, ignore_index: int) -> Sample:
     """Returns a sample unchanged if a network of ``num_classes`` can learn from it.
 
     Raises:
-        TypeError: Image or mask is no uint8 array.
+        TypeError: Image or mask is not a uint8 array.
         ValueError: Their shapes do not fit, or the mask holds a value that is neither a class nor ``ignore_index``.
     """
     image, mask, name = sample["image"], sample["mask"], sample["name"]

@@ -1,4 +1,4 @@
-"""Composing scenes: layers warped onto a canvas together with their mask, procedural textures, colours, noise."""
+"""Composing scenes: layers warped onto a canvas together with their mask, procedural textures, colors, noise."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Scene:
 
         Args:
             layer: uint8 [h, w, C]: coverages, such as premultiplied RGB and alpha.
-            placement: Where its centre goes, how long its longer side becomes, how it is turned.
+            placement: Where its center goes, how long its longer side becomes, how it is turned.
             colors: float [4, C]: premultiplied R, G, B and alpha as linear functions of the channels.
             label: Class index, above 0.
         """
@@ -66,7 +66,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a layer goes: centre and the longer side's length in pixels, degrees of rotation, mirrored or not."""
+    """Where a layer goes: center and the longer side's length in pixels, degrees of rotation, mirrored or not."""
 
     row: float
     col: float
@@ -79,7 +79,7 @@ class Placement:
         scale = self.side / max(height, width)
         cos, sin = scale * np.cos(np.radians(self.degrees)), scale * np.sin(np.radians(self.degrees))
         turn = np.array([[cos, -sin], [sin, cos]]) * ([-1, 1] if self.mirror else [1, 1])
-        # Pixel centres lie at whole numbers.
+        # Pixel centers lie at whole numbers.
         offset = np.array([self.col, self.row]) - turn @ np.array([(width - 1) / 2, (height - 1) / 2])
         return np.column_stack([turn, offset])
 
@@ -87,7 +87,7 @@ class Placement:
 def draw_placement(
     rng: np.random.Generator, height: int, width: int, side: Sequence[float], degrees: float
 ) -> Placement:
-    """A random placement with its centre in the scene.
+    """A random placement with its center in the scene.
 
     Args:
         rng: Source of randomness.
@@ -141,7 +141,7 @@ def color_jitter(rng: np.random.Generator, strength: float) -> np.ndarray:
 
     Args:
         rng: Source of randomness.
-        strength: 0 changes nothing, 1 is as much as leaves most things recognisable.
+        strength: 0 changes nothing, 1 is as much as leaves most things recognizable.
     """
     hue = rng.uniform(-0.5, 0.5) * strength
     saturation, contrast = 1 + rng.uniform(-0.6, 0.6, 2) * strength
@@ -163,13 +163,13 @@ def color_jitter(rng: np.random.Generator, strength: float) -> np.ndarray:
 
 
 def texture(rng: np.random.Generator, height: int, width: int, contrast: float = 1.0) -> np.ndarray:
-    """A procedural picture of clouds, waves or cells in random colours: float32 [height, width, 3], RGB in 0..255.
+    """A procedural picture of clouds, waves or cells in random colors: float32 [height, width, 3], RGB in 0..255.
 
     Args:
         rng: Source of randomness.
         height: Pixels.
         width: Pixels.
-        contrast: 1 spans between colours drawn from all of RGB, 0 is one plain colour.
+        contrast: 1 spans between colors drawn from all of RGB, 0 is one plain color.
     """
     field = _clouds(rng, height, width)
     kind = rng.integers(3)

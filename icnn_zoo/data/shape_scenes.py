@@ -82,10 +82,10 @@ SHAPE_NAMES = tuple(
 
 
 class ShapesDataModule(SegmentationDataModule):
-    """Scenes of shapes in random colours, sizes, rotations and order before a random texture.
+    """Scenes of shapes in random colors, sizes, rotations and order before a random texture.
 
-    A class is a form (disk, triangle, cross, ...), beyond 16 of them a form and its pattern of two colours ("striped
-    disk"). Colours are random, so only the form tells. Sample i of a split is a pure function of (seed, split, i), and
+    A class is a form (disk, triangle, cross, ...), beyond 16 of them a form and its pattern of two colors ("striped
+    disk"). Colors are random, so only the form tells. Sample i of a split is a pure function of (seed, split, i), and
     splits never share a scene's seed. Prediction runs on the validation scenes.
 
     Args:
@@ -97,7 +97,7 @@ class ShapesDataModule(SegmentationDataModule):
         objects: Least and greatest number of objects in a scene.
         object_size: Least and greatest diameter of an object as shares of the scene's shorter side.
         noise: Standard deviation of the Gaussian noise, of a range 0 to 1.
-        background_contrast: 0 for one plain colour behind the objects, 1 for the liveliest textures.
+        background_contrast: 0 for one plain color behind the objects, 1 for the liveliest textures.
         crop_size: Training crop; None for ``image_size``.
         **kwargs: Those of :class:`SegmentationDataModule`.
 
@@ -127,7 +127,7 @@ class ShapesDataModule(SegmentationDataModule):
     ) -> None:
         if not 2 <= num_classes <= 255:
             raise ValueError(
-                f"`num_classes` must be 2 to 255, background included (255 is no label); got {num_classes}."
+                f"`num_classes` must be 2 to 255, background included (255 is not a label); got {num_classes}."
             )
         check_scene_arguments(objects, object_size, noise, train=num_train, val=num_val, test=num_test)
         if not 0 <= background_contrast <= 1:
@@ -182,7 +182,7 @@ class ShapesDataset:
 
 
 def _contrasting(rng: np.random.Generator, color: np.ndarray) -> np.ndarray:
-    """Of four random RGB colours in 0..1 the one farthest from a given one in 0..255."""
+    """Of four random RGB colors in 0..1 the one farthest from a given one in 0..255."""
     colors: np.ndarray = rng.random((4, 3))
     farthest: np.ndarray = colors[np.linalg.norm(colors - color / 255, axis=1).argmax()]
     return farthest
@@ -190,7 +190,7 @@ def _contrasting(rng: np.random.Generator, color: np.ndarray) -> np.ndarray:
 
 @cache
 def _template(index: int) -> list[np.ndarray]:
-    """A shape's pyramid of uint8 [h, w, 2]: how far each of its two colours covers a pixel."""
+    """A shape's pyramid of uint8 [h, w, 2]: how far each of its two colors covers a pixel."""
     index, form = divmod(index, len(FORMS))
     index, pattern = divmod(index, len(_TEXTURES))
     core, rim = divmod(index, len(_RIMS))

@@ -36,7 +36,7 @@ def size_pair(name: str, size: Size) -> tuple[int, int]:
 class TrainTransform:
     """Scales, pads, crops and mirrors an image and its mask: a pure function of the sample and a seed.
 
-    The image is scaled bilinearly and the mask by nearest neighbour, to ``int(side * scale)``. Where the result is
+    The image is scaled bilinearly and the mask by nearest neighbor, to ``int(side * scale)``. Where the result is
     smaller than the crop, it is padded at the right and the bottom, the image with ``fill`` and the mask with
     ``ignore_index``.
 

@@ -99,8 +99,8 @@ def _tile(values: np.ndarray, tile: list[int]) -> np.ndarray:
     small = cv2.resize(values, (tile[1], tile[0]), interpolation=cv2.INTER_AREA)
     small = cv2.GaussianBlur(small, (0, 0), 0.7)
     top = float(np.quantile(small, 0.995)) or float(small.max()) or 1.0
-    quantised: np.ndarray = (255 * np.sqrt(np.clip(small / top, 0, 1))).round().astype(np.uint8)
-    return quantised
+    quantized: np.ndarray = (255 * np.sqrt(np.clip(small / top, 0, 1))).round().astype(np.uint8)
+    return quantized
 
 
 def _median_distance(values: np.ndarray, pixel: tuple[int, int]) -> float:

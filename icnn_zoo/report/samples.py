@@ -55,7 +55,7 @@ def find_samples(
 
     Raises:
         FileNotFoundError: An image, or the run's data, are not there.
-        ValueError: A file is no image, or there is neither an image nor data to take one from.
+        ValueError: A file is not an image, or there is neither an image nor data to take one from.
     """
     if images:
         return [Sample(Path(path).name, read_image(path, white_level=white_level)) for path in images]
@@ -98,7 +98,7 @@ def find_data(source: Source) -> SegmentationDataModule | None:
 
 
 def find_palette(source: Source, task: SegmentationTask) -> np.ndarray:
-    """Colours by class, uint8 [classes, 3]: those of the card, else of the run's data, else PASCAL VOC's."""
+    """Colors by class, uint8 [classes, 3]: those of the card, else of the run's data, else PASCAL VOC's."""
     card = source.card()
     if card is not None:
         return np.array([tuple(bytes.fromhex(color[1:])) for color in card.palette], dtype=np.uint8)

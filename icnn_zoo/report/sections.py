@@ -104,11 +104,11 @@ def settings_section(settings: Mapping[str, Any]) -> list[Row]:
 
 
 def _sentence(trends: Mapping[str, float | None]) -> str:
-    shift = trends["centre_shift_over_length"]
+    shift = trends["center_shift_over_length"]
     parts = []
     if shift is not None:
         parts.append(
-            f"Centres of the clouds moved by at most {shift:.2f} of a cloud's length (the paper: centres stay)."
+            f"Centers of the clouds moved by at most {shift:.2f} of a cloud's length (the paper: centers stay)."
         )
     depth = [
         f"{name} {value:+.2f}" for name in ("length", "anisotropy", "elongation") if (value := trends[name]) is not None

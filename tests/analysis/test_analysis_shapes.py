@@ -46,7 +46,7 @@ def test_means_and_covariances_are_numpys(layer):
     axes = [np.sqrt(np.linalg.eigvalsh(matrix))[::-1] for matrix in np.array(statistics.tap_covariance)]
     assert (statistics.length, statistics.width) == pytest.approx(tuple(np.mean(axes, axis=0)))
     assert statistics.anisotropy == pytest.approx(statistics.length / statistics.width)
-    assert statistics.centre_shift == pytest.approx(np.hypot(*displacement.mean(axis=0).T).mean())
+    assert statistics.center_shift == pytest.approx(np.hypot(*displacement.mean(axis=0).T).mean())
 
 
 @pytest.mark.parametrize("angle", [-60, 0, 30, 90])
@@ -99,7 +99,7 @@ def test_trends_are_rank_correlations_with_depth():
     assert trends["length"] == pytest.approx(spearmanr(range(5), lengths).statistic)
     assert trends["elongation"] == pytest.approx(spearmanr(range(4), [1.0, 1.1, 1.2, 1.1]).statistic)
     assert trends["anisotropy"] is None
-    assert trends["centre_shift_over_length"] == pytest.approx(0.5)
+    assert trends["center_shift_over_length"] == pytest.approx(0.5)
 
 
 def test_shapes_come_in_the_order_of_layers_and_by_unique_endings():
@@ -120,7 +120,7 @@ def test_a_network_without_shapes_or_with_lost_positions_is_refused():
     layer = moved()
     with torch.no_grad():
         layer.displacement[2, 3, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"1 taps whose position is no finite number.*position_lr"):
+    with pytest.raises(ValueError, match=r"1 taps whose position is not a finite number.*position_lr"):
         shape_statistics(layer)
 
 
@@ -238,10 +238,10 @@ def test_trends_of_equal_of_few_and_of_still_layers():
     assert depth_trends([entry(elongation=1.0)] * 4)["elongation"] == 0.0
     two = depth_trends([entry(), entry()])
     assert two["length"] is None
-    assert two["centre_shift_over_length"] == pytest.approx(0.25)
+    assert two["center_shift_over_length"] == pytest.approx(0.25)
     still = depth_trends([entry(length=0.0, shift=0.0)] * 3)
-    assert still["centre_shift_over_length"] is None
-    assert depth_trends([]) == dict.fromkeys(("centre_shift_over_length", "length", "anisotropy", "elongation"))
+    assert still["center_shift_over_length"] is None
+    assert depth_trends([]) == dict.fromkeys(("center_shift_over_length", "length", "anisotropy", "elongation"))
 
 
 def printed(table, width=80):

@@ -50,7 +50,7 @@ def test_shapes_as_data_are_the_statistics_and_nothing_else(zoo_run, capsys):
     expected = shape_statistics(load_task(zoo_run).model)
     assert [entry["name"] for entry in data["layers"]] == [entry.name for entry in expected]
     assert data["layers"][0]["length"] == pytest.approx(expected[0].length)
-    assert set(data["trends"]) == {"centre_shift_over_length", "length", "anisotropy", "elongation"}
+    assert set(data["trends"]) == {"center_shift_over_length", "length", "anisotropy", "elongation"}
 
 
 def test_heatmaps_of_two_networks_stand_side_by_side(zoo_run, regular, picture, tmp_path):

@@ -142,6 +142,6 @@ def test_animations_that_cannot_be_made_are_refused(run, tmp_path):
     with pytest.raises(ValueError, match="holds one record"):
         animate_shapes(tmp_path, tmp_path / "shapes.gif")
     np.savez(single / "step_0000001.npz", other=np.zeros(3))
-    with pytest.raises(ValueError, match="is no record of shapes"):
+    with pytest.raises(ValueError, match="is not a record of shapes"):
         animate_shapes(tmp_path, tmp_path / "shapes.gif")
     assert not (tmp_path / "shapes.gif").exists()

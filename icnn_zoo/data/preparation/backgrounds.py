@@ -18,7 +18,7 @@ _SPLIT_SEEDS = {"train": 0, "val": 1, "test": 2}
 
 @dataclass(frozen=True)
 class Photograph:
-    """A photograph in an installed package: importable package, file in it, split and licence.
+    """A photograph in an installed package: importable package, file in it, split and license.
 
     ``inner`` is the share of both sides to use, around the middle.
     """
@@ -50,7 +50,7 @@ class Photograph:
                 top, left = int(height * (1 - self.inner) / 2), int(width * (1 - self.inner) / 2)
                 return picture[top : height - top, left : width - left]
         raise FileNotFoundError(
-            f'the installed {self.package} holds no {self.file}: pip install --force-reinstall "icnn-zoo[drawn-voc]"'
+            f'the installed {self.package} lacks {self.file}: pip install --force-reinstall "icnn-zoo[drawn-voc]"'
         )
 
 

@@ -194,19 +194,19 @@ def _require_packages() -> None:
 
 def _licenses(sets: dict[str, _IconSet]) -> str:
     lines = [
-        "# Licences of the pictures in this folder",
+        "# Licenses of the pictures in this folder",
         "",
-        "Icons were rendered and cropped; scenes recolour them.",
+        "Icons were rendered and cropped; scenes recolor them.",
         "",
     ]
-    lines += ["| icon set | author | licence | npm package |", "|---|---|---|---|"]
+    lines += ["| icon set | author | license | npm package |", "|---|---|---|---|"]
     for icon_set in sets.values():
         source = icon_set.source
         lines.append(
             f"| {source['title']} | {source['author']} | [{source['license']}]({source['license_url']}) | "
             f"{source['package']} {source['version']} |"
         )
-    lines += ["", "| photograph | from | licence |", "|---|---|---|"]
+    lines += ["", "| photograph | from | license |", "|---|---|---|"]
     lines += [f"| {photo.name} | {photo.package} | {photo.license} |" for photo in PHOTOGRAPHS]
     lines += ["", "Backgrounds whose names begin with `texture` are procedural and free of rights.", ""]
     return "\n".join(lines)

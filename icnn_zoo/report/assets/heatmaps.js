@@ -4,7 +4,7 @@
   const fields = [...document.querySelectorAll(".field")];
   const thumbs = [...document.querySelectorAll("[data-sample]")];
   const status = document.getElementById("heatmap-status");
-  // Inferno at nine places, between which colours are mixed.
+  // Inferno at nine places, between which colors are mixed.
   const inferno = [[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51], [249, 140, 10],
     [249, 201, 50], [252, 255, 164]];
   const colors = Array.from({length: 256}, (_, value) => {

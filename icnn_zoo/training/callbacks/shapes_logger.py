@@ -18,7 +18,7 @@ from icnn_zoo.io.files import replacing
 from icnn_zoo.training.loggers import log_picture
 from icnn_zoo.training.run_folder import RunFolder
 
-STATISTICS = ("centre_shift", "length", "width", "anisotropy", "elongation", "outside")
+STATISTICS = ("center_shift", "length", "width", "anisotropy", "elongation", "outside")
 
 
 class ShapesLogger(Callback):
@@ -40,7 +40,7 @@ class ShapesLogger(Callback):
 
     Raises:
         ValueError: ``every_n_steps`` is below 1. When training starts: the network has no irregular layer, or none of a
-            given name. While it trains: a position is no finite number.
+            given name. While it trains: a position is not a finite number.
     """
 
     def __init__(self, every_n_steps: int = 500, layers: Sequence[str] | None = None) -> None:
