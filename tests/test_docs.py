@@ -20,7 +20,8 @@ import pytest
 from zoo_cases import ABOUT, NAME
 
 from icnn_zoo.cli.programs import COMMANDS, zoo_main
-from icnn_zoo.publishing.publisher import _read_about, publish
+from icnn_zoo.publishing.about import read_about
+from icnn_zoo.publishing.publisher import publish
 from icnn_zoo.training.lightning_cli import ZooCLI
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +105,7 @@ def test_files_that_bash_blocks_write_are_what_publish_reads(tmp_path):
     found = [match for parameter in blocks("bash") for match in HEREDOC.finditer(parameter.values[0])]
     assert [match["file"] for match in found] == ["about.yaml"]
     (tmp_path / "about.yaml").write_text(found[0]["text"])
-    about, _ = _read_about(tmp_path / "about.yaml")
+    about, _ = read_about(tmp_path / "about.yaml")
     assert about.metrics[0].value is None
 
 
