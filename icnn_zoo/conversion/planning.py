@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from icnn_zoo.conversion.start import ExampleInput, Order, modules_from, resolve_start
+from icnn_zoo.io.tables import text_table
 from icnn_zoo.nn.conv_rules import find_rules, reason_to_refuse
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
 
@@ -76,8 +77,7 @@ class ConversionPlan:
         for (kind, reason), names in groups.items():
             rows.append((names[0] if len(names) == 1 else f"{len(names)} modules", kind, f"skipped: {reason}"))
         rows += [(layer.name, layer.kind, f"refused: {layer.reason}") for layer in self.refused]
-        widths = [max((len(row[column]) for row in rows), default=0) for column in range(2)]
-        lines = [f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {outcome}" for name, kind, outcome in rows]
+        lines = text_table(rows).splitlines()
         counts = f"{len(self.converted)} converted, {len(self.skipped)} skipped, {len(self.refused)} refused"
         share = f" ({self.added_parameters / self.parameters:.2%} of {self.parameters:,})" if self.parameters else ""
         lines.append(f"From {self.start!r} on: {counts}; +{self.added_parameters:,} parameters{share}")

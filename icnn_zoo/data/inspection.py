@@ -13,6 +13,7 @@ from rich.progress import track
 from icnn_zoo.data.file_datamodule import Item, check_sizes
 from icnn_zoo.data.label_files import read_classes
 from icnn_zoo.io.images import ImageHeader, read_header, read_image, require_white_level
+from icnn_zoo.io.tables import text_table
 
 T = TypeVar("T")
 SHOWN_PROBLEMS = 20  # on the screen; the report file has all
@@ -25,7 +26,7 @@ class Survey:
     Attributes:
         classes: Class names by index.
         images: Number of images by split.
-        pixels: Labelled pixels by split, int64 [256]: of each class index, and at 255 of those without a class.
+        pixels: Labeled pixels by split, int64 [256]: of each class index, and at 255 of those without a class.
         problems: One line for each thing that is wrong, with the name of its file.
         notes: What may be wrong, and what was not read: photographs whose camera was turned, files of several pages.
     """
@@ -39,13 +40,12 @@ class Survey:
     def text(self, shown: int | None = None) -> str:
         """The report: images, classes, pixels per class, problems (the first ``shown``; None for all)."""
         splits = list(self.images)
-        width = max(len(name) for name in (*self.classes, "no class"))
         lines = [f"Images: {', '.join(f'{split} {number}' for split, number in self.images.items())}"]
-        lines += [f"Classes: {len(self.classes)}. Labelled pixels of each, in thousands:"]
-        lines += [f"  {'':<{width}}" + "".join(f"{split:>14}" for split in splits)]
+        lines += [f"Classes: {len(self.classes)}. Labeled pixels of each, in thousands:"]
+        rows = [["", *splits]]
         for index, name in [*enumerate(self.classes), (255, "no class")]:
-            numbers = (self.pixels[split][index] / 1000 for split in splits)
-            lines.append(f"  {name:<{width}}" + "".join(f"{number:>14,.1f}" for number in numbers))
+            rows.append([name, *(f"{self.pixels[split][index] / 1000:,.1f}" for split in splits)])
+        lines += [f"  {line}" for line in text_table(rows, right=range(1, len(splits) + 1)).splitlines()]
         lines += self.notes
         lines.append(f"Problems: {len(self.problems) or 'none'}")
         lines += [f"  {problem}" for problem in self.problems[:shown]]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from icnn_zoo.deployment.rewriting import Deployment, rewrite
 from icnn_zoo.deployment.standard_forms import standard_form
+from icnn_zoo.io.tables import text_table
 from icnn_zoo.nn.conv_rules import dynamic_same_padding, find_rules
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 from icnn_zoo.nn.modules import replace_modules
@@ -43,14 +44,14 @@ class ExportReport:
 
     def __str__(self) -> str:
         shapes = ", ".join("x".join(map(str, shape)) for shape in self.shapes)
-        width = max(map(len, self.milliseconds))
+        times = text_table([(f"  {name}", f"{value:.1f} ms") for name, value in self.milliseconds.items()], right=[1])
         return "\n".join(
             [
                 str(self.deployment),
                 "",
                 f"Largest difference to the network, relative: {self.difference:.1e} (inputs {shapes})",
                 f"Median times at {'x'.join(map(str, self.shapes[0]))}, {torch.get_num_threads()} threads:",
-                *(f"  {name:<{width}}  {value:8.1f} ms" for name, value in self.milliseconds.items()),
+                times,
                 f"Written: {self.path}",
             ]
         )

@@ -11,6 +11,7 @@ from torch import nn
 from icnn_zoo.conversion.rewrite_guards import unguard
 from icnn_zoo.deployment.norm_folding import attached_hooks, fold, foldable_norms, without_norm
 from icnn_zoo.deployment.standard_forms import has_standard_form, standard_form
+from icnn_zoo.io.tables import text_table
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 from icnn_zoo.nn.modules import replace_modules
 from icnn_zoo.nn.references import redirect, unregistered
@@ -48,10 +49,7 @@ class Deployment:
         for layer in self.layers:
             box = "x".join(map(str, layer.box))
             rows.append((layer.name, layer.form, box, str(layer.outliers), f"{layer.cost:.2f}", layer.folded or "-"))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return text_table(rows)
 
 
 def deploy(model: nn.Module) -> nn.Module:
