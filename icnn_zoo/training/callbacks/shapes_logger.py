@@ -31,8 +31,8 @@ class ShapesLogger(Callback):
     from the callbacks that every run has: DisplacementMonitor, SegmentationTask and SamplePictures.
 
     The training loop only copies the positions; drawing is left to a thread, and what it made is handed to the loggers
-    at the end of a later step. On two CPU cores the quickstart's loop waits for 1 ms at each log, and its four layers
-    take the thread 0.36 s, which at the default of 500 steps (75 s) is 0.5 % of one core's time.
+    at the end of a later step. On two CPU cores the loop of a small ResNet waits for 1 ms at each log, and its four
+    layers take the thread 0.36 s, which at the default of 500 steps (75 s) is 0.5 % of one core's time.
 
     Args:
         every_n_steps: Optimizer steps between logs; the first and the last step are always logged.
