@@ -7,10 +7,10 @@ from torch import nn
 
 from icnn_zoo.conversion.planning import ConversionPlan, Filter, plan
 from icnn_zoo.conversion.rewrite_guards import guard
-from icnn_zoo.conversion.start import ExampleInput, Order, modules_from
+from icnn_zoo.conversion.start import Order, modules_from
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
-from icnn_zoo.nn.modules import replace_modules
-from icnn_zoo.nn.references import UnreachableError, redirect
+from icnn_zoo.nn.modules import ExampleInput, replace_modules
+from icnn_zoo.nn.references import UnreachableError
 
 # Wrappers that took stock of the parameters when they were made, and would not know the new ones.
 _WRAPPERS = {
@@ -105,13 +105,11 @@ def convert(
         return layers[""]
     replacements = {convs[name]: layer for name, layer in layers.items()}
     try:
-        redirect(model, replacements, change=False)
+        replace_modules(model, replacements)
     except UnreachableError as error:
         raise ValueError(
             f"{error} The forward would go on with the regular convolution: leave it by `filter`."
         ) from None
-    replace_modules(model, replacements)
-    redirect(model, replacements)
     aliases = [(alias, layers[layer.name]) for layer in decided.converted for alias in layer.aliases]
     guard(model, [alias for alias, _ in aliases])
     return model

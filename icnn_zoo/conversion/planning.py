@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from icnn_zoo.conversion.start import ExampleInput, Order, modules_from, resolve_start
+from icnn_zoo.conversion.start import Order, modules_from, resolve_start
 from icnn_zoo.io.tables import text_table
 from icnn_zoo.nn.conv_rules import find_rules, reason_to_refuse
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
+from icnn_zoo.nn.modules import ExampleInput
 
 Filter = Callable[[nn.Module, str], bool]
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from icnn_zoo.nn.modules import evaluating, find_name
+from icnn_zoo.nn.modules import ExampleInput, call, evaluating, find_name
 
 Order = Literal["registration", "execution"]
 ORDERS = ("registration", "execution")
-ExampleInput = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def resolve_start(model: nn.Module, start: str) -> str:
@@ -107,12 +106,7 @@ def _first_calls(model: nn.Module, example_input: ExampleInput) -> list[nn.Modul
     handles = [module.register_forward_pre_hook(remember) for module in model.modules()]
     try:
         with evaluating(model), torch.no_grad():
-            if isinstance(example_input, Mapping):
-                model(**example_input)
-            elif isinstance(example_input, tuple):
-                model(*example_input)
-            else:
-                model(example_input)
+            call(model, example_input)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,12 +10,16 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
+from icnn_zoo.nn.references import unregistered_uses
 
 
 def attached_hooks(module: nn.Module) -> list[str]:
     """Kinds of forward hooks that a module carries, which a module in its place would lose."""
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     return [kind.strip("_") for kind in kinds if getattr(module, kind)]
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class _Tracer(fx.Tracer):
@@ -27,14 +31,48 @@ class _Tracer(fx.Tracer):
 
 
 def foldable_norms(model: nn.Module) -> dict[str, str]:
-    """Maps irregular layers to the norms that alone read their output, both called once, where that can be proved."""
+    """Maps irregular layers to the norms that alone read their output, both called once, where that can be proved.
+
+    A network that cannot be traced is looked at block by block. What a block does to its parts is then proved; that
+    nothing else uses them is taken for granted where they have one name, are held nowhere else, and the block is not a
+    plain container, whose parts others step through.
+    """
+    try:
+        return _traced_pairs(model)
+    except Exception:  # whatever the network's own code raises when its input is not a tensor
+        pass
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = Counter(modules.values())
+    elsewhere = set(unregistered_uses(model))
+    return {
+        layer: norm
+        for layer, norm in _pairs_of_blocks(model, "").items()
+        if all(names[part] == 1 and part not in elsewhere for part in (modules[layer], modules[norm]))
+    }
+
+
+def _pairs_of_blocks(model: nn.Module, prefix: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, block in model.named_children():
+        if isinstance(block, IrregularConv2d) or not any(isinstance(part, IrregularConv2d) for part in block.modules()):
+            continue
+        inside = f"{prefix}{name}."
+        try:
+            pairs = None if type(block) in _CONTAINERS else _traced_pairs(block)
+        except Exception:
+            pairs = None
+        if pairs is None:
+            found |= _pairs_of_blocks(block, inside)
+        else:
+            found |= {inside + layer: inside + norm for layer, norm in pairs.items()}
+    return found
+
+
+def _traced_pairs(model: nn.Module) -> dict[str, str]:
     # An argument with a default stays at it: a proxy would be traced as if it were given.
     arguments = inspect.signature(model.forward).parameters
     defaults = {name: item.default for name, item in arguments.items() if item.default is not item.empty}
-    try:
-        graph = _Tracer().trace(model, defaults)
-    except Exception:  # whatever the network's own code raises when its input is no tensor
-        return {}
+    graph = _Tracer().trace(model, defaults)
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     # Parameters that the network's own code uses have to stay what they are.
     used = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,13 +18,17 @@ from torch import Tensor, nn
 
 from icnn_zoo.deployment.rewriting import Deployment, rewrite
 from icnn_zoo.deployment.standard_forms import standard_form
+from icnn_zoo.deployment.tensor_call import TensorCall, relative_difference
+from icnn_zoo.io.files import replacing
 from icnn_zoo.io.tables import text_table
 from icnn_zoo.nn.conv_rules import dynamic_same_padding, find_rules
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
-from icnn_zoo.nn.modules import replace_modules
+from icnn_zoo.nn.modules import ExampleInput, replace_modules
 
 # Largest allowed difference between onnxruntime and the network, over the network's largest output.
 TOLERANCE = 1e-4
+
+Inputs = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,18 +60,28 @@ class ExportReport:
 
 
 def export_onnx(
-    model: nn.Module, path: str | Path, input_size: Sequence[int], *, overwrite: bool = False, rounds: int = 7
+    model: nn.Module,
+    path: str | Path,
+    input_size: Sequence[int] | None = None,
+    *,
+    example_input: ExampleInput | None = None,
+    overwrite: bool = False,
+    rounds: int = 7,
 ) -> ExportReport:
     """Writes a network with irregular layers as ONNX, with dynamic batch, height and width.
 
     The network is deployed (:func:`icnn_zoo.deploy`), exported, checked, and run in onnxruntime at several sizes and
-    batches against the irregular network. The file appears under its name only when all of that went well.
+    batches against the irregular network. The file appears under its name only when all of that went well. Outputs in
+    mappings, dataclasses and sequences, nested too, become outputs of their names ("out", "aux", "output_0").
 
     Args:
-        model: A float32 network that takes one batch of images and returns a tensor or several. It is not changed.
+        model: A float32 network. It is not changed.
         path: The file to write.
-        input_size: (channels, height, width) of the image to trace, compare and time with. Others than this size are
-            compared too, as far as the network itself takes them.
+        input_size: For a network that takes one batch of images: (channels, height, width) of the image to trace,
+            compare and time with. Others than this size are compared too, as far as the network itself takes them.
+        example_input: For any other network: its input, a tuple of positional or a mapping of keyword arguments. The
+            batch of all tensors in it, and height and width of those with four dimensions, become dynamic; what is not
+            a tensor is fixed. The example and its batch doubled are compared.
         overwrite: Whether a file of that name may be replaced.
         rounds: How often to run for the median times, all in turn.
 
@@ -77,7 +89,7 @@ def export_onnx(
         What was written; ``print`` shows it.
 
     Raises:
-        ValueError: The file exists; the size or a dtype does not fit.
+        ValueError: The file exists; the size, the example or a dtype does not fit; an output is not a tensor.
         FileNotFoundError: The file's folder does not exist.
         ImportError: The extra ``export`` is not installed.
         RuntimeError: The network cannot be exported, or the file computes something else.
@@ -92,41 +104,55 @@ def export_onnx(
         True
     """
     path = Path(path)
-    _check_arguments(model, path, input_size, overwrite)
+    _check_arguments(model, path, input_size, example_input, overwrite)
     _require("onnx", "onnxscript", "onnxruntime")
     model = copy.deepcopy(model).cpu().eval()
     # A regular network is exported as it is, so that both can be compared where they are deployed.
     deployment = rewrite(model) if irregular_layers(model) else Deployment(model.requires_grad_(False), ())
-    exportable = _trace_friendly(deployment.model)
-    handle, name = tempfile.mkstemp(suffix=".onnx", prefix=f".{path.stem}-", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        outputs = len(_run(exportable, torch.zeros(1, *input_size)))
-        _export(exportable, temporary, input_size, outputs)
+    calls = [
+        TensorCall(network, torch.zeros(2, *input_size) if input_size is not None else example_input)  # type: ignore[arg-type]
+        for network in (model, deployment.model, _trace_friendly(deployment.model))
+    ]
+    inputs = _image_batches(input_size) if input_size is not None else _batches(calls[0])
+    with replacing(path) as temporary:
+        traced = inputs[1] if input_size is None else {"images": torch.zeros(2, *input_size)}
+        _export(calls[2], temporary, traced)  # of a batch of one, PyTorch would make a constant
         session = _open(temporary)
-        shapes, difference = _compare(model, session, input_size)
-        times = _measure(model, deployment.model, session, torch.rand(1, *input_size), rounds)
+        shapes, difference = _compare(calls[0], session, inputs)
+        times = _measure(calls[0], calls[1], session, inputs[0], rounds)
         del session
-        # mkstemp lets nobody else read; a file written by open() would have followed the user's mask.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return ExportReport(path, deployment, shapes, difference, times)
 
 
-def _check_arguments(model: nn.Module, path: Path, input_size: Sequence[int], overwrite: bool) -> None:
-    if len(input_size) != 3 or not all(isinstance(size, int) and size >= 2 for size in input_size[1:]):
+def _image_batches(input_size: Sequence[int]) -> list[Inputs]:
+    channels, height, width = input_size
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((1, height, width), (2, height + 1, width + 3), (3, height + 32, width + 64))
+    return [{"images": torch.rand(batch, channels, rows, cols, generator=generator)} for batch, rows, cols in sizes]
+
+
+def _batches(example: TensorCall) -> list[Inputs]:
+    inputs = {name: tensor.detach().cpu() for name, tensor in example.inputs.items()}
+    return [inputs, {name: torch.cat([tensor] * 2) if tensor.dim() else tensor for name, tensor in inputs.items()}]
+
+
+def _check_arguments(
+    model: nn.Module,
+    path: Path,
+    input_size: Sequence[int] | None,
+    example_input: ExampleInput | None,
+    overwrite: bool,
+) -> None:
+    if (input_size is None) == (example_input is None):
+        raise ValueError("Give `input_size` for a network that takes images, or else an `example_input`; one of both.")
+    if input_size is not None and (len(input_size) != 3 or not all(size >= 2 for size in input_size[1:])):
         raise ValueError(f"`input_size` must be (channels, height, width), at least 2 px each; got {input_size!r}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"`path`: there is no folder {str(path.parent)!r}; make it first.")
     if path.is_dir():
-        raise ValueError(f"`path` must be a file; {str(path)!r} is a folder. Take {str(path / 'model.onnx')!r}.")
+        raise ValueError(f"`path` must be a file; {str(path)!r} is a folder. Choose {str(path / 'model.onnx')!r}.")
     if path.exists() and not overwrite:
-        raise ValueError(f"`path`: {str(path)!r} exists. Take another name, or overwrite=True (--force).")
+        raise ValueError(f"`path`: {str(path)!r} exists. Choose another name, or overwrite=True (--force).")
     dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.is_floating_point()}
     if dtypes - {"torch.float32"}:
         raise ValueError(f"`model` must be float32; got {', '.join(sorted(dtypes))}. Convert it: model.float().")
@@ -155,36 +181,32 @@ def _trace_friendly(model: nn.Module) -> nn.Module:
     return replace_modules(model, replacements)
 
 
-def _run(model: nn.Module, images: Tensor) -> list[Tensor]:
+def _export(model: TensorCall, path: Path, inputs: Inputs) -> None:
+    images = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    dynamic = tuple(
+        images if tensor.dim() == 4 else dict.fromkeys(range(min(tensor.dim(), 1)), torch.export.Dim.DYNAMIC)
+        for tensor in inputs.values()
+    )
     with torch.no_grad():
-        output = model(images)
-    outputs = [output] if isinstance(output, Tensor) else list(output)
-    if not all(isinstance(item, Tensor) for item in outputs):
-        raise ValueError(f"`model` must return a tensor or a sequence of tensors; got {type(output).__name__}.")
-    return outputs
-
-
-def _export(model: nn.Module, path: Path, input_size: Sequence[int], outputs: int) -> None:
-    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-    names = ["output"] if outputs == 1 else [f"output_{number}" for number in range(outputs)]
+        outputs = list(model.named(*inputs.values()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about its own insides
         try:
             torch.onnx.export(
                 model,
-                (torch.zeros(2, *input_size),),
+                tuple(inputs.values()),
                 str(path),
                 dynamo=True,
                 dynamic_shapes=(dynamic,),
-                input_names=["images"],
-                output_names=names,
+                input_names=list(inputs),
+                output_names=outputs,
                 external_data=False,
                 verbose=False,
             )
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise RuntimeError(
-                f"PyTorch cannot export {type(model).__name__} with dynamic batch, height and width: {reason[0]}"
+                f"PyTorch cannot export {type(model.model).__name__} with dynamic batch, height and width: {reason[0]}"
             ) from error
 
 
@@ -196,46 +218,50 @@ def _open(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _compare(model: nn.Module, session: Any, input_size: Sequence[int]) -> tuple[tuple[tuple[int, ...], ...], float]:
-    channels, height, width = input_size
-    generator = torch.Generator().manual_seed(0)
+def _compare(model: TensorCall, session: Any, batches: Sequence[Inputs]) -> tuple[tuple[tuple[int, ...], ...], float]:
     compared: list[tuple[int, ...]] = []
     worst = 0.0
-    for batch, rows, cols in ((1, height, width), (2, height + 1, width + 3), (3, height + 32, width + 64)):
-        images = torch.rand(batch, channels, rows, cols, generator=generator)
+    for inputs in batches:
+        shape = tuple(next(iter(inputs.values())).shape)
         try:
-            expected = _run(model, images)
+            with torch.no_grad():
+                expected = model.named(*inputs.values())
         except (RuntimeError, ValueError, AssertionError):
             if not compared:
                 raise
             continue  # many networks take multiples of 32 only
-        actual = session.run(None, {"images": images.numpy()})
-        for truth, found in zip(expected, actual, strict=True):
-            if truth.shape != found.shape:
-                raise RuntimeError(f"onnxruntime gives shape {found.shape}, the network {tuple(truth.shape)}.")
-            difference = np.abs(found - truth.numpy()).max() / truth.abs().max().clamp(min=1e-30).item()
-            worst = max(worst, float(difference))
+        for (name, truth), found in zip(expected.items(), _run(session, inputs), strict=True):
+            try:
+                difference = relative_difference(truth, torch.from_numpy(found))
+            except RuntimeError as error:
+                raise RuntimeError(f"onnxruntime gives {name!r} in {error}, the network's.") from None
+            worst = max(worst, difference)
             if not difference <= TOLERANCE:
                 raise RuntimeError(
-                    f"onnxruntime differs from the network by {difference:.1e} of its largest output at input shape "
-                    f"{tuple(images.shape)}; {TOLERANCE:.0e} is allowed. No file was written."
+                    f"onnxruntime differs from the network by {difference:.1e} of the largest number of {name!r} at "
+                    f"input shape {shape}; {TOLERANCE:.0e} is allowed. No file was written."
                 )
-        compared.append(tuple(images.shape))
+        compared.append(shape)
     return tuple(compared), worst
 
 
-def _measure(model: nn.Module, deployed: nn.Module, session: Any, images: Tensor, rounds: int) -> dict[str, float]:
-    array = images.numpy()
+def _run(session: Any, inputs: Inputs) -> list[np.ndarray]:
+    wanted = [item.name for item in session.get_inputs()]  # without those that the network does not use
+    return session.run(None, {name: inputs[name].numpy() for name in wanted})
+
+
+def _measure(model: TensorCall, deployed: TensorCall, session: Any, inputs: Inputs, rounds: int) -> dict[str, float]:
     runs: dict[str, Callable[[], Any]] = {
-        "PyTorch, irregular": lambda: _run(model, images),
-        "PyTorch, deployed": lambda: _run(deployed, images),
-        "onnxruntime": lambda: session.run(None, {"images": array}),
+        "PyTorch, irregular": lambda: model(*inputs.values()),
+        "PyTorch, deployed": lambda: deployed(*inputs.values()),
+        "onnxruntime": lambda: _run(session, inputs),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, call in runs.items():
             start = time.perf_counter()
-            call()
+            with torch.no_grad():
+                call()
             if number > 0:  # the first one warms up
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}

@@ -11,10 +11,14 @@ from torch import nn
 from icnn_zoo.conversion.rewrite_guards import unguard
 from icnn_zoo.deployment.norm_folding import attached_hooks, fold, foldable_norms, without_norm
 from icnn_zoo.deployment.standard_forms import has_standard_form, standard_form
+from icnn_zoo.deployment.tensor_call import named_outputs, relative_difference
 from icnn_zoo.io.tables import text_table
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
-from icnn_zoo.nn.modules import replace_modules
-from icnn_zoo.nn.references import redirect, unregistered
+from icnn_zoo.nn.modules import ExampleInput, call, evaluating, replace_modules
+from icnn_zoo.nn.references import unregistered
+
+# Largest allowed difference for an example, over the largest number of an output; of integers none.
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Deployment:
 
     model: nn.Module
     layers: tuple[DeployedLayer, ...]
+    difference: float | None = None
+    """Largest difference for the example input, over the largest number of that output; None if there was none."""
 
     def __str__(self) -> str:
         if not self.layers:
@@ -52,7 +58,7 @@ class Deployment:
         return text_table(rows)
 
 
-def deploy(model: nn.Module) -> nn.Module:
+def deploy(model: nn.Module, example_input: ExampleInput | None = None) -> nn.Module:
     """Copies a network with every irregular layer rewritten in standard convolutions.
 
     The copy computes what ``model.eval()`` computes, for every input size, up to rounding, and runs where
@@ -60,19 +66,24 @@ def deploy(model: nn.Module) -> nn.Module:
     (:mod:`icnn_zoo.deployment.standard_forms`): a ``torch.nn.Conv2d``, a ``torch.nn.Sequential``, or a
     ``torch.fx.GraphModule`` that adds up branches of them, which no class of ``torch.nn`` does. A BatchNorm (also
     timm's with an activation) that alone reads an irregular layer's output is folded into it and becomes an
-    ``Identity`` (the activation stays), where a trace of the whole network by ``torch.fx`` proves it; a network that
-    cannot be traced keeps its norms.
+    ``Identity`` (the activation stays), where a trace by ``torch.fx`` proves it: of the whole network, or, where that
+    cannot be traced, of the blocks in it. The latter does not see code outside of a block that calls one of its parts
+    alone; an ``example_input`` does. ``fuse`` and its kin, which would have replaced irregular layers, do nothing in
+    the copy and return the module.
 
     Args:
         model: A network with irregular layers; it is not changed.
+        example_input: The network's input, a tuple of positional or a mapping of keyword arguments: both networks run
+            on it, and their outputs are compared before the copy is returned. None does not compare.
 
     Returns:
         The copy, in eval mode, no parameter of it requiring a gradient. Taps further than 65536 px away, which no
         feature map reaches, are left out.
 
     Raises:
-        ValueError: The network has no irregular layer; a position is not finite; an irregular layer carries hooks,
-            which the copy would lose, or pads by a rule of a person's own.
+        ValueError: The network has no irregular layer, or holds one where a copy cannot follow; a position is not
+            finite; an irregular layer carries hooks, which the copy would lose, or pads by a rule of a person's own.
+        RuntimeError: The copy gives something else for ``example_input``.
 
     Example:
         >>> import timm, torch, icnn_zoo
@@ -84,21 +95,23 @@ def deploy(model: nn.Module) -> nn.Module:
         >>> torch.allclose(deployed(image), model(image), atol=1e-4)
         True
     """
-    return rewrite(model).model
+    return rewrite(model, example_input).model
 
 
 @torch.no_grad()
-def rewrite(model: nn.Module) -> Deployment:
+def rewrite(model: nn.Module, example_input: ExampleInput | None = None) -> Deployment:
     """Does what :func:`deploy` does, and says how.
 
     Args:
         model: A network with irregular layers; it is not changed.
+        example_input: As in :func:`deploy`.
 
     Returns:
         The copy and the form of each layer; ``print`` shows it as a table.
 
     Raises:
         ValueError: As :func:`deploy`.
+        RuntimeError: As :func:`deploy`.
     """
     _check(model)
     result = copy.deepcopy(model).eval().requires_grad_(False)
@@ -118,13 +131,30 @@ def rewrite(model: nn.Module) -> Deployment:
         replacements[layer] = rewritten.module
         report.append(DeployedLayer(name, rewritten.form, rewritten.box, rewritten.outliers, rewritten.cost, norm_name))
     result = replace_modules(result, replacements).eval()
-    redirect(result, replacements)
     for where in unregistered(result, IrregularConv2d):
         raise ValueError(
             f"{where} of `model` holds an irregular layer that is not registered, or that a function keeps, which a "
             "copy cannot follow; it would stay irregular. Call the layer by its attribute."
         )
-    return Deployment(result, tuple(report))
+    difference = None if example_input is None else _compare(model, result, example_input)
+    return Deployment(result, tuple(report), difference)
+
+
+def _compare(model: nn.Module, deployed: nn.Module, example_input: ExampleInput) -> float:
+    with evaluating(model):
+        expected = named_outputs(call(model, example_input))
+    found = named_outputs(call(deployed, example_input))
+    worst = 0.0
+    for name, tensor in expected.items():
+        allowed = TOLERANCES.get(tensor.dtype, 0.0)
+        difference = relative_difference(tensor, found[name])
+        if not difference <= allowed:
+            raise RuntimeError(
+                f"The deployed network differs for `example_input`: {name!r} by {difference:.1e} of its maximum, "
+                f"where {allowed:.0e} is allowed. Code outside of a block may call one of its parts alone."
+            )
+        worst = max(worst, difference)
+    return worst
 
 
 def _check(model: nn.Module) -> None:

@@ -5,8 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from icnn_zoo.nn.references import redirect
+
+ExampleInput = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""What a network takes: one tensor, a tuple of positional or a mapping of keyword arguments."""
 
 # Where wrappers keep the network they wrap: timm's three kinds of feature extractors, DataParallel, torch.compile.
 WRAPPERS = ("model", "body", "graph_module", "module", "_orig_mod")
@@ -58,17 +64,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def call(model: nn.Module, example_input: ExampleInput) -> Any:
+    """What a network returns for an example of its inputs."""
+    if isinstance(example_input, Mapping):
+        return model(**example_input)
+    return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
+
+
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Puts modules in the place of others, under all their names; returns the (new) root.
+    """Puts modules in the place of others, under all their names and wherever else they are held.
 
     Order of registration stays, which sequences and feature extractors go by.
+
+    Returns:
+        The (new) root.
+
+    Raises:
+        UnreachableError: A method is held that its replacement does not have; nothing was changed then.
     """
     if model in replacements:
         return replacements[model]
+    redirect(model, replacements, change=False)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():  # named_children leaves out a module's second name
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
+    redirect(model, replacements)
     return model
 
 

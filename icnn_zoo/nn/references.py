@@ -57,6 +57,18 @@ def unregistered(model: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Module
     return found
 
 
+def unregistered_uses(model: nn.Module) -> list[nn.Module]:
+    """All modules that are held outside of ``_modules``, registered or not."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module, where: str) -> nn.Module:
+        found.append(module)
+        return module
+
+    _Walk(visit, change=False).through(model)
+    return found
+
+
 class _Walk:
     def __init__(self, visit: Visitor, change: bool) -> None:
         self.visit = visit

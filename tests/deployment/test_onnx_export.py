@@ -84,7 +84,7 @@ def test_several_outputs_and_sizes_that_the_network_refuses(tmp_path):
 def test_an_existing_file_is_kept_unless_told(tmp_path):
     path = tmp_path / "model.onnx"
     path.write_text("mine")
-    with pytest.raises(ValueError, match=r"exists\. Take another name, or overwrite=True"):
+    with pytest.raises(ValueError, match=r"exists\. Choose another name, or overwrite=True"):
         export_onnx(small(), path, (3, 16, 16))
     assert path.read_text() == "mine"
     export_onnx(small(), path, (3, 16, 16), overwrite=True, rounds=1)
