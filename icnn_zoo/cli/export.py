@@ -29,9 +29,11 @@ def _export(options: argparse.Namespace) -> None:
 
     from icnn_zoo.deployment.onnx_export import export_onnx
     from icnn_zoo.models import PixelsToLogits
-    from icnn_zoo.training.network_sources import load_task
+    from icnn_zoo.training.network_sources import find_source, load_task
 
-    network = PixelsToLogits(load_task(options.source).model)
+    source = find_source(options.source)
+    network = PixelsToLogits(load_task(source).model)
+    print(f"Weights: {source.weights()}")
     print(export_onnx(network, options.to, (3, *options.size), overwrite=options.force))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,6 +226,8 @@ def _load_all(options: argparse.Namespace) -> tuple[Source, dict[str, Segmentati
     named = [options.source, *([options.against] if getattr(options, "against", None) is not None else [])]
     sources = [find_source(name) for name in named]
     tasks = [load_task(source) for source in sources]
+    for source in sources:
+        print(f"Weights: {source.weights()}", file=sys.stderr)  # beside the data that --json prints
     titles = ["regular" if task.start is None else "irregular" for task in tasks]
     if len(set(titles)) < len(titles):
         titles = [str(name) for name in named]

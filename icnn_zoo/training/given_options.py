@@ -53,6 +53,21 @@ def check_agreement(
         )
 
 
+def name_weights(pretrained: bool | str, ckpt_path: str | Path | None = None, step: int | None = None) -> str:
+    """Says in a line which weights a network has.
+
+    Args:
+        pretrained: As the task has it.
+        ckpt_path: A checkpoint, whose weights take the place of those.
+        step: The step of the checkpoint, None if unknown.
+    """
+    if ckpt_path is not None:
+        return f"{ckpt_path}{'' if step is None else f', step {step}'}"
+    if not pretrained:
+        return "random"
+    return "timm's for the backbone, a random head" if pretrained is True else str(pretrained)
+
+
 def check_source(ckpt_path: str | None) -> None:
     """Checks that a checkpoint to start from exists, before anything is made.
 

@@ -31,7 +31,7 @@ from icnn_zoo.training.callbacks import (
 )
 from icnn_zoo.training.checkpoints import WholeCheckpointIO, check_size, read_task, task_options
 from icnn_zoo.training.console import calm
-from icnn_zoo.training.given_options import check_agreement, check_source, check_trained, remembered
+from icnn_zoo.training.given_options import check_agreement, check_source, check_trained, name_weights, remembered
 from icnn_zoo.training.loggers import NoLogs
 from icnn_zoo.training.run_folder import RunFolder
 from icnn_zoo.training.task import SegmentationTask
@@ -207,7 +207,8 @@ class ZooCLI(LightningCLI):
     def _run(self, call: Callable[..., Any], model: SegmentationTask, **kwargs: Any) -> None:
         if self.trainer.is_global_zero:
             print(f"Network: {model.describe()}")
-            print(f"Weights: {self._weights(model, kwargs.get('ckpt_path'))}", flush=True)
+            weights = name_weights(model.pretrained, kwargs.get("ckpt_path"), self._step)
+            print(f"Weights: {weights}", flush=True)
         try:
             call(model, **{**kwargs, "weights_only": True})  # code of a checkpoint never runs, wherever it lies
         except BaseException as error:
@@ -216,14 +217,6 @@ class ZooCLI(LightningCLI):
             raise
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             print(f"Run folder: {RunFolder.of(self.trainer).path.resolve()}")
-
-    def _weights(self, model: SegmentationTask, ckpt_path: str | None) -> str:
-        if ckpt_path:
-            step = f", step {self._step}" if self._step is not None else ""
-            return f"{ckpt_path}{step}"
-        if model.pretrained is True:
-            return "backbone pretrained by timm, head random"
-        return str(model.pretrained) if model.pretrained else "random"
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from icnn_zoo.training.checkpoints import check_size, read_checkpoint, read_task, task_options
+from icnn_zoo.training.given_options import name_weights
 from icnn_zoo.training.run_folder import RunFolder, find_ckpt
 from icnn_zoo.training.run_metrics import Series, read_metrics
 from icnn_zoo.training.task import SegmentationTask
@@ -38,6 +39,15 @@ class Source:
     def card(self) -> Card | None:
         """The card of a checkpoint of the zoo, None for a file."""
         return None if self.published is None else self.published[0].read_card(self.published[1])
+
+    def weights(self) -> str:
+        """Says in a line which weights the network has; those of a config alone may be random."""
+        if self.published is not None:
+            return f"{self.published[1].name} of {self.published[0]}"
+        if self.file is not None and self.file.suffix == ".ckpt":
+            return name_weights(False, self.file, read_checkpoint(self.file, mmap=True).get("global_step"))
+        model = (self.config() or {}).get("model")
+        return name_weights(model.get("pretrained", False) if isinstance(model, dict) else False)
 
     def config(self) -> dict[str, Any] | None:
         """The configuration of the run, None where there is none beside the checkpoint."""

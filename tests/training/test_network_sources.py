@@ -77,3 +77,10 @@ def test_a_name_of_the_zoo_that_is_a_file_too_means_the_file(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.yaml").write_text("model: {}\n")
     assert find_source("net.yaml").file is not None
+
+
+def test_a_source_says_which_weights_it_has(zoo_run, zoo_folder, tmp_path):
+    assert find_source(zoo_run).weights().startswith(f"{zoo_run / 'checkpoints' / 'best.ckpt'}, step ")
+    assert find_source(zoo_run / "checkpoints" / "last.ckpt").weights().endswith("last.ckpt, step 2")
+    assert find_source(zoo_run / "config.yaml").weights() == "random"
+    assert find_source(NAME, registry=zoo_folder).weights().startswith(f"{NAME} of ")
