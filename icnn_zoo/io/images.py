@@ -138,12 +138,8 @@ def write_picture(picture: Image.Image, path: Path) -> None:
 def _opened(path: Path) -> Iterator[Image.Image]:
     require_file(path)
     # Of a path, Pillow maps uncompressed TIFFs into memory, and garbles those that are to be turned by 90 degrees.
-    with _naming(path), path.open("rb") as file:
-        # Between Pillow's limit and twice that it only warns, without the file's name; above that it refuses.
-        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            picture = Image.open(file)
-        with picture:
-            yield picture
+    with _naming(path), path.open("rb") as file, Image.open(file) as picture:
+        yield picture
 
 
 @contextmanager
@@ -188,11 +184,13 @@ def _count_pages(picture: Image.Image) -> int:
 
 
 def _rgb(picture: Image.Image) -> np.ndarray:
-    upright = ImageOps.exif_transpose(picture)
-    if upright.has_transparency_data:
-        white = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(white, upright.convert("RGBA"))
-    return np.asarray(upright.convert("RGB"))
+    # Each of these steps copies the pixels, and most images need none of them.
+    if picture.getexif().get(Base.Orientation, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def _eight_bits(picture: Image.Image, path: Path | None, white_level: int) -> Image.Image:
