@@ -11,7 +11,6 @@ from typing import Any
 import cv2
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from icnn_zoo._version import __version__
 from icnn_zoo.analysis.kernel_shapes import layer_shapes
@@ -91,7 +90,7 @@ def write_page(
 
 
 def _render(data: Mapping[str, Any], **content: Any) -> str:
-    """The template with its content, which it escapes, and this package's own style and scripts, which it does not."""
+    """The template with its content, which it escapes, and this package's own style, scripts and packed data, which it does not."""
     files = resources.files("icnn_zoo.report") / "assets"
     texts = {path: files.joinpath(path).read_text("utf-8") for path in ("page.css", "heatmaps.js", "shapes.js")}
     environment = Environment(
@@ -106,9 +105,9 @@ def _render(data: Mapping[str, Any], **content: Any) -> str:
     return environment.get_template("page.html").render(
         **content,
         version=__version__,
-        style=Markup(texts["page.css"]),
-        script=Markup(texts["heatmaps.js"] + "\n" + texts["shapes.js"]),
-        data=Markup(packed),
+        style=texts["page.css"],
+        script=texts["heatmaps.js"] + "\n" + texts["shapes.js"],
+        data=packed,
     )
 
 
