@@ -90,7 +90,7 @@ def write_page(
 
 
 def _render(data: Mapping[str, Any], **content: Any) -> str:
-    """The template with its content, which it escapes, and this package's own style, scripts and packed data, which it does not."""
+    """The template with its content, escaped, and with the style, scripts and packed data as they are."""
     files = resources.files("icnn_zoo.report") / "assets"
     texts = {path: files.joinpath(path).read_text("utf-8") for path in ("page.css", "heatmaps.js", "shapes.js")}
     environment = Environment(
