@@ -25,7 +25,7 @@ WINDOW = 20  # steps of the running mean of losses
 
 
 def report(options: argparse.Namespace) -> None:
-    """Prints the tables and writes signal.json and curves.png, from runs.jsonl and the displacements that the runs left."""
+    """Prints the tables and writes signal.json and curves.png, from runs.jsonl and the runs' displacements."""
     runs = read_runs(options.out / "runs.jsonl")
     signal_path = options.out / "signal.json"
     signal = json.loads(signal_path.read_text()) if signal_path.exists() else {}
