@@ -40,6 +40,13 @@ def add_registry(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_white_level(parser: argparse.ArgumentParser) -> None:
+    """How images of 16 bits are read."""
+    parser.add_argument(
+        "--white-level", type=int, metavar="N", help="the value that is white in images of 16 bits, such as 65535"
+    )
+
+
 def check_output(path: Path, force: bool, suffixes: Sequence[str]) -> None:
     """Checks a file to be written, which must not replace another one unless ``force``.
 

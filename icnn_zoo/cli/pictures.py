@@ -1,4 +1,4 @@
-"""The commands that make pictures: ``icnn-zoo shapes``, ``heatmap``, ``erf`` and ``segment``."""
+"""The commands that look: ``icnn-zoo shapes``, ``heatmap`` and ``erf``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icnn_zoo.cli.options import FIGURE_SUFFIXES, NETWORK, Command, add_registry, check_output
+from icnn_zoo.cli.options import FIGURE_SUFFIXES, NETWORK, Command, add_white_level
 from icnn_zoo.io.files import check_target, replacing, user_path
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def _shapes_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="only these layers, by full name or unique ending")
     parser.add_argument("--animate", action="store_true", help="animate the shapes that ShapesLogger logged in a run")
     parser.add_argument("--json", action="store_true", help="print the statistics as data")
-    _add_white_level(parser)
+    add_white_level(parser)
     _add_html(parser)
 
 
@@ -73,7 +73,7 @@ def _heatmap_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class", dest="class_name", metavar="NAME", help="derive this class's score; else their sum")
     _add_against(parser)
     parser.add_argument("--to", type=user_path, help="picture to write: .png or .svg")
-    _add_white_level(parser)
+    add_white_level(parser)
     _add_html(parser)
 
 
@@ -108,7 +108,7 @@ def _erf_options(parser: argparse.ArgumentParser) -> None:
     _add_against(parser)
     parser.add_argument("--to", type=user_path, help="picture to write: .png or .svg")
     parser.add_argument("--json", action="store_true", help="print the radii as data")
-    _add_white_level(parser)
+    add_white_level(parser)
     _add_html(parser)
 
 
@@ -139,39 +139,6 @@ def _erf(options: argparse.Namespace) -> None:
     _write_html(options, source, tasks, options.images)
 
 
-def _segment_options(parser: argparse.ArgumentParser) -> None:
-    add_registry(parser)
-    parser.add_argument("name", help="arch.tag")
-    parser.add_argument("image", type=user_path, help="photograph")
-    parser.add_argument("--to", type=user_path, required=True, help="picture to write, such as picture.png")
-    parser.add_argument("--labels", type=user_path, help="label map to write, a PNG of class indices in their colors")
-    parser.add_argument("--longest-side", type=int, help="scale larger images down to this many pixels for the network")
-    _add_white_level(parser)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
-    parser.add_argument("--force", action="store_true", help="replace existing files")
-
-
-def _segment(options: argparse.Namespace) -> None:
-    """Labels an image: a picture of it beside its labels, with a legend."""
-    outputs = [path for path in (options.to, options.labels) if path is not None]
-    check_output(options.to, options.force, (".png", ".jpg", ".jpeg", ".webp"))
-    if options.labels is not None:
-        check_output(options.labels, options.force, (".png",))  # others would not keep indices
-
-    from icnn_zoo.io.images import read_image, write_picture
-    from icnn_zoo.io.label_pictures import palette_picture, segmentation_picture
-    from icnn_zoo.zoo.networks import load_checkpoint
-
-    pixels = read_image(options.image, white_level=options.white_level)
-    model = load_checkpoint(options.name, device=options.device, registry=options.registry, cache=options.cache)
-    labels = model.predict(pixels, longest_side=options.longest_side)
-    with replacing(options.to) as temporary:
-        segmentation_picture(pixels, labels, model.classes, model.palette).save(temporary)
-    if options.labels is not None:
-        write_picture(palette_picture(labels, model.palette), options.labels)
-    print("\n".join(f"Written: {path}" for path in outputs))
-
-
 def as_tensor(image: np.ndarray) -> Any:
     """RGB uint8 [H, W, 3] to a tensor [3, H, W]."""
     import torch
@@ -194,12 +161,6 @@ def class_index(task: SegmentationTask, name: str | None) -> int | None:
 
 def _add_against(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--against", metavar="SOURCE", help="a second network, to show beside the first")
-
-
-def _add_white_level(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--white-level", type=int, metavar="N", help="the value that is white in images of 16 bits, such as 65535"
-    )
 
 
 def _add_html(parser: argparse.ArgumentParser) -> None:
@@ -272,5 +233,4 @@ COMMANDS = {
     "shapes": Command(_shapes, _shapes_options),
     "heatmap": Command(_heatmap, _heatmap_options),
     "erf": Command(_erf, _erf_options),
-    "segment": Command(_segment, _segment_options),
 }

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icnn_zoo.cli.options import Command, add_registry, check_output
+from icnn_zoo.cli.options import Command, add_registry, add_white_level, check_output
 from icnn_zoo.io.files import user_path
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def _segment_options(parser: argparse.ArgumentParser) -> None:
         help="scale larger images down to this many pixels for the network; "
         f"render pages of a PDF with this many (default: {_PAGE_SIDE})",
     )
+    add_white_level(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     parser.add_argument("--force", action="store_true", help="replace existing files")
 
@@ -60,7 +61,7 @@ def _segment(options: argparse.Namespace) -> None:
         pages = _pages(options.image, options.longest_side or _PAGE_SIDE)
         longest_side = None
     else:
-        pages = iter([read_image(options.image)])
+        pages = iter([read_image(options.image, white_level=options.white_level)])
         longest_side = options.longest_side
     first = next(pages)  # before the network is fetched
     model = load_checkpoint(options.name, device=options.device, registry=options.registry, cache=options.cache)

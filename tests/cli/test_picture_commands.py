@@ -93,7 +93,7 @@ def test_both_networks_stand_on_the_page(zoo_run, regular, picture, tmp_path):
         (["shapes", "{run}", "--to", "none/shapes.png"], "there is no folder 'none'"),
         (["shapes", "{run}", "--html", "page.pdf"], "must end in .html"),
         (["shapes", "{run}", "--animate"], "--animate needs a file to write"),
-        (["shapes", "no_such.network"], "is no checkpoint of"),
+        (["shapes", "no_such.network"], "is not a checkpoint of"),
         (["heatmap", "{run}", "{picture}", "--pixel", "49", "2", "--to", "a.png"], r"nearest inside is \(48, 2\)"),
         (["heatmap", "{run}", "{picture}", "--pixel", "1", "2", "--class", "unicorn", "--to", "a.png"], "it knows"),
         (["heatmap", "{run}", "{picture}", "--pixel", "1", "2"], "there is nothing to write"),
