@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +16,10 @@ from icnn_zoo.data import LinesDataModule
 from icnn_zoo.experiments import comparison as module
 from icnn_zoo.experiments.catalog import find_config
 from icnn_zoo.experiments.comparison import Comparison, differences
+from icnn_zoo.experiments.table import write_table
 from icnn_zoo.training.task import SegmentationTask
 
+ROOT = Path(__file__).parents[2]
 CONFIG = yaml.safe_load(find_config("quickstart.yaml").read_text(encoding="utf-8"))
 NETWORK = {"backbone": "plain5", "num_classes": 4, "output_stride": 2, "head_dilation": 1}
 
@@ -136,3 +140,9 @@ def test_a_missing_checkpoint_is_told_before_training(tmp_path):
     comparison = Comparison("lines", "plain5.nothing")
     with pytest.raises(ValueError, match=r"plain5.nothing"):
         comparison.on_fit_start(trainer(tmp_path, CONFIG), SegmentationTask(start="layer1", **NETWORK))
+
+
+def test_the_stored_results_are_the_table_of_the_committed_runs(tmp_path):
+    shutil.copytree(ROOT / "docs" / "results" / "lines", tmp_path / "lines")
+    table = write_table("lines", tmp_path).with_suffix(".json")
+    assert json.loads(table.read_text()) == json.loads((module.STORED / "lines.json").read_text(encoding="utf-8"))
