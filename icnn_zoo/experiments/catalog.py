@@ -86,7 +86,7 @@ def _lines() -> dict[str, Row]:
             first, arguments=("--trainer.callbacks+", f"{CONTROLS}.RandomShapes", "--model.position_lr", "0")
         ),
         "oracle-1x9": Row(peer=("row", first)),
-        "dcls": Row(peer=("dcls", first)),
+        "dcls": Row(peer=("dcls", first), seeds=(0, 1, 2)),  # ten minutes of a core each
         "deformable": Row(peer=("deformable", first), seeds=(0, 1, 2)),
     }
     # How anisotropic the task is: pages turned by up to so many degrees; by up to 90 no direction is preferred.
