@@ -1,4 +1,4 @@
-"""Segmentation networks: a timm backbone at output stride 8 or 16 and a small head. Plain nn.Modules."""
+"""Segmentation networks: a timm backbone at an output stride and a small head. Plain nn.Modules."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class SegmentationTask(pl.LightningModule):
             for the regular baseline.
         epsilon: Initial displacement in pixels.
         per_kernel: One shape per kernel instead of per input channel.
-        output_stride: 8 or 16.
+        output_stride: Input pixels per logit: 8, 16, or what else the backbone can.
         head: "largefov".
         head_dilation: Dilation of the head; None for 12 at output stride 8 and 6 at 16. Smaller for feature maps that
             its taps would not meet.

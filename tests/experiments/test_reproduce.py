@@ -323,3 +323,30 @@ def test_results_from_elsewhere_are_gone_on_from_if_their_config_is_the_same(run
     (tmp_path / "ours" / place / "result.json").write_text(result.replace('"lr": 0.001', '"lr": 0.002'))
     with pytest.raises(ValueError, match="another experiment: its config is another file"):
         reproduce("table1", rows=["regular"], out=tmp_path / "ours")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("row", EXPERIMENTS["lines"].rows)
+def test_the_command_of_every_row_is_understood(row, monkeypatch, tmp_path):
+    """By the row's own program, stopped before it builds anything."""
+    from icnn_zoo.experiments.peers import PeerCLI
+    from icnn_zoo.training.lightning_cli import ZooCLI
+
+    class Understood(Exception):
+        pass
+
+    def stop(self):
+        raise Understood(self.config.fit)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ZooCLI, "before_instantiate_classes", stop)
+    program = PeerCLI if EXPERIMENTS["lines"].rows[row].peer else ZooCLI
+    with pytest.raises(Understood) as understood:
+        program.run(["fit", "-c", str(ROOT / "configs" / "quickstart.yaml"), *EXPERIMENTS["lines"].rows[row].command()])
+    config = understood.value.args[0]
+    assert config.model.start == (None if EXPERIMENTS["lines"].rows[row].start == "null" else "layer1")
+    added = [callback.class_path.rpartition(".")[2] for callback in config.trainer.callbacks]
+    assert {"walk": "RandomWalk", "frozen": "RandomShapes"}.get(row, "Comparison") in added
+    assert "Comparison" in added  # those of the config stay
+    turned = float(row.rpartition("-turned-")[2]) if "-turned-" in row else 0.0
+    assert tuple(config.data.init_args.rotation) == (-turned, turned)
