@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import multiprocessing
 import socket
 import struct
@@ -63,12 +65,32 @@ def interpreter(code: str, *arguments: str | Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)])
 
 
+def rewrite(folder: Path, change: Callable[[Any], Any]) -> None:
+    """Changes the index of a registry."""
+    index = json.loads((folder / "index.json").read_text())
+    change(index)
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def rewrite_card(folder: Path, **changes: Any) -> None:
+    """Changes the card and, honestly, its hash in the index."""
+    file = folder / NAME / "card.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    data = file.read_bytes()
+
+    def change(index: Any) -> None:
+        index["checkpoints"][0]["card"] = {"sha256": sha256(data), "size": len(data)}
+
+    rewrite(folder, change)
+
+
 class Server:
     """Serves ``files`` by path. ``manners`` are used up one a request: each is what goes wrong with it.
 
     Manners: "truncate" (cut off after half), "reset" (the same, rudely), "stall" (silent after half), "corrupt" (one
     byte wrong), "long" (a byte too much), "short" (half, and says so), "change" (cut off, and another file
-    from then on), "slow" (in pieces), a number (that status). ``ranges`` and ``tags``: whether it knows Range and ETag.
+    from then on), "slow" (in pieces), "drip" (a byte now and then), "continue" (100 Continue for ever), "elsewhere" (sent
+    to ``target``), a number (that status). ``ranges`` and ``tags``: whether it knows Range and ETag.
     """
 
     def __init__(self) -> None:
@@ -76,7 +98,10 @@ class Server:
         self.manners: list[str | int] = []
         self.requests: list[tuple[str, str | None, int]] = []
         """Path, Range and status of every request."""
+        self.headers: list[dict[str, str]] = []
+        """What every request brought along."""
         self.ranges = self.tags = True
+        self.target = ""
 
     def __enter__(self) -> Server:
         server = self
@@ -107,7 +132,19 @@ class Server:
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         manner = self.manners.pop(0) if self.manners else "good"
-        data, span = self.files.get(handler.path), handler.headers.get("Range")
+        data, span = self.files.get(handler.path.partition("?")[0]), handler.headers.get("Range")
+        self.headers.append(dict(handler.headers))
+        if manner == "continue":
+            with contextlib.suppress(OSError):
+                while True:
+                    handler.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    time.sleep(0.001)
+            return
+        if manner == "elsewhere":
+            handler.send_response(302)
+            handler.send_header("Location", self.target)
+            handler.end_headers()
+            return
         status = manner if isinstance(manner, int) else 404 if data is None else 200
         if status != 200 or data is None:
             self.requests.append((handler.path, span, status))
@@ -129,6 +166,12 @@ class Server:
         handler.end_headers()
         if manner == "change":
             self.files[handler.path] = data[::-1]
+        if manner == "drip":
+            with contextlib.suppress(OSError):
+                for place in range(len(body)):
+                    handler.wfile.write(body[place : place + 1])
+                    time.sleep(0.02)
+            return
         if manner == "slow":
             for place in range(0, len(body), 10_000):
                 handler.wfile.write(body[place : place + 10_000])

@@ -11,7 +11,7 @@ TOKENS = "ICNN_ZOO_TOKENS"
 
 # What stands before the host: a user with or without a password, which may hold a slash. A port is not a password, and
 # an @ in the path (hf://datasets/owner/name@revision) does not end a login.
-_LOGIN = re.compile(r"(?<=://)(?:[^\s/@'\"]*@|[^\s/@:'\"]+:(?!\d+[/\s'\"])[^\s@'\"]*@)")
+_LOGIN = re.compile(r"(?<=://)(?:[^\s/'\"]*@|[^\s/@:'\"]+:(?!\d+[/\s'\"])[^\s@'\"]*@)")
 _VALUE = re.compile(r"(?<=[?&])([^\s=&'\"]+)=[^\s&'\"#]+")
 
 

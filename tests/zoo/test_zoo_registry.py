@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from zoo_cases import HASTY, NAME, interpreter, sha256
+from zoo_cases import HASTY, NAME, interpreter, rewrite, rewrite_card, sha256
 
 import icnn_zoo
 from icnn_zoo.io.downloads import cache_folder
@@ -28,25 +28,6 @@ def _cache(tmp_path, monkeypatch):
 def own(zoo_folder, tmp_path):
     """A copy of the registry, to change."""
     return shutil.copytree(zoo_folder, tmp_path / "own")
-
-
-def rewrite(folder, change) -> None:
-    """Changes the index of a registry."""
-    index = json.loads((folder / "index.json").read_text())
-    change(index)
-    (folder / "index.json").write_text(json.dumps(index))
-
-
-def rewrite_card(folder, **changes) -> None:
-    """Changes the card and, honestly, its hash in the index."""
-    file = folder / NAME / "card.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    data = file.read_bytes()
-
-    def change(index):
-        index["checkpoints"][0]["card"] = {"sha256": sha256(data), "size": len(data)}
-
-    rewrite(folder, change)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file://", "http"])
