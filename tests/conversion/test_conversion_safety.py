@@ -6,6 +6,7 @@ import time
 import warnings
 
 import pytest
+import segmentation_models_pytorch as smp
 import timm
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
@@ -243,3 +244,20 @@ def test_converting_resnet101_takes_little_time():
     convert(model, "")
     assert len(irregular_layers(model)) == 34
     assert time.process_time() - begin < 2  # ten times what it may take, for busy machines
+
+
+@pytest.mark.parametrize(("method", "argument"), [("make_dilated", 8), ("set_in_channels", 4)])
+def test_surgery_that_looks_for_regular_convolutions_raises_and_says_what_to_do(method, argument):
+    model = convert(smp.Unet("resnet18", encoder_weights=None), "layer3")
+    with pytest.raises(RuntimeError, match=rf"ResNetEncoder\.{method} looks for nn\.Conv2d .*before icnn_zoo\.convert"):
+        getattr(model.encoder, method)(argument)
+    regular = smp.Unet("resnet18", encoder_weights=None)
+    getattr(regular.encoder, method)(argument)
+    assert irregular_layers(convert(regular, "layer3"))
+
+
+def test_fusing_a_batch_norm_by_torchs_own_function_keeps_the_shapes(waken):
+    layer = IrregularConv2d(3, 4, 3, epsilon=0.3)
+    model = waken(nn.Sequential(layer, nn.BatchNorm2d(4)).eval())
+    image = torch.randn(1, 3, 9, 9)
+    torch.testing.assert_close(torch.nn.utils.fuse_conv_bn_eval(model[0], model[1])(image), model(image))
