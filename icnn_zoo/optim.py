@@ -134,7 +134,7 @@ def keep_options(optimizer: torch.optim.Optimizer) -> RemovableHandle:
     the configuration decides how to go on. A learning rate schedule, loaded after it, sets the rate of its step.
 
     Returns:
-        A handle whose ``remove()`` gives torch's behaviour back.
+        A handle whose ``remove()`` gives torch's behavior back.
     """
 
     def hook(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

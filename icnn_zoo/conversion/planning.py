@@ -155,7 +155,7 @@ def plan(
 
 
 def _has_taps(module: nn.Module) -> bool:
-    """Whether a module is a convolution of any kind: by class, by rules, or by name (quantised and scripted ones)."""
+    """Whether a module is a convolution of any kind: by class, by rules, or by name (quantized and scripted ones)."""
     if isinstance(module, IrregularConv2d):
         return False
     if isinstance(

@@ -31,7 +31,7 @@ OUTLIERS_FACTOR = 2.0
 # One more operator in the graph, spread over the pixels of a 41x41 map:
 NODE_COST = 200.0
 
-# Taps further than this from the regular kernel are always outliers: zero padding up to there would be materialised.
+# Taps further than this from the regular kernel are always outliers: zero padding up to there would be materialized.
 MAX_REACH = 64
 # Taps further than this read zeros from every map there is, and are left out.
 MAX_DISTANCE = 2**16

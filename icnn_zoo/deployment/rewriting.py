@@ -36,7 +36,7 @@ class DeployedLayer:
     cost: float
     """Modelled time over that of the regular convolution."""
     folded: str | None
-    """The normalisation that was folded into the layer."""
+    """The normalization that was folded into the layer."""
 
 
 @dataclass(frozen=True)

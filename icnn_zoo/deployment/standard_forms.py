@@ -62,7 +62,7 @@ def standard_form(layer: IrregularConv2d, weight: Tensor, bias: Tensor | None) -
 
     Args:
         layer: The layer, all its positions finite.
-        weight: The weight it convolves with, or one with a normalisation folded in, [N, C / G, kh, kw].
+        weight: The weight it convolves with, or one with a normalization folded in, [N, C / G, kh, kw].
         bias: Its bias, likewise.
 
     Returns:

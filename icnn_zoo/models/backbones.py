@@ -22,7 +22,7 @@ def check_backbone(name: str) -> None:
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
-        raise ValueError(f"`backbone`={name!r} is no timm model; the nearest are {', '.join(near) or 'none'}.")
+        raise ValueError(f"`backbone`={name!r} is not a timm model; the nearest are {', '.join(near) or 'none'}.")
 
 
 def create_backbone(name: str, output_stride: int, **kwargs: Any) -> nn.Module:
@@ -67,10 +67,10 @@ def dilate_as_caffe(backbone: nn.Module, name: str, output_stride: int) -> None:
     total = feature_info(original).reduction()[-1] // output_stride
     wanted = {2**power for power in range(1, total.bit_length())}
     found = {layer.dilation[0] * factor for layer, factor in changes.items()}
-    if found != wanted or not all(_has_centre(layer) for layer in changes):
+    if found != wanted or not all(_has_center(layer) for layer in changes):
         raise ValueError(
             f"`dilation_rule`='caffe' is for backbones whose stages begin with a strided 3x3 convolution, such as "
-            f"resnet or regnet; {name!r} at output stride {output_stride} is none. Take dilation_rule='timm'."
+            f"resnet or regnet; {name!r} at output stride {output_stride} is not one. Use dilation_rule='timm'."
         )
     for layer, factor in changes.items():
         layer.dilation = (layer.dilation[0] * factor, layer.dilation[1] * factor)
@@ -78,7 +78,7 @@ def dilate_as_caffe(backbone: nn.Module, name: str, output_stride: int) -> None:
             layer.padding = tuple(int(pad) * factor for pad in layer.padding)
 
 
-def _has_centre(layer: nn.Conv2d) -> bool:
+def _has_center(layer: nn.Conv2d) -> bool:
     """Whether a dilation can change without moving the output: odd kernel, padded by half of it with zeros."""
     if any(extent % 2 == 0 for extent in layer.kernel_size) or layer.padding_mode != "zeros":
         return False

@@ -26,7 +26,7 @@ class SegmentationModel(nn.Module):
         output_stride: Input pixels per logit: 8 (the paper's), 16, or 2 and 4 where the backbone can.
         head: Name of the head in :data:`icnn_zoo.models.heads.HEADS`.
         head_dilation: Dilation of the head; None for the paper's 12 at output stride 8, and 6 at 16, the same field of
-            view. Feature maps smaller than the dilation leave only the head's centre tap alive.
+            view. Feature maps smaller than the dilation leave only the head's center tap alive.
         dilation_rule: Dilation of the convolutions that lost their stride, the first 3x3 of each dilated stage. "timm"
             (torchvision likewise) gives them that of the stage before, "caffe" that of their own stage, as DeepLab's
             networks have it: 2 in layer3.0 and 4 in layer4.0 of a ResNet at output stride 8, not 1 and 2.
@@ -100,14 +100,14 @@ class SegmentationModel(nn.Module):
         self.train()
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Normalises RGB images [B, 3, H, W] from 0..255 (uint8 or float) to what the backbone was trained on."""
+        """Normalizes RGB images [B, 3, H, W] from 0..255 (uint8 or float) to what the backbone was trained on."""
         return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
         """Computes logits.
 
         Args:
-            images: Normalised images [B, 3, H, W].
+            images: Normalized images [B, 3, H, W].
 
         Returns:
             Logits [B, num_classes, H / output_stride, W / output_stride], sizes rounded up.
@@ -148,7 +148,7 @@ class SegmentationModel(nn.Module):
 
 
 class PixelsToLogits(nn.Module):
-    """A segmentation network with its normalisation in front: RGB images [B, 3, H, W] in 0..255 to logits.
+    """A segmentation network with its normalization in front: RGB images [B, 3, H, W] in 0..255 to logits.
 
     Args:
         model: The network.
@@ -173,6 +173,6 @@ def shrink_labels(labels: Tensor, output_stride: int) -> Tensor:
             low = (extent - 1) // output_stride * output_stride + 1
             raise ValueError(
                 f"`loss_resolution`='logits' needs image sizes of {output_stride}k + 1; got {list(labels.shape[-2:])}. "
-                f"Take {low} or {low + output_stride} for {extent}, or loss_resolution='image'."
+                f"Use {low} or {low + output_stride} for {extent}, or loss_resolution='image'."
             )
     return labels[..., ::output_stride, ::output_stride]

@@ -60,12 +60,12 @@ def plain_weight(layer: ConvLike) -> Tensor:
 
 
 def standardized_weight(layer: ConvLike) -> Tensor:
-    """Weight standardisation: every kernel with mean 0 and variance 1 (arXiv:1903.10520; timm's StdConv2d)."""
+    """Weight standardization: every kernel with mean 0 and variance 1 (arXiv:1903.10520; timm's StdConv2d)."""
     return _standardize(layer, None)
 
 
 def scaled_standardized_weight(layer: ConvLike) -> Tensor:
-    """Standardised kernels times a learned gain and a fixed scale (arXiv:2101.08692; timm's ScaledStdConv2d)."""
+    """Standardized kernels times a learned gain and a fixed scale (arXiv:2101.08692; timm's ScaledStdConv2d)."""
     held: Any = layer
     return _standardize(layer, (held.gain * held.scale).view(-1))
 
@@ -147,7 +147,7 @@ def register_conv_rules(kind: type[nn.Module]) -> Callable[[_Function], _Functio
         class replaces the first.
 
     Raises:
-        TypeError: ``kind`` is no class of modules.
+        TypeError: ``kind`` is not a class of modules.
         ValueError: ``kind`` is one of the classes that the package knows itself.
 
     Example:
@@ -201,13 +201,13 @@ def reason_to_refuse(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted; convert the network before torch.jit.script"
     if ".quantized" in type(module).__module__:
-        return f"{kind} is quantised, its weights are integers; convert the float network, and quantise it deployed"
+        return f"{kind} is quantized, its weights are integers; convert the float network, and quantize it deployed"
     if isinstance(module, LazyModuleMixin):
         return f"{kind} does not know its input channels yet; run the network on one batch first"
     if parametrize.is_parametrized(module):
         names = ", ".join(module.parametrizations)  # type: ignore[arg-type]  # a ModuleDict
         return (
-            f"its {names} is parametrised; convert before parametrising, or remove it with "
+            f"its {names} is parametrized; convert before parametrizing, or remove it with "
             "torch.nn.utils.parametrize.remove_parametrizations"
         )
     if prune.is_pruned(module):

@@ -121,7 +121,7 @@ def _refuse_optimizer(
         if kind.lower().endswith("muon") and steps_displacements and not excluded:
             raise ValueError(
                 f"`optimizer`: {kind} would orthogonalize the displacement of {name!r} as if it were a matrix. "
-                "Exclude displacements: icnn_zoo.parameter_groups sets use_muon=False on their group. Or take "
+                "Exclude displacements: icnn_zoo.parameter_groups sets use_muon=False on their group. Or use "
                 "icnn_zoo.move_positions, or another optimizer for them."
             )
 

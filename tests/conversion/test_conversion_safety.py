@@ -63,24 +63,24 @@ def test_attributes_parameters_and_buffers_of_the_convolution_come_along():
     assert "displacement" not in original.state_dict()
 
 
-def test_parametrised_and_pruned_and_normed_convolutions_are_refused():
-    refused(net(parametrizations.weight_norm(nn.Conv2d(3, 3, 3))), r"'0'.*its weight is parametrised.*before param")
+def test_parametrized_and_pruned_and_normed_convolutions_are_refused():
+    refused(net(parametrizations.weight_norm(nn.Conv2d(3, 3, 3))), r"'0'.*its weight is parametrized.*before param")
     refused(net(prune.l1_unstructured(nn.Conv2d(3, 3, 3), "weight", 0.5)), r"'0'.*pruned.*prune\.remove")
     with pytest.warns(FutureWarning):
         normed = nn.utils.weight_norm(nn.Conv2d(3, 3, 3))
     refused(net(normed), r"'0'.*no parameter")
 
 
-def test_lazy_quantised_and_scripted_convolutions_are_refused():
+def test_lazy_quantized_and_scripted_convolutions_are_refused():
     refused(net(nn.LazyConv2d(3, 3)), "LazyConv2d does not know its input channels")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # quantised and scripted modules are deprecated
-        quantised, scripted, root = (
+        warnings.simplefilter("ignore")  # quantized and scripted modules are deprecated
+        quantized, scripted, root = (
             torch.ao.nn.quantized.Conv2d(3, 3, 3),
             torch.jit.script(net()[0]),
             torch.jit.script(net()),
         )
-    refused(net(quantised), "Conv2d is quantised")
+    refused(net(quantized), "Conv2d is quantized")
     refused(nn.Sequential(scripted, nn.Conv2d(3, 3, 3)), "it is scripted")
     refused(root, "`model` is scripted")
 

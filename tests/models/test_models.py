@@ -104,7 +104,7 @@ def test_caffes_rule_leaves_stages_that_keep_their_stride_alone():
         ({"backbone": "resnetaa50", "dilation_rule": "caffe"}, "dilation_rule='timm'"),
         ({"backbone": "convnext_atto", "dilation_rule": "caffe"}, "dilation_rule='timm'"),
         ({"dilation_rule": "cafe"}, "`dilation_rule`"),
-        ({"backbone": "resnet100"}, r"no timm model; the nearest are .*resnet10"),
+        ({"backbone": "resnet100"}, r"not a timm model; the nearest are .*resnet10"),
         ({"backbone": "vgg11"}, "cannot be dilated"),
         ({"backbone": "vit_tiny_patch16_224"}, "cannot be dilated"),
         ({"output_stride": 4}, "`output_stride`"),
