@@ -89,8 +89,8 @@ class Server:
 
     Manners: "truncate" (cut off after half), "reset" (the same, rudely), "stall" (silent after half), "corrupt" (one
     byte wrong), "long" (a byte too much), "short" (half, and says so), "change" (cut off, and another file
-    from then on), "slow" (in pieces), "drip" (a byte now and then), "continue" (100 Continue for ever), "elsewhere" (sent
-    to ``target``), a number (that status). ``ranges`` and ``tags``: whether it knows Range and ETag.
+    from then on), "slow" (in pieces), "drip" (a byte now and then), "continue" (100 Continue for ever), "elsewhere"
+    (sent to ``target``), a number (that status). ``ranges`` and ``tags``: whether it knows Range and ETag.
     """
 
     def __init__(self) -> None:
