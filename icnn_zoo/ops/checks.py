@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
+
 import torch
 from torch import Tensor
 
@@ -19,8 +22,8 @@ def check_tensors(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor
         raise ValueError(f"`input` must have shape [B, C, H, W] or [C, H, W]; got {list(input.shape)}.")
     if weight.dim() != 4:
         raise ValueError(f"`weight` must have shape [N, C / groups, kh, kw]; got {list(weight.shape)}.")
-    if not hasattr(groups, "__index__") or groups < 1:
-        raise ValueError(f"`groups` must be an int of at least 1; got {groups!r}.")
+    if min(weight.shape[2:]) < 1:
+        raise ValueError(f"`weight` must have a kernel of at least 1 x 1; got {weight.shape[2]} x {weight.shape[3]}.")
     channels, (num_outputs, group_channels, *kernel) = input.shape[-3], weight.shape
     if channels != group_channels * groups:
         raise ValueError(
@@ -50,6 +53,19 @@ def check_tensors(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor
         raise ValueError(
             f"`input`, `weight`, `positions` and `bias` must be on one device; got {sorted(map(str, devices))}."
         )
+
+
+def check_groups(groups: int) -> int:
+    """The number of groups as an int; integers of other libraries are ints too.
+
+    Raises:
+        ValueError: It is not an integer, or less than 1.
+    """
+    with contextlib.suppress(TypeError):
+        number = operator.index(groups)
+        if number >= 1:
+            return number
+    raise ValueError(f"`groups` must be an int of at least 1; got {groups!r}.")
 
 
 def check_output_size(

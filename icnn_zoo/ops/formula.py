@@ -26,7 +26,7 @@ def irregular_conv2d(
 ) -> Tensor:
     """The operator as a differentiable, traceable formula of standard operators; all columns are held in memory."""
     geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
-    cell, fraction = interpolation.split(positions)
+    cell, fraction = interpolation.split(interpolation.join_unknown(positions))
     integer = cell.nan_to_num(0.0).clamp(-(2.0**30), 2.0**30).long()
     num_outputs, group_channels, *kernel = weight.shape
     taps = kernel[0] * kernel[1]
@@ -62,6 +62,10 @@ def irregular_conv2d(
         for down in OFFSETS
     ]
     columns = reduce(torch.add, (row * weight for row, weight in zip(rows, by_row, strict=True))).to(input.dtype)
+    # What a tap at a position that is no number reads is no number, whichever pixel changes.
+    unknown = (fraction * 0).sum(-1).detach().reshape(owner_shape)
+    planes = grouped.sum((-2, -1))[:, group, :, None, None, None] * unknown
+    columns = columns + torch.where(unknown.isnan(), planes, torch.zeros_like(planes)).to(input.dtype)
     if per_kernel:
         output = torch.einsum("bncthw,nct->bnhw", columns, weight.flatten(2))
     else:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from icnn_zoo.ops import backends, checks, operators, reference
-from icnn_zoo.ops.geometry import pair, resolve_padding
+from icnn_zoo.ops import backends, checks, formula, operators, reference
+from icnn_zoo.ops.geometry import Geometry, pair, resolve_padding
 
 
 def irregular_conv2d(
@@ -86,9 +85,9 @@ def irregular_conv2d(
     known = ("auto", *backends.names(), "reference")
     if backend not in known:
         raise ValueError(f"`backend` must be one of {', '.join(known)}; got {backend!r}.")
+    groups = checks.check_groups(groups)
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     checks.check_tensors(input, weight, positions, bias, groups)
-    groups = operator.index(groups)
     top_bottom_left_right = resolve_padding(padding, tuple(weight.shape[-2:]), stride, dilation)
     if input.dim() == 3:
         batch = irregular_conv2d(
@@ -98,22 +97,22 @@ def irregular_conv2d(
     checks.check_output_size(input, weight, stride, top_bottom_left_right, dilation)
     input, weight, bias = _autocast(input, weight, bias)
     checks.check_dtypes(input, weight, bias)
-    if not torch.compiler.is_compiling() and torch.is_anomaly_enabled():
-        checks.check_finite(positions)
-    # A tap with one coordinate that is no number is nowhere: make both NaN, so that every gradient through it is NaN
-    # too.
-    positions = positions + (positions.detach() * 0).sum(-1, keepdim=True)
     sizes = (stride, top_bottom_left_right, dilation, groups)
     if backend == "reference":
+        if torch.is_anomaly_enabled():
+            checks.check_finite(positions)
         return reference.irregular_conv2d(input, weight, positions, bias, *sizes)
-    output: Tensor = operators.IrregularConv2dFunction.apply(input, weight, positions, bias, sizes, backend)
-    return output
+    if backend == "auto" and not torch.compiler.is_compiling():
+        geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], *sizes)
+        if geometry.is_mostly_padding() and input.numel() > 0 and weight.numel() > 0:
+            return formula.irregular_conv2d(input, weight, positions, bias, *sizes)
+    return operators.differentiable(input, weight, positions, bias, sizes, backend)
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Casts as autocast casts ``conv2d``: everything to its dtype, but never the positions."""
     kind = input.device.type
-    if not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:
         return input, weight, bias
     dtype = torch.get_autocast_dtype(kind)
     return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +49,20 @@ class Geometry:
             groups=groups,
         )
 
+    def canonical(self) -> Geometry:
+        """The same convolution with stride 1 along an axis of one output, where any stride is the same."""
+        rows, cols = (1 if size == 1 else step for size, step in zip(self.output_size, self.stride, strict=True))
+        return replace(self, stride=(rows, cols))
+
+    def is_mostly_padding(self) -> bool:
+        """Whether the padded image, of which backends copy planes, is far larger than input and output together.
+
+        This takes padding and a stride that no network has; memory must not grow with them.
+        """
+        geometry = self.canonical()
+        padded = math.prod((size - 1) * step + 1 for size, step in zip(self.output_size, geometry.stride, strict=True))
+        return padded > 2**16 + 16 * (math.prod(self.input_size) + math.prod(self.output_size))
+
 
 def memory_format(input: Tensor) -> torch.memory_format:
     """The layout of an output and of the input's gradient: channels_last as the input, else contiguous."""
@@ -59,18 +74,20 @@ def memory_format(input: Tensor) -> torch.memory_format:
 def pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
     """Reads an int or a pair of ints, rows first.
 
+    Integers of other libraries, NumPy's for one, are ints too.
+
     Raises:
         TypeError: Neither an int nor a sequence.
-        ValueError: Not one or two ints, or less than ``minimum``.
+        ValueError: Not one or two ints, less than ``minimum``, or beyond 64 bits.
     """
     try:
-        # NumPy's integers are ints to nn.Conv2d too; its arrays have both.
-        values = tuple(value) if hasattr(value, "__len__") or not hasattr(value, "__index__") else (value, value)
+        values = tuple(value) if isinstance(value, Iterable) else (value, value)
+        values = tuple(item if isinstance(item, int) else operator.index(item) for item in values)
     except TypeError:
         raise TypeError(f"`{name}` must be an int or a pair (rows, columns) of ints; got {value!r}.") from None
-    if len(values) != 2 or not all(hasattr(item, "__index__") and item >= minimum for item in values):
+    if len(values) != 2 or not all(minimum <= item < 2**63 for item in values):
         raise ValueError(f"`{name}` must be an int or a pair (rows, columns) of at least {minimum}; got {value!r}.")
-    return operator.index(values[0]), operator.index(values[1])
+    return values[0], values[1]
 
 
 def resolve_padding(

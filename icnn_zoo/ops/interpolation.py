@@ -83,3 +83,8 @@ def support(coordinates: Tensor) -> tuple[Tensor, Tensor]:
 def smooth_interval(coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """The ends of the interval around a coordinate in which the same pixels are read: there its gradient holds."""
     return coordinates.floor(), coordinates.ceil()
+
+
+def join_unknown(positions: Tensor) -> Tensor:
+    """Positions [..., 2], both coordinates NaN where one is no number: such a tap is nowhere, so are its gradients."""
+    return positions + (positions.detach() * 0).sum(-1, keepdim=True)

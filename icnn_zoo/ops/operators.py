@@ -1,33 +1,26 @@
-"""The torch.library operators: what compilers and exporters see, and the choice of a backend inside them.
+"""The torch.library operators: what compilers and exporters see, and autograd around them.
 
 ``icnn_zoo::irregular_conv2d`` and ``icnn_zoo::irregular_conv2d_backward`` are opaque to tracing: a compiled or exported
-network holds one node for each. Autograd is an ``autograd.Function`` around them, which ``torch.func`` understands. To
-break an exported node into standard operators: ``exported.run_decompositions(DECOMPOSITIONS)``.
+network holds one node for each. They run on any device, by whichever backend can. Autograd is an ``autograd.Function``
+around them, which ``torch.func`` understands. To break an exported node into standard operators:
+``exported.run_decompositions(DECOMPOSITIONS)``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from icnn_zoo.ops import formula
+from icnn_zoo.ops import checks, flops, formula, vmap_rules
 from icnn_zoo.ops.backends import choose_backend, get_backend
 from icnn_zoo.ops.geometry import Geometry, memory_format
-
-_library = torch.library.Library("icnn_zoo", "DEF")
-_SIZES = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
-_library.define(
-    f"irregular_conv2d(Tensor input, Tensor weight, Tensor positions, Tensor? bias, {_SIZES}, str backend) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.define(
-    "irregular_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor positions, "
-    f"{_SIZES}, bool[3] output_mask, str backend) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+from icnn_zoo.ops.interpolation import join_unknown
 
 
 def _forward(
@@ -41,11 +34,15 @@ def _forward(
     groups: int,
     backend: str,
 ) -> Tensor:
-    geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
+    if torch.is_anomaly_enabled():
+        checks.check_finite(positions)
+    geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups).canonical()
     chosen = get_backend(choose_backend(backend, input.device, input.dtype))
-    with torch.autocast(input.device.type, enabled=False):  # dtypes are settled; it would cast what is inside
-        output = chosen.forward(input, weight.flatten(2), positions, bias, geometry)
-    return output
+    if input.numel() == 0 or weight.numel() == 0:  # a sum over nothing
+        output = _forward_fake(input, weight, positions, bias, stride, padding, dilation, groups, backend).zero_()
+        return output if bias is None else output.add_(bias[:, None, None])
+    with _without_autocast(input.device):
+        return chosen.forward(input, weight.flatten(2), join_unknown(positions), bias, geometry)
 
 
 def _forward_fake(
@@ -76,11 +73,16 @@ def _backward(
     output_mask: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
+    geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups).canonical()
     chosen = get_backend(choose_backend(backend, input.device, input.dtype))
     needs = (output_mask[0], output_mask[1], output_mask[2])
-    with torch.autocast(input.device.type, enabled=False):
-        grads = chosen.backward(grad_output, input, weight.flatten(2), positions, geometry, needs)
+    if 0 in (input.numel(), weight.numel(), grad_output.numel()):
+        by_input, by_weight, by_positions = (
+            grad.zero_() for grad in _gradients_like(input, weight, positions, output_mask)
+        )
+        return by_input, by_weight, by_positions
+    with _without_autocast(input.device):
+        grads = chosen.backward(grad_output, input, weight.flatten(2), join_unknown(positions), geometry, needs)
     by_input, by_weight, by_positions = (
         like.new_empty(0) if grad is None else grad
         for grad, like in zip(grads, (input, weight, positions), strict=True)
@@ -100,9 +102,16 @@ def _backward_fake(
     output_mask: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients_like(input, weight, positions, output_mask)
+
+
+def _gradients_like(
+    input: Tensor, weight: Tensor, positions: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the gradients, empty where one is not wanted."""
     formats = (memory_format(input), torch.contiguous_format, torch.contiguous_format)
     by_input, by_weight, by_positions = (
-        torch.empty(like.shape if wanted else (0,), dtype=like.dtype, device=like.device, memory_format=layout)
+        torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=layout)
         if wanted
         else like.new_empty(0)
         for like, wanted, layout in zip((input, weight, positions), output_mask, formats, strict=True)
@@ -110,21 +119,76 @@ def _backward_fake(
     return by_input, by_weight, by_positions
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("irregular_conv2d", _forward, _key)
-    _library.impl("irregular_conv2d_backward", _backward, _key)
-torch.library.register_fake("icnn_zoo::irregular_conv2d", _forward_fake, lib=_library)
-torch.library.register_fake("icnn_zoo::irregular_conv2d_backward", _backward_fake, lib=_library)
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Dtypes are settled before an operator is called; autocast would cast what is inside."""
+    if not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
-class IrregularConv2dFunction(torch.autograd.Function):
-    """The operator with its gradients, of any order."""
+def _current(name: str) -> Callable[..., Any]:
+    """The function of this name in the module as it is when called.
+
+    PyTorch keeps what was registered for as long as the process lives; the module may be reloaded.
+    """
+
+    @functools.wraps(globals()[name])
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(__name__), name)(*args)
+
+    return call
+
+
+def _register() -> None:
+    sizes = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
+    schemas = {
+        "forward": f"(Tensor input, Tensor weight, Tensor positions, Tensor? bias, {sizes}, str backend) -> Tensor",
+        "backward": f"(Tensor grad_output, Tensor input, Tensor weight, Tensor positions, {sizes}, "
+        "bool[3] output_mask, str backend) -> (Tensor, Tensor, Tensor)",
+    }
+    for direction, schema in schemas.items():
+        name = "irregular_conv2d" if direction == "forward" else "irregular_conv2d_backward"
+        torch.library.define(f"icnn_zoo::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(f"icnn_zoo::{name}", "CompositeExplicitAutograd", _current(f"_{direction}"))
+        torch.library.register_fake(f"icnn_zoo::{name}", _current(f"_{direction}_fake"))
+        torch.library.register_vmap(f"icnn_zoo::{name}", getattr(vmap_rules, direction))
+
+
+if not hasattr(torch.ops.icnn_zoo, "irregular_conv2d"):
+    _register()
+    flops.register_when_counted()
+
+
+Sizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+
+
+def differentiable(
+    input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, sizes: Sizes, backend: str
+) -> Tensor:
+    """The operator with its gradients, of any order and in both modes.
+
+    Args:
+        input: Images [B, C, H, W].
+        weight: Weights [N, C / G, kh, kw].
+        positions: Positions [C, T, 2], or [N, C / G, T, 2].
+        bias: Bias [N] or None.
+        sizes: Stride, padding (top, bottom, left, right), dilation and groups.
+        backend: The name of a backend, or "auto".
+    """
+    if _is_forward_mode():
+        return formula.irregular_conv2d(input, weight, positions, bias, *sizes)
+    output: Tensor = _Convolution.apply(input, weight, positions, bias, sizes, backend)
+    return output
+
+
+class _Convolution(torch.autograd.Function):
+    """The operator's forward."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, sizes: tuple[Any, ...], backend: str
+        input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, sizes: Sizes, backend: str
     ) -> Tensor:
         output: Tensor = torch.ops.icnn_zoo.irregular_conv2d(input, weight, positions, bias, *sizes, backend)
         return output
@@ -138,33 +202,35 @@ class IrregularConv2dFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, positions = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        # A compiled backward is not differentiated again.
-        gradients = _gradients if torch.compiler.is_compiling() else _GradientsFunction.apply
-        grads = gradients(grad_output, input, weight, positions, ctx.sizes, needs, ctx.backend)
+        if torch.compiler.is_compiling():  # a compiled backward is not differentiated again
+            grads = _Gradients.forward(grad_output, input, weight, positions, ctx.sizes, needs, ctx.backend)
+        elif _is_forward_mode():
+            grads = _by_formula(grad_output, input, weight, positions, ctx.sizes)
+        else:
+            grads = _Gradients.apply(grad_output, input, weight, positions, ctx.sizes, needs, ctx.backend)
         by_bias = grad_output.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), by_bias, None, None)
 
 
-def _gradients(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    positions: Tensor,
-    sizes: tuple[Any, ...],
-    needs: tuple[bool, ...],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.icnn_zoo.irregular_conv2d_backward(
-        grad_output, input, weight, positions, *sizes, list(needs), backend
-    )
-    return grads
-
-
-class _GradientsFunction(torch.autograd.Function):
+class _Gradients(torch.autograd.Function):
     """The operator's backward; its own derivatives are those of the formula, of any order."""
 
     generate_vmap_rule = True
-    forward = staticmethod(_gradients)
+
+    @staticmethod
+    def forward(
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        sizes: Sizes,
+        needs: tuple[bool, ...],
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.icnn_zoo.irregular_conv2d_backward(
+            grad_output, input, weight, positions, *sizes, list(needs), backend
+        )
+        return grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -173,15 +239,34 @@ class _GradientsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        def convolve(input: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
-            return formula.irregular_conv2d(input, weight, positions, None, *ctx.sizes)
-
-        def gradients(grad_output: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-            pullback: Any = torch.func.vjp(convolve, *leaves)[1]
-            return tuple(grad for grad, need in zip(pullback(grad_output), ctx.needs, strict=True) if need)
+        def gradients(grad_output: Tensor, input: Tensor, weight: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+            grads = _by_formula(grad_output, input, weight, positions, ctx.sizes)
+            return tuple(grad for grad, need in zip(grads, ctx.needs, strict=True) if need)
 
         pullback: Any = torch.func.vjp(gradients, *ctx.saved_tensors)[1]
         return (*pullback(tuple(c for c, need in zip(cotangents, ctx.needs, strict=True) if need)), None, None, None)
+
+
+def _by_formula(
+    grad_output: Tensor, input: Tensor, weight: Tensor, positions: Tensor, sizes: Sizes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by standard operators, hence with derivatives of their own."""
+
+    def convolve(input: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
+        return formula.irregular_conv2d(input, weight, positions, None, *sizes)
+
+    pullback: Any = torch.func.vjp(convolve, input, weight, positions)[1]
+    by_input, by_weight, by_positions = pullback(grad_output)
+    return by_input, by_weight, by_positions
+
+
+def _is_forward_mode() -> bool:
+    """Whether derivatives are taken in forward mode, by ``torch.func`` or ``torch.autograd.forward_ad``.
+
+    Then standard operators compute: a ``jvp`` of an ``autograd.Function`` does not nest, its own derivatives in forward
+    mode would silently be zero.
+    """
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 DECOMPOSITIONS = {torch.ops.icnn_zoo.irregular_conv2d.default: formula.irregular_conv2d}

@@ -88,7 +88,7 @@ def irregular_conv2d_forward(
         groups: Number of groups of channels.
 
     Returns:
-        [batch, out_channels, out_height, out_width], float64.
+        [batch, out_channels, out_height, out_width], float64, on the CPU.
     """
     geometry = _Geometry(input, weight, positions, stride, padding, dilation, groups)
     pixels, weights = _numbers(input), _numbers(weight.flatten(2))
@@ -99,7 +99,7 @@ def irregular_conv2d_forward(
         for tap in geometry.taps(o, r, c):
             total += weights[o][tap.in_kernel][tap.number] * _sample(pixels[b][tap.channel], tap.corners)
         output[b][o][r][c] = total
-    return _tensor(output, geometry.output_shape, input.device)
+    return _tensor(output, geometry.output_shape)
 
 
 def irregular_conv2d_backward(
@@ -128,7 +128,7 @@ def irregular_conv2d_backward(
 
     Returns:
         The gradients towards input, weight, positions and bias (None without a bias), each of the shape of
-        its argument, float64.
+        its argument, float64, on the CPU.
     """
     geometry = _Geometry(input, weight, positions, stride, padding, dilation, groups)
     pixels, weights, grads = _numbers(input), _numbers(weight.flatten(2)), _numbers(grad_output)
@@ -150,12 +150,12 @@ def irregular_conv2d_backward(
                 grad_plane[corner.row][corner.col] += grad_sample * corner.share
                 grad_position[0] += grad_sample * corner.row_slope * pixel
                 grad_position[1] += grad_sample * corner.col_slope * pixel
-    full_grad_positions = _tensor(grad_positions, full_shape, input.device)
+    full_grad_positions = _tensor(grad_positions, full_shape)
     return (
-        _tensor(grad_input, input.shape, input.device),
-        _tensor(grad_weight, weight.shape, input.device),
+        _tensor(grad_input, input.shape),
+        _tensor(grad_weight, weight.shape),
         _sum_over_kernels(full_grad_positions, positions, groups),
-        None if bias is None else _tensor(grad_bias, weight.shape[:1], input.device),
+        None if bias is None else _tensor(grad_bias, weight.shape[:1]),
     )
 
 
@@ -262,13 +262,18 @@ def _zeros(shape: tuple[int, ...]) -> list[Any]:
 
 def _numbers(tensor: Tensor) -> list[Any]:
     """Turn a tensor into nested lists of float64 numbers."""
-    numbers: list[Any] = tensor.detach().double().tolist()
+    numbers: list[Any] = tensor.detach().cpu().double().tolist()  # there are devices without float64
     return numbers
 
 
-def _tensor(numbers: list[Any], shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _tensor(numbers: list[Any], shape: tuple[int, ...]) -> Tensor:
     """Turn nested lists back into a tensor; the shape matters where a size is zero."""
-    return torch.tensor(numbers, dtype=torch.float64, device=device).reshape(shape)
+    return torch.tensor(numbers, dtype=torch.float64).reshape(shape)
+
+
+def _like(result: Tensor, tensor: Tensor) -> Tensor:
+    """Give a result the dtype and the device of a tensor: the dtype first, as there are devices without float64."""
+    return result.to(tensor.dtype).to(tensor.device)
 
 
 class _IrregularConv2d(torch.autograd.Function):
@@ -286,7 +291,7 @@ class _IrregularConv2d(torch.autograd.Function):
         groups: int,
     ) -> Tensor:
         output = irregular_conv2d_forward(input, weight, positions, bias, stride, padding, dilation, groups)
-        return output.to(input.dtype)
+        return _like(output, input)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -320,7 +325,7 @@ class _Gradients(torch.autograd.Function):
         arguments = (input, weight, positions, bias)
         grads = irregular_conv2d_backward(grad_output, *arguments, stride, padding, dilation, groups)
         pairs = zip(grads, arguments, strict=True)
-        return tuple(None if grad is None or like is None else grad.to(like.dtype) for grad, like in pairs)
+        return tuple(None if grad is None or like is None else _like(grad, like) for grad, like in pairs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
@@ -357,8 +362,8 @@ def irregular_conv2d(
         groups: See `input`.
 
     Returns:
-        As `irregular_conv2d_forward`, computed in float64 and given in the dtype of `input`. It can be
-        differentiated once; a second derivative raises RuntimeError.
+        As `irregular_conv2d_forward`, computed in float64 and given as `input` is: in its dtype, on its device. It can
+        be differentiated once; a second derivative raises RuntimeError.
     """
     arguments = (input, weight, positions, bias, stride, padding, dilation, groups)
     output: Tensor = _IrregularConv2d.apply(*arguments)

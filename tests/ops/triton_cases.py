@@ -136,7 +136,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 def assert_close(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
     for result, truth in zip(actual, expected, strict=True):
         scale = truth.abs().max().item() if truth.numel() and truth.isfinite().all() else 1.0
-        torch.testing.assert_close(result.double(), truth, rtol=0, atol=tolerance * max(scale, 1e-30), equal_nan=True)
+        close = {"rtol": 0, "atol": tolerance * max(scale, 1e-30), "equal_nan": True}
+        torch.testing.assert_close(result.double().cpu(), truth.cpu(), **close)
 
 
 class Guarded(TritonBackend):

@@ -166,13 +166,22 @@ def backward(
             else:
                 # The outputs of a channel share its shape.
                 grad_positions[part.channels] = by_positions.unflatten(0, (positions.shape[0], -1)).sum((1, 2))
+    grad_input = None
+    if grad_padded is not None:
+        grad_input = _spread_unknown(_crop(grad_padded, input, box, geometry), positions, geometry)
     return (
-        None
-        if grad_padded is None
-        else _crop(grad_padded, input, box, geometry).contiguous(memory_format=memory_format(input)),
+        None if grad_input is None else grad_input.contiguous(memory_format=memory_format(input)),
         grad_weight if needs[1] else None,
         grad_positions if needs[2] else None,
     )
+
+
+def _spread_unknown(grad_input: Tensor, positions: Tensor, geometry: Geometry) -> Tensor:
+    """Makes the gradient of every pixel that a tap at no number reads no number, also those between strides."""
+    unknown = (positions * 0).sum((-2, -1))  # [C], or [N, C / G] in the full version
+    if unknown.dim() == 2:
+        unknown = unknown.unflatten(0, (geometry.groups, -1)).sum(1).flatten()
+    return grad_input if unknown.isfinite().all() else grad_input + unknown[:, None, None].to(grad_input.dtype)
 
 
 @dataclass(frozen=True)

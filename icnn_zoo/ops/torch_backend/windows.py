@@ -44,21 +44,15 @@ def shifts(positions: Tensor, geometry: Geometry, dtype: torch.dtype) -> Shift:
     """Splits positions [..., T, 2] into integer and fractional shifts of the input, flattened to [K]."""
     cell, fraction = split(positions)
     fraction = fraction.to(dtype)  # NaN stays NaN here, while the integer part below is made safe
-    limits = [
-        (size - 1) * stride + extent + 2
-        for size, stride, extent in zip(geometry.output_size, geometry.stride, geometry.input_size, strict=True)
-    ]
-    limit = torch.tensor(limits, dtype=positions.dtype, device=positions.device)
-    origin = torch.tensor(geometry.origin, device=positions.device)
-    # Past the limit every read is outside the input wherever the origin is, so clamping does not change the function.
-    bound = limit + origin.abs()
-    integer = torch.clamp(cell.nan_to_num(0.0), -bound, bound).long() + origin
-    return Shift(
-        integer[..., 0].flatten(),
-        integer[..., 1].flatten(),
-        fraction[..., 0].reshape(-1, 1),
-        fraction[..., 1].reshape(-1, 1),
-    )
+    integers = []
+    for axis, (outputs, stride, extent, origin) in enumerate(
+        zip(geometry.output_size, geometry.stride, geometry.input_size, geometry.origin, strict=True)
+    ):
+        # Past the bound every read is outside the input wherever the origin is: clamping does not change the function.
+        bound = float((outputs - 1) * stride + extent + 2 + abs(origin))
+        integers.append((cell[..., axis].nan_to_num(0.0).clamp(-bound, bound).long() + origin).flatten())
+    row, col = integers
+    return Shift(row, col, fraction[..., 0].reshape(-1, 1), fraction[..., 1].reshape(-1, 1))
 
 
 def _column_limits(in_width: int, out_width: int, step: int) -> tuple[int, int]:

@@ -96,7 +96,8 @@ static inline frame_t make_frame(index_t height, index_t width, index_t top, ind
                           index_t step) {
     frame_t frame = {top, left, top + height + bottom, left + width + right, step, 0, 0};
     frame.phase = (frame.columns + step - 1) / step;
-    frame.pitch = frame.phase * step;
+    /* A step beyond the row leaves phases of one column each. */
+    frame.pitch = frame.phase == 1 ? frame.columns : frame.phase * step;
     return frame;
 }
 
