@@ -178,7 +178,7 @@ def plot_heatmaps(
 
 
 def _checked(name: str, values: np.ndarray | Tensor, size: tuple[int, int]) -> np.ndarray:
-    array: np.ndarray = torch.as_tensor(values).detach().double().cpu().numpy()
+    array: np.ndarray = torch.as_tensor(values).detach().cpu().double().numpy()
     if array.shape != size:
         raise ValueError(f"`maps`: {name!r} must have the image's size {list(size)}; got {list(array.shape)}.")
     if not np.isfinite(array).all():

@@ -92,8 +92,8 @@ def find_layers(layers: Sequence[str] | None, names: Sequence[str]) -> list[str]
 
 
 def _shapes_of(name: str, layer: IrregularConv2d) -> LayerShapes:
-    grid = layer.regular_grid.detach().double().cpu().numpy()
-    positions = layer.positions.detach().double().cpu().numpy().reshape(-1, *grid.shape)
+    grid = layer.regular_grid.detach().cpu().double().numpy()
+    positions = layer.positions.detach().cpu().double().numpy().reshape(-1, *grid.shape)
     lost = int((~np.isfinite(positions)).any(axis=-1).sum())
     if lost:
         raise ValueError(

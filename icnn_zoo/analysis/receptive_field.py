@@ -94,7 +94,7 @@ def effective_receptive_field(
         height, width = image.shape[-2:]
         row, col = (height // 2, width // 2) if pixel is None else pixel
         check_pixel((row, col), (height, width))
-        values = heatmap(network, image, [(row, col)], [class_index])[0].double().cpu().numpy()
+        values = heatmap(network, image, [(row, col)], [class_index])[0].cpu().double().numpy()
         if not 0 < values.sum() < np.inf:
             raise ValueError(
                 f"the output at pixel {(row, col)} does not depend on the image, or not finitely: its absolute "

@@ -112,7 +112,9 @@ def signal_shares(models: Sequence[nn.Module], **kwargs: Any) -> dict[str, Signa
     if not layers or not layers[0] or any(found.keys() != layers[0].keys() for found in layers):
         raise ValueError("`models` must be several trainings of one network with irregular layers.")
     return {
-        name: signal_share([found[name].displacement.double() - found[name].epsilon for found in layers], **kwargs)
+        name: signal_share(
+            [found[name].displacement.detach().cpu().double() - found[name].epsilon for found in layers], **kwargs
+        )
         for name in layers[0]
     }
 

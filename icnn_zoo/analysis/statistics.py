@@ -106,7 +106,7 @@ def shape_statistics(
     result = []
     for shapes in layer_shapes(model, layers):
         size = sizes.get(shapes.name)
-        dead = None if size is None else float(dead_taps(modules[shapes.name], size).double().mean())
+        dead = None if size is None else float(dead_taps(modules[shapes.name], size).float().mean())
         result.append(describe(shapes, dead))
     return result
 

@@ -91,11 +91,7 @@ class Layout:
     def grid(self) -> Tensor:
         """Offsets of the regular taps from the first one [T, 2]."""
         sizes = zip(self.kernel_size, self.dilation, strict=True)
-        return (
-            torch.cartesian_prod(*(torch.arange(size) * step for size, step in sizes))
-            .reshape(-1, 2)
-            .to(self.like.device)
-        )
+        return torch.cartesian_prod(*(torch.arange(size) * step for size, step in sizes)).reshape(-1, 2)
 
 
 @dataclass(frozen=True)

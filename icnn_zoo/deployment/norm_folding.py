@@ -98,11 +98,11 @@ def _norm_types() -> tuple[type[nn.Module], ...]:
 
 
 def fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution (float64) that computes what it and the norm after it do in eval mode."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight.double()
-    shift = -norm.running_mean.double() * scale
-    shift = shift if norm.bias is None else shift + norm.bias.double()
+    """Weight and bias of a convolution (float64, CPU) that computes what it and the norm after it do in eval mode."""
+    scale = (norm.running_var.cpu().double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.cpu().double()
+    shift = -norm.running_mean.cpu().double() * scale
+    shift = shift if norm.bias is None else shift + norm.bias.cpu().double()
     return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
 
 

@@ -121,7 +121,8 @@ def rewrite(model: nn.Module, example_input: ExampleInput | None = None) -> Depl
     replacements: dict[nn.Module, nn.Module] = {}
     report = []
     for name, layer in layers.items():
-        weight, bias = layer.weight_rule(layer).double(), None if layer.bias is None else layer.bias.double()
+        weight = layer.weight_rule(layer).cpu().double()  # there are devices without float64
+        bias = None if layer.bias is None else layer.bias.cpu().double()
         norm_name = norms.get(name)
         if norm_name is not None:
             norm = result.get_submodule(norm_name)

@@ -68,7 +68,7 @@ def standard_form(layer: IrregularConv2d, weight: Tensor, bias: Tensor | None) -
     Returns:
         The module and what it is. Its parts are torch.nn modules: a torch.nn.Sequential, or, where branches are added
         up or the padding depends on the input's size, a torch.fx.GraphModule that calls them (torch.nn has no module
-        for a sum). Weights are drawn in float64 and have the dtype and device of the layer's.
+        for a sum). Weights are drawn in float64, on the CPU, and have the dtype and device of the layer's.
     """
     padding = _static_padding(layer) if _pads_with_zeros(layer) else (0, 0, 0, 0)
     reach = [step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
@@ -76,12 +76,12 @@ def standard_form(layer: IrregularConv2d, weight: Tensor, bias: Tensor | None) -
         step * ((size - 1) // 2) - before
         for step, size, before in zip(layer.dilation, layer.kernel_size, padding[::2], strict=True)
     ]
-    offsets = layer.positions.detach().double() + torch.tensor(origin, device=layer.weight.device)
+    offsets = layer.positions.detach().cpu().double() + torch.tensor(origin)
     per_group = layer.out_channels // layer.groups
     shape = (layer.groups, per_group if layer.per_kernel else 1, layer.in_channels // layer.groups)
     layout = Layout(
-        weight=weight.detach().double().reshape(layer.groups, per_group, shape[2], -1),
-        bias=None if bias is None else bias.detach().double(),
+        weight=weight.detach().cpu().double().reshape(layer.groups, per_group, shape[2], -1),
+        bias=None if bias is None else bias.detach().cpu().double(),
         offsets=offsets.reshape(*shape, -1, 2),
         first=(-padding[0], -padding[2]),
         surplus=(padding[0] + padding[1] - reach[0] - 1, padding[2] + padding[3] - reach[1] - 1),
@@ -197,7 +197,7 @@ def _stacked(layout: Layout, plan: Plan) -> nn.Module:
     drawn = kernels.transpose(2, 3).flatten(0, 2)
     halo = (box.width - 1, box.width - 1, box.height - 1, box.height - 1)
     first = _convolution(layout, drawn, margins=halo, groups=layout.groups)
-    one_hot = torch.eye(layout.taps, device=layout.like.device).unflatten(1, layout.kernel_size)
+    one_hot = torch.eye(layout.taps).unflatten(1, layout.kernel_size)
     extent = [step * (size - 1) + 1 for step, size in zip(layout.dilation, layout.kernel_size, strict=True)]
     # The first result starts halo pixels before the input.
     left, _, top, _ = _margins(layout, box)
