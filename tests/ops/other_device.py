@@ -83,7 +83,6 @@ def main() -> None:
     with Device():
         for name, parameter in list(layer.named_parameters()):
             setattr(layer, name, torch.nn.Parameter(There(parameter.detach())))
-        layer.regular_grid = There(layer.regular_grid)
         print(layer(There(torch.ones(1, 2, 5, 5))).device)
         try:
             icnn_zoo.irregular_conv2d(*there[:3], None, *sizes[:1], case.padding, *sizes[2:], backend="native")
