@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from icnn_zoo.data.datamodule import SegmentationDataModule, Split
+from icnn_zoo.data.folders import files_in
 from icnn_zoo.data.samples import Sample
 from icnn_zoo.data.scenes import (
     SPLIT_SEEDS,
@@ -123,11 +124,15 @@ class DrawnVOCDataset:
         folder = _SPLIT_FOLDERS[split]
         largest = self.object_size[1] * min(self.image_size)
         self.icons = [
-            [_read_icon(path, largest) for path in sorted((data.folder / "icons" / folder / name).glob("*.png"))]
+            [_read_icon(path, largest) for path in files_in(data.folder / "icons" / folder / name, ".png").values()]
             for name in VOC_CLASSES[1:]
         ]
         self.photographs, self.textures = (
-            [pyramid(_read(path)) for path in sorted((data.folder / "backgrounds" / folder).glob(f"{kind}-*.png"))]
+            [
+                pyramid(_read(path))
+                for name, path in files_in(data.folder / "backgrounds" / folder, ".png").items()
+                if name.startswith(f"{kind}-")
+            ]
             for kind in ("photograph", "texture")
         )
 
@@ -190,7 +195,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
     wanted = {f"icons/{split}/{name}": n for split, counts in manifest["icons"].items() for name, n in counts.items()}
     wanted |= {f"backgrounds/{split}": number for split, number in manifest["backgrounds"].items()}
     for part, number in wanted.items():
-        found = sum(1 for _ in (folder / part).glob("*.png"))
+        found = len(files_in(folder / part, ".png"))
         if found != number:
             raise FileNotFoundError(
                 f"{str(folder / part)!r} must hold {number} pictures and holds {found}. "

@@ -70,6 +70,13 @@ def test_train_ids_are_taken_where_they_are(own_root):
     assert len(np.unique(dataset[1]["mask"])) > 2
 
 
+def test_hidden_files_of_a_mac_are_left_out(own_root):
+    number = len(cityscapes(own_root).items("train"))
+    image = next((own_root / "leftImg8bit/train").glob("*/*_leftImg8bit.png"))
+    image.with_name(f"._{image.name}").write_bytes(b"of a Mac")
+    assert len(cityscapes(own_root).items("train")) == number
+
+
 def test_images_keep_their_size_in_evaluation(root):
     batch = next(iter(cityscapes(root).val_dataloader()))
     assert batch["image"].shape == (1, 3, 64, 128)

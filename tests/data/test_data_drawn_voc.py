@@ -1,6 +1,7 @@
 """The drawn PASCAL VOC: a function of its seed and files, masks that fit, and clear errors when files are missing."""
 
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -70,6 +71,20 @@ def test_a_missing_folder_names_the_command(tmp_path):
     for attempt in (drawn(tmp_path).prepare_data, lambda: drawn(tmp_path).setup("fit")):
         with pytest.raises(FileNotFoundError, match=expected):
             attempt()
+
+
+def test_hidden_files_beside_the_pictures_are_no_part_of_them(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path / "copy")
+    for path in list((copy / "drawn-voc").rglob("*.png")):
+        path.with_name(f"._{path.name}").write_bytes(b"of a Mac")
+    assert np.array_equal(drawn(copy).make_dataset("val")[0]["image"], drawn(root).make_dataset("val")[0]["image"])
+
+
+def test_a_damaged_manifest_is_named(tmp_path):
+    (tmp_path / "drawn-voc").mkdir()
+    (tmp_path / "drawn-voc/manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest.json' is damaged .* Remove .* and run: icnn-zoo prepare"):
+        drawn(tmp_path).prepare_data()
 
 
 def test_an_incomplete_folder_is_refused(root, tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from icnn_zoo.data.folders import files_below
 from icnn_zoo.data.inspection import progress
 from icnn_zoo.io.pdf import open_pdf
 
@@ -82,7 +83,7 @@ def folder_sources(folder: Path) -> list[Source]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"`pdfs`: there is no folder {str(folder)!r}.")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".pdf" and path.is_file())
+    found = [path for path in files_below(folder, (".pdf",)) if path.is_file()]
     if not found:
         raise FileNotFoundError(f"`pdfs`: there are no PDFs in {str(folder)!r} or below it.")
     below = {path: path.relative_to(folder) for path in found}
