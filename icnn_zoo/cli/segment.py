@@ -25,7 +25,7 @@ def _segment_options(parser: argparse.ArgumentParser) -> None:
         "--to",
         type=user_path,
         required=True,
-        help="picture to write, such as picture.png; of a PDF a PDF, page by page",
+        help="picture to write, such as picture.png; of a PDF, a PDF",
     )
     parser.add_argument(
         "--labels",

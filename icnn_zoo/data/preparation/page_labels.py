@@ -23,12 +23,14 @@ BACKGROUND, TEXT, HEADING, CODE, FORMULA, FIGURE, TABLE, RULE, MARGIN = range(le
 _PITCH = 1.2  # distance of lines in sizes of the body's font
 _WORD_GAP = 0.9  # in sizes of the body's font: what separates words, and does not columns
 _LARGE = 1.12  # a heading's size in sizes of the body's font
+_SMALL = 0.8  # in sizes of the body's font: of numbers of lines
 _CODE_SHARE = 0.6  # of a piece's width
 _FORMULA_SHARE = 0.25
 _WORDS = 4.0  # in sizes of the body's font: plain glyphs drawn at once that are this long are words and no formula
 _PROSE = 10.0  # in sizes of the body's font: a piece this long in a drawing is prose in a frame and no inscription
 _INSCRIPTION = 5.0  # in sizes of the body's font: the longest word that is taken to belong to a drawing beside it
 _MARGIN_ZONE = 0.15  # of the page's height at either end
+_NUMBER_ZONE = 0.2  # likewise, of what is as short as a page's number
 _TOLERANCE = 2.0  # in pixels: ends of rules at one place
 _SAME_HEIGHT = 0.004  # of the page's height: lines of two pages at the same place
 
@@ -257,7 +259,8 @@ def _vote(runs: Sequence[TextRun], body: float) -> int:
     total = sum(run.box.width for run in runs)
     plain = [run for run in runs if not run.math and not run.mono]
     words = max((run.box.width for run in plain), default=0.0)
-    if sum(run.box.width for run in runs if run.mono) >= _CODE_SHARE * total:
+    numbers = sum(run.box.width for run in plain if run.size < _SMALL * body)  # of lines, in front of code
+    if sum(run.box.width for run in runs if run.mono) >= max(_CODE_SHARE * (total - numbers), 0.1 * body):
         return CODE if _size(runs) <= 1.4 * body else HEADING
     if sum(run.box.width for run in runs if run.math) >= _FORMULA_SHARE * total and words < _WORDS * body:
         return FORMULA
@@ -304,9 +307,7 @@ def _unbroken(rules: Sequence[Box], pieces: Sequence[Piece]) -> list[list[Box]]:
     for rule in sorted(rules, key=lambda box: box.top):
         last = groups[-1][-1] if groups else None
         if last is None or any(
-            last.bottom <= piece.box.bottom
-            and piece.box.top <= rule.top
-            and _cut(piece.box, rule).width > 0.6 * rule.width
+            last.bottom <= piece.box.bottom and piece.box.top <= rule.top and _ends_table(piece.box, rule)
             for piece in pieces
         ):
             groups.append([rule])
@@ -315,17 +316,23 @@ def _unbroken(rules: Sequence[Box], pieces: Sequence[Piece]) -> list[list[Box]]:
     return groups
 
 
+def _ends_table(line: Box, rule: Box) -> bool:
+    """Whether a line between two rules is of the text around a table: nearly as wide as the rules, or sticking out."""
+    common = _cut(line, rule).width
+    return common > 0.6 * rule.width or (common > 0 and line.width - common > 3 * _TOLERANCE)
+
+
 def _mark_margins(layouts: Sequence[_Layout]) -> None:
     """Gives the class of headers and footers to first and last lines that stand apart, or at one height on pages."""
     found: list[tuple[_Layout, bool, float, list[int], bool]] = []
     for layout in layouts:
         height = layout.page.height
         for is_header in (True, False):
-            zone = _MARGIN_ZONE * height
             inside = [
                 i
                 for i, piece in enumerate(layout.pieces)
-                if (piece.box.bottom < zone if is_header else piece.box.top > height - zone)
+                if (piece.box.bottom if is_header else height - piece.box.top)
+                < (_NUMBER_ZONE if piece.box.width < 3 * layout.body else _MARGIN_ZONE) * height
             ]
             if not inside:
                 continue
@@ -349,7 +356,9 @@ def _mark_margins(layouts: Sequence[_Layout]) -> None:
             if gap < 0.45 * layout.pitch:
                 continue
             is_number = box.width < 3 * layout.body
-            apart = gap > 1.5 * layout.pitch and (is_number or edge < 0.07 * height or edge > 0.93 * height)
+            apart = gap > (0.8 if is_number else 1.5) * layout.pitch and (
+                is_number or edge < 0.07 * height or edge > 0.93 * height
+            )
             found.append((layout, is_header, edge / height, line, apart))
     for layout, is_header, place, line, apart in found:
         same = sum(

@@ -133,14 +133,28 @@ def test_lines_at_one_height_of_pages_are_headers(tmp_path):
         assert share(page, "header_footer", band(730, 10)) > 0.98
 
 
+def test_tables_below_each_other_stay_apart(tmp_path):
+    def table(top):
+        rules = "".join(rectangle(150, top - down, 200, 0.8) for down in (0, 20, 50))
+        cells = "".join(text(f"cell {x}", x, top - 14 - 15 * row) for row in range(3) for x in (160, 270))
+        return rules + cells
+
+    content = table(700) + text("A heading on the left", 72, 620, "bold", 12) + table(600) + paragraph(500, 8)
+    (page,) = label(tmp_path, [content]).pages
+    for top in (700, 600):
+        assert (page.labels[HEIGHT - top : HEIGHT - top + 49, 151:349] == CODES["table"]).all()
+    assert share(page, "heading", band(620, 12)) > 0.98
+
+
 def test_numbers_of_code_lines_and_equations_follow_their_row(tmp_path):
     content = paragraph(700, 10) + "".join(
         text(str(line), 72, 500 - 12 * line, "plain", 6) + text("call(argument, more)", 100, 500 - 12 * line, "mono")
         for line in range(4)
     )
+    content += text("15", 72, 452, "plain", 6) + text("}", 81, 452, "mono")
     content += text("abcdefghijk", 200, 400, "math", 12) + text("\\(3\\)", 500, 400)
     (page,) = label(tmp_path, [content]).pages
-    assert share(page, "code", band(500, 10, 4)) > 0.98
+    assert share(page, "code", band(500, 10, 5)) > 0.98
     assert share(page, "formula", band(400, 12)) > 0.98
 
 
