@@ -119,9 +119,9 @@ def picture_problem(image: np.ndarray, labels: np.ndarray, page: PageStructure |
     paper = int(cv2.calcHist([gray], [0], None, [256], [0, 256]).argmax())
     ink = cv2.absdiff(gray, np.full_like(gray, paper)) > _INK
     words = _WORDS[labels]
-    if not words.any():
-        return "no region of text"
-    if ink[words].mean() < _LEAST_DRAWN:
+    if not labels.any():
+        return "no region"
+    if words.any() and ink[words].mean() < _LEAST_DRAWN:
         fonts = ", ".join(sorted(page.not_embedded)[:3]) if page is not None else ""
         return "text that is not drawn" + (f": the file does not hold the fonts {fonts}" if fonts else "")
     if np.count_nonzero(ink & (labels == 0)) > _MOST_UNEXPLAINED * np.count_nonzero(ink):

@@ -10,13 +10,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cv2
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from icnn_zoo.data.documents import DOCUMENT_CLASSES
-from icnn_zoo.data.preparation.page_structure import Box, Drawing, PageStructure, TextRun
+from icnn_zoo.data.preparation.boxes import (
+    TOLERANCE,
+    Box,
+    area,
+    as_array,
+    close_gaps,
+    cut,
+    fill,
+    group_lines,
+    group_near,
+    is_inside,
+    joined,
+    levels,
+    linked_groups,
+    share_inside,
+    union,
+)
+from icnn_zoo.data.preparation.page_structure import Drawing, PageStructure, TextRun
 
 BACKGROUND, TEXT, HEADING, CODE, FORMULA, FIGURE, TABLE, RULE, MARGIN = range(len(DOCUMENT_CLASSES))
 
@@ -26,12 +40,13 @@ _LARGE = 1.12  # a heading's size in sizes of the body's font
 _SMALL = 0.8  # in sizes of the body's font: of numbers of lines
 _CODE_SHARE = 0.6  # of a piece's width
 _FORMULA_SHARE = 0.25
+_SYMBOL = 2.5  # in sizes of the body's font: narrower mathematics is a sign
 _WORDS = 4.0  # in sizes of the body's font: plain glyphs drawn at once that are this long are words and no formula
 _PROSE = 10.0  # in sizes of the body's font: a piece this long in a drawing is prose in a frame and no inscription
+_PROSE_LINES = 3  # as wide as the rules around them: lines of text and not of a table
 _INSCRIPTION = 5.0  # in sizes of the body's font: the longest word that is taken to belong to a drawing beside it
 _MARGIN_ZONE = 0.15  # of the page's height at either end
 _NUMBER_ZONE = 0.2  # likewise, of what is as short as a page's number
-_TOLERANCE = 2.0  # in pixels: ends of rules at one place
 _SAME_HEIGHT = 0.004  # of the page's height: lines of two pages at the same place
 
 
@@ -93,6 +108,7 @@ class _Layout:
         bars, self.rules = _split_bars(rules, page.texts, self.body)
         runs = [*page.texts, *(TextRun(bar, self.body, "", False, True, False) for bar in bars)]
         self.pieces = self._undo_bold_paragraphs(_pieces(runs, self.body))
+        self._undo_symbols()
         self._follow_rows()
         self.rules += [
             edge for entry in page.drawings if entry.outlined and self._is_frame(entry) for edge in _edges(entry.box)
@@ -104,8 +120,8 @@ class _Layout:
     def _undo_bold_paragraphs(self, pieces: list[Piece]) -> list[Piece]:
         """Bold lines of the body's size that follow each other more than three times are a paragraph, not a heading."""
         bold = [i for i, piece in enumerate(pieces) if piece.label == HEADING and piece.size <= _LARGE * self.body]
-        boxes = _array([pieces[i].box for i in bold])
-        near = _near(boxes, 0.0, 0.9 * self.pitch)
+        boxes = as_array([pieces[i].box for i in bold])
+        near = group_near(boxes, 0.0, 0.9 * self.pitch)
         for group in near:
             members = [bold[i] for i in group]
             if len({round(pieces[i].box.top / self.body) for i in members}) > 3:
@@ -113,10 +129,20 @@ class _Layout:
                     pieces[i] = pieces[i]._replace(label=TEXT)
         return pieces
 
+    def _undo_symbols(self) -> None:
+        """Symbols that stand alone are bullets, check boxes and signs of text, not formulas."""
+        places = [i for i, piece in enumerate(self.pieces) if piece.label == FORMULA]
+        boxes = as_array([self.pieces[i].box for i in places])
+        for group in group_near(boxes, 2 * self.body, 0.8 * self.pitch):
+            # Symbols below each other are no wider together.
+            if union([Box(*boxes[i].tolist()) for i in group]).width < _SYMBOL * self.body:
+                for i in group:
+                    self.pieces[places[i]] = self.pieces[places[i]]._replace(label=TEXT)
+
     def _follow_rows(self) -> None:
         """Gives short pieces the class of their row: numbers of equations and lines of code; contents in bold."""
-        boxes = _array([piece.box for piece in self.pieces])
-        for row in _lines(boxes, np.inf):
+        boxes = as_array([piece.box for piece in self.pieces])
+        for row in group_lines(boxes, np.inf):
             if len(row) < 2:
                 continue
             members = [self.pieces[i] for i in row]
@@ -140,22 +166,22 @@ class _Layout:
         """Boxes around pictures and drawings."""
         page, found = self.page, []
         drawn = [entry for entry in page.drawings if entry.shape != "rule" and not self._is_frame(entry)]
-        lines = [Drawing(box, "rule") for box in self.rules if not any(_inside(box, table) for table in self.tables)]
+        lines = [Drawing(box, "rule") for box in self.rules if not any(is_inside(box, table) for table in self.tables)]
         entries = drawn + lines
-        for group in _near(_array([entry.box for entry in entries]), 0.8 * self.body, 0.8 * self.body):
+        for group in group_near(as_array([entry.box for entry in entries]), 0.8 * self.body, 0.8 * self.body):
             cluster = [entries[i] for i in group]
-            box = _union([entry.box for entry in cluster])
+            box = union([entry.box for entry in cluster])
             if all(entry.shape in ("rule", "box") for entry in cluster):
                 # Bars of a chart are many and hold little text; a frame, a grid and a bar of colour are no figures.
                 filled = sum(entry.shape == "box" for entry in cluster)
-                inscribed = sum(_area(_cut(piece.box, box)) for piece in self.pieces)
-                if filled < 4 or inscribed > 0.25 * _area(box):
+                inscribed = sum(area(cut(piece.box, box)) for piece in self.pieces)
+                if filled < 4 or inscribed > 0.25 * area(box):
                     continue
             if min(box.width, box.height) < 1.5 * self.body or self._holds_prose(box):
                 continue
             is_picture = any(entry.shape == "image" for entry in cluster)
             found.append(box if is_picture else self._with_inscriptions(box))
-        return _joined(found)
+        return joined(found)
 
     def _with_inscriptions(self, box: Box) -> Box:
         """A drawing's box with the short words at its edge, as beside an axis."""
@@ -166,14 +192,14 @@ class _Layout:
             for piece in self.pieces
             if piece.box.width < _INSCRIPTION * self.body
             and piece.label in (TEXT, FORMULA)
-            and _area(_cut(piece.box, around)) > 0
+            and area(cut(piece.box, around)) > 0
         ]
-        return _union([box, *short])
+        return union([box, *short])
 
     def _is_frame(self, entry: Drawing) -> bool:
         """Whether a drawing is a frame or ground of text, or covers the page."""
         box = entry.box
-        if _area(box) > 0.8 * self.page.height * self.page.width:
+        if area(box) > 0.8 * self.page.height * self.page.width:
             return True
         if entry.shape in ("image", "rule"):
             return False
@@ -183,36 +209,36 @@ class _Layout:
         inner = [
             piece
             for piece in self.pieces
-            if piece.box.width >= max(_PROSE * self.body, 0.4 * box.width) and _share_inside(piece.box, box) > 0.8
+            if piece.box.width >= max(_PROSE * self.body, 0.4 * box.width) and share_inside(piece.box, box) > 0.8
         ]
         return len(inner) >= 2 or any(piece.box.width > 0.7 * box.width for piece in inner) or self._holds_code(box)
 
     def _holds_code(self, box: Box) -> bool:
-        return any(piece.label == CODE and _share_inside(piece.box, box) > 0.8 for piece in self.pieces)
+        return any(piece.label == CODE and share_inside(piece.box, box) > 0.8 for piece in self.pieces)
 
     def paint(self) -> np.ndarray:
         height, width = self.page.height, self.page.width
         mask = np.zeros((height, width), np.uint8)
         regions = [*self.tables, *self.figures]
-        free = [piece for piece in self.pieces if not any(_share_inside(piece.box, box) > 0.6 for box in regions)]
+        free = [piece for piece in self.pieces if not any(share_inside(piece.box, box) > 0.6 for box in regions)]
         for label in (TEXT, CODE, HEADING, FORMULA, MARGIN):
             layer = np.zeros((height, width), np.uint8)
             for piece in free:
                 if piece.label == label:
-                    _fill(layer, piece.box, 1, pad=0.1 * self.body)
-            _close(layer, round(_WORD_GAP * self.body), round(0.9 * self.pitch))
+                    fill(layer, piece.box, 1, pad=0.1 * self.body)
+            close_gaps(layer, round(_WORD_GAP * self.body), round(0.9 * self.pitch))
             mask[(layer > 0) & (mask == BACKGROUND)] = label
             for piece in free:  # a region that closes over another's line leaves it
                 if piece.label == label:
-                    _fill(mask, piece.box, label, pad=0.1 * self.body)
+                    fill(mask, piece.box, label, pad=0.1 * self.body)
         for box in self.rules:
-            if not any(_share_inside(box, region) > 0.6 for region in regions):
+            if not any(share_inside(box, region) > 0.6 for region in regions):
                 extra = max(0.0, 0.3 * self.pitch - min(box.width, box.height)) / 2
-                _fill(mask, box, RULE, pad=extra)
+                fill(mask, box, RULE, pad=extra)
         for box in self.tables:
-            _fill(mask, box, TABLE)
+            fill(mask, box, TABLE)
         for box in self.figures:
-            _fill(mask, box, FIGURE)
+            fill(mask, box, FIGURE)
         return mask
 
 
@@ -229,7 +255,7 @@ def _edges(box: Box) -> list[Box]:
 
 def _split_bars(rules: Sequence[Drawing], texts: Sequence[TextRun], body: float) -> tuple[list[Box], list[Box]]:
     """Bars of fractions and roots, which touch mathematics above and below, and the other rules."""
-    maths = _array([run.box for run in texts if run.math])
+    maths = as_array([run.box for run in texts if run.math])
     bars, others = [], []
     for rule in rules:
         box = rule.box
@@ -247,11 +273,11 @@ def _split_bars(rules: Sequence[Drawing], texts: Sequence[TextRun], body: float)
 
 def _pieces(runs: Sequence[TextRun], body: float) -> list[Piece]:
     """Runs joined to pieces of lines, each with the class that its runs vote for."""
-    boxes = _array([run.box for run in runs])
+    boxes = as_array([run.box for run in runs])
     pieces = []
-    for group in _lines(boxes, _WORD_GAP * body):
+    for group in group_lines(boxes, _WORD_GAP * body):
         members = [runs[i] for i in group]
-        pieces.append(Piece(_union([run.box for run in members]), _vote(members, body), len(members), _size(members)))
+        pieces.append(Piece(union([run.box for run in members]), _vote(members, body), len(members), _size(members)))
     return pieces
 
 
@@ -259,7 +285,8 @@ def _vote(runs: Sequence[TextRun], body: float) -> int:
     total = sum(run.box.width for run in runs)
     plain = [run for run in runs if not run.math and not run.mono]
     words = max((run.box.width for run in plain), default=0.0)
-    numbers = sum(run.box.width for run in plain if run.size < _SMALL * body)  # of lines, in front of code
+    # Of lines, in front of code.
+    numbers = sum(run.box.width for run in plain if run.size < _SMALL * body and run.box.width < 2 * body)
     if sum(run.box.width for run in runs if run.mono) >= max(_CODE_SHARE * (total - numbers), 0.1 * body):
         return CODE if _size(runs) <= 1.4 * body else HEADING
     if sum(run.box.width for run in runs if run.math) >= _FORMULA_SHARE * total and words < _WORDS * body:
@@ -281,45 +308,41 @@ def _tables(rules: Sequence[Box], curves: Sequence[Box], pieces: Sequence[Piece]
     # Rules of one extent below each other, as books set tables.
     ends = np.array([(box.left, box.right) for box in across]).reshape(-1, 2)
     candidates = []
-    for group in _groups((np.abs(ends[:, None] - ends) <= _TOLERANCE).all(axis=-1)):
+    for group in linked_groups((np.abs(ends[:, None] - ends) <= TOLERANCE).all(axis=-1)):
         for members in _unbroken([across[i] for i in group], pieces):
-            if len(_levels([box.top for box in members])) >= 3:
-                candidates.append(_union(members))
+            box = union(members)
+            if len(levels([rule.top for rule in across if is_inside(rule, box)])) >= 3:
+                candidates.append(box)
     # Rules that touch, as in a grid.
-    for group in _near(_array(rules), 0.3 * pitch, 0.3 * pitch):
+    for group in group_near(as_array(rules), 0.3 * pitch, 0.3 * pitch):
         members = [rules[i] for i in group]
-        rows = _levels([box.top for box in members if box.width > box.height])
-        cols = _levels([box.left for box in members if box.width <= box.height])
+        rows = levels([box.top for box in members if box.width > box.height])
+        cols = levels([box.left for box in members if box.width <= box.height])
         if len(rows) >= 2 and len(cols) >= 2 and len(rows) + len(cols) >= 5:
-            candidates.append(_union(members))
-    for box in _joined(candidates):
-        inner = [piece for piece in pieces if _share_inside(piece.box, box) > 0.8]
-        rows = [len(row) for row in _lines(_array([piece.box for piece in inner]), np.inf)]
-        is_drawing = any(_inside(curve, box) for curve in curves)
+            candidates.append(union(members))
+    for box in joined(candidates):
+        inner = [piece for piece in pieces if share_inside(piece.box, box) > 0.8]
+        rows = [len(row) for row in group_lines(as_array([piece.box for piece in inner]), np.inf)]
+        is_drawing = any(is_inside(curve, box) for curve in curves)
         if not is_drawing and len(rows) >= 2 and sum(number >= 2 for number in rows) >= 0.5 * len(rows):
             found.append(box)
     return found
 
 
 def _unbroken(rules: Sequence[Box], pieces: Sequence[Piece]) -> list[list[Box]]:
-    """Rules of one extent, in groups with no line of prose between them."""
+    """Rules of one extent, in groups with no prose between them, nor a line that sticks out."""
     groups: list[list[Box]] = []
     for rule in sorted(rules, key=lambda box: box.top):
-        last = groups[-1][-1] if groups else None
-        if last is None or any(
-            last.bottom <= piece.box.bottom and piece.box.top <= rule.top and _ends_table(piece.box, rule)
-            for piece in pieces
-        ):
+        last = groups[-1][-1] if groups else rule
+        between = [piece.box for piece in pieces if last.bottom <= piece.box.bottom and piece.box.top <= rule.top]
+        common = [cut(box, rule).width for box in between]
+        wide = sum(width > 0.6 * rule.width for width in common)
+        out = any(0 < width < box.width - 3 * TOLERANCE for width, box in zip(common, between, strict=True))
+        if not groups or wide >= _PROSE_LINES or out:
             groups.append([rule])
         else:
             groups[-1].append(rule)
     return groups
-
-
-def _ends_table(line: Box, rule: Box) -> bool:
-    """Whether a line between two rules is of the text around a table: nearly as wide as the rules, or sticking out."""
-    common = _cut(line, rule).width
-    return common > 0.6 * rule.width or (common > 0 and line.width - common > 3 * _TOLERANCE)
 
 
 def _mark_margins(layouts: Sequence[_Layout]) -> None:
@@ -347,7 +370,7 @@ def _mark_margins(layouts: Sequence[_Layout]) -> None:
                 if abs((layout.pieces[i].box.bottom if is_header else layout.pieces[i].box.top) - edge)
                 < 0.8 * layout.body
             ]
-            box = _union([layout.pieces[i].box for i in line])
+            box = union([layout.pieces[i].box for i in line])
             others = [piece.box for i, piece in enumerate(layout.pieces) if i not in line]
             gap = min(
                 ((other.top - box.bottom) if is_header else (box.top - other.bottom) for other in others),
@@ -368,86 +391,3 @@ def _mark_margins(layouts: Sequence[_Layout]) -> None:
         if apart or (same >= 1 and same >= 0.25 * (len(layouts) - 1)):
             for i in line:
                 layout.pieces[i] = layout.pieces[i]._replace(label=MARGIN)
-
-
-def _array(boxes: Sequence[Box]) -> np.ndarray:
-    return np.array(boxes, dtype=np.float32).reshape(-1, 4)
-
-
-def _lines(boxes: np.ndarray, gap: float) -> list[np.ndarray]:
-    """Groups of boxes that share most of their height and follow each other with no wider ``gap``."""
-    top, bottom = boxes[:, 1], boxes[:, 3]
-    overlap = np.minimum(bottom[:, None], bottom) - np.maximum(top[:, None], top)
-    apart = np.maximum(boxes[:, None, 0], boxes[:, 0]) - np.minimum(boxes[:, None, 2], boxes[:, 2])
-    least = np.minimum((bottom - top)[:, None], bottom - top)
-    return _groups((overlap >= 0.4 * least) & (apart <= gap))
-
-
-def _near(boxes: np.ndarray, across: float, down: float) -> list[np.ndarray]:
-    """Groups of boxes with gaps of at most so many pixels."""
-    apart = np.maximum(boxes[:, None, :2], boxes[:, :2]) - np.minimum(boxes[:, None, 2:], boxes[:, 2:])
-    return _groups((apart[..., 0] <= across) & (apart[..., 1] <= down))
-
-
-def _groups(linked: np.ndarray) -> list[np.ndarray]:
-    if not len(linked):
-        return []
-    number, labels = connected_components(coo_array(linked), directed=False)
-    order = np.argsort(labels, kind="stable")
-    return np.split(order, np.searchsorted(labels[order], np.arange(1, number)))
-
-
-def _levels(values: Sequence[float], tolerance: float = _TOLERANCE) -> list[float]:
-    """Values without those that are nearly a smaller one."""
-    kept: list[float] = []
-    for value in sorted(values):
-        if not kept or value - kept[-1] > tolerance:
-            kept.append(value)
-    return kept
-
-
-def _union(boxes: Sequence[Box]) -> Box:
-    array = _array(boxes)
-    return Box(*array[:, :2].min(axis=0).tolist(), *array[:, 2:].max(axis=0).tolist())
-
-
-def _joined(boxes: Sequence[Box]) -> list[Box]:
-    """Boxes, those that overlap as one."""
-    joined = list(boxes)
-    while True:
-        groups = _near(_array(joined), 0.0, 0.0)
-        if len(groups) == len(joined):
-            return joined
-        joined = [_union([joined[i] for i in group]) for group in groups]
-
-
-def _cut(box: Box, by: Box) -> Box:
-    return Box(max(box.left, by.left), max(box.top, by.top), min(box.right, by.right), min(box.bottom, by.bottom))
-
-
-def _area(box: Box) -> float:
-    return max(box.width, 0.0) * max(box.height, 0.0)
-
-
-def _share_inside(box: Box, region: Box) -> float:
-    return _area(_cut(box, region)) / max(_area(box), 1e-6)
-
-
-def _inside(box: Box, region: Box, pad: float = 2.0) -> bool:
-    return (
-        box.left >= region.left - pad
-        and box.right <= region.right + pad
-        and box.top >= region.top - pad
-        and box.bottom <= region.bottom + pad
-    )
-
-
-def _fill(mask: np.ndarray, box: Box, value: int, pad: float = 0.0) -> None:
-    top, left = max(int(np.floor(box.top - pad)), 0), max(int(np.floor(box.left - pad)), 0)
-    mask[top : int(np.ceil(box.bottom + pad)), left : int(np.ceil(box.right + pad))] = value
-
-
-def _close(layer: np.ndarray, across: int, down: int) -> None:
-    """Fills gaps of less than so many pixels, along the lines first."""
-    for shape in ((1, across), (down, 1)):
-        cv2.morphologyEx(layer, cv2.MORPH_CLOSE, np.ones(shape, np.uint8), dst=layer)

@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from icnn_zoo.data.preparation.boxes import Box
+
 MAX_OBJECTS = 4000  # of a page; more is a map or a plot, and slow
 _MAX_DEPTH = 8  # of forms in forms
 _MAX_SEGMENTS = 200  # of a path that are looked at
@@ -37,23 +39,6 @@ _BOLD = re.compile(
 _PROPORTIONAL = re.compile(r"^(helvetica|times|arial)", re.IGNORECASE)  # whatever their flags say
 
 Shape = Literal["rule", "box", "curve", "image"]
-
-
-class Box(NamedTuple):
-    """A rectangle in pixels of the rendered page, right and bottom exclusive."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    @property
-    def width(self) -> float:
-        return self.right - self.left
-
-    @property
-    def height(self) -> float:
-        return self.bottom - self.top
 
 
 class TextRun(NamedTuple):
