@@ -157,13 +157,15 @@ class _Run:
                 )
         training = RunFolder.around(checkpoint)
         metrics: dict[str, float | None] = {}
-        for split in self.experiment.splits:
-            found = _metrics_of_last_step(training, split)
+        for name in self.experiment.evaluations:
+            split = "test" if name in self.experiment.variants else name
+            found = _metrics_of_last_step(training, name)
             if not found:
                 verb = {"val": "validate", "test": "test"}[split]
-                self._lightning(verb, split, lock, "--ckpt_path", str(checkpoint))
-                found = _last_metrics(RunFolder(self.folder / split), f"{split}/")
-            metrics |= found
+                arguments = self.experiment.variants.get(name, ())
+                self._lightning(verb, name, lock, "--ckpt_path", str(checkpoint), *arguments)
+                found = _last_metrics(RunFolder(self.folder / name), f"{split}/")
+            metrics |= {f"{name}/{key.removeprefix(f'{split}/')}": value for key, value in found.items()}
         record = {
             **self.request,
             "metrics": metrics,

@@ -43,7 +43,7 @@ def write_table(name: str, out: Path) -> Path:
             "seeds": sorted(of_seeds),
         }
         summary["rows"][row] = cells
-        for split in experiment.splits:
+        for split in experiment.evaluations:
             key = f"{split}/{experiment.metric}"
             cells[key] = _statistics([100 * of_seeds[seed]["metrics"][key] for seed in sorted(of_seeds)])
             shared = sorted(set(of_seeds) & set(results[baseline])) if row != baseline else []
@@ -65,12 +65,12 @@ def _read(folder: Path) -> dict[int, dict[str, Any]]:
 
 def _markdown(name: str, experiment: Experiment, summary: dict[str, Any]) -> str:
     metric = _METRIC_NAMES[experiment.metric]
-    columns = [title for split in experiment.splits for title in (f"{split} {metric}", f"{split} gain")]
+    columns = [title for split in experiment.evaluations for title in (f"{split} {metric}", f"{split} gain")]
     lines = [f"# {name}: {experiment.title}", "", "| row | " + " | ".join([*columns, "seeds"]) + " |"]
     lines.append("| --- " * (len(columns) + 2) + "|")
     for row, cells in summary["rows"].items():
         numbers = []
-        for split in experiment.splits:
+        for split in experiment.evaluations:
             numbers += [_cell(cells[f"{split}/{experiment.metric}"]), _gain(cells[f"{split}/gain"])]
         lines.append("| " + " | ".join([row, *numbers, _seeds(cells["seeds"])]) + " |")
     over = "the regular row" + (" of the same pages" if any(row.baseline for row in experiment.rows.values()) else "")

@@ -299,6 +299,15 @@ def test_rows_have_their_own_seeds_arguments_and_baselines(runs, tmp_path, monke
     assert cells["val/gain"]["values"] == pytest.approx([3.0])  # seed 1 alone, over the turned row
 
 
+def test_a_variant_is_a_column_of_its_own_from_the_test_split(runs, tmp_path):
+    path = reproduce("documents", rows=["regular", "learned"], seeds=[0], out=tmp_path)
+    scans = [pairs.get("--data.init_args.scans") for verb, pairs in runs.calls if verb == "test"]
+    assert scans == [None, "true"] * 2
+    cells = json.loads(path.with_suffix(".json").read_text())["rows"]["learned"]
+    assert cells["scans/mIoU"]["mean"] == cells["test/mIoU"]["mean"] == pytest.approx(52)
+    assert "scans mIoU" in path.read_text()
+
+
 def test_a_gain_has_an_interval_of_students_t_and_a_bootstrap_of_many_seeds(runs, tmp_path):
     from scipy import stats
 
