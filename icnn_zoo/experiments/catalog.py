@@ -1,4 +1,4 @@
-"""The experiments that can be repeated: the paper's tables, and ours on data without a licence."""
+"""The experiments that can be repeated: the paper's tables, and ours on data without a license."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table of the paper, or one of ours on data without a licence.
+    """A table of the paper, or one of ours on data without a license.
 
     Attributes:
         title: Heading of the table.

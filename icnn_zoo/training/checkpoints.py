@@ -56,7 +56,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no checkpoint {place!r}.")
     try:
         checkpoint: Any = _load(place, mmap)
-    except Exception as error:  # of many kinds for a file that is no checkpoint
+    except Exception as error:  # of many kinds for a file that is not a checkpoint
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         other = _newest_beside(Path(local_path(place))) if is_local(place) else None
         raise ValueError(

@@ -14,6 +14,7 @@ _MESSAGES = {
         r".*Tip: .*(litlogger|litmodels)",  # advertisements
         r"TPU available:|HPU available:",  # devices that were not asked for
         r"Restoring states from the checkpoint",  # the command line has said which
+        r"`Trainer\.fit` stopped: `max_",  # the bar is full
     ),
     "lightning.pytorch.trainer.connectors.checkpoint_connector": (r"`weights_only` was not set",),
 }

@@ -34,7 +34,7 @@ def whole_logits(network: Network, images: Tensor, *, flip: bool = False) -> Ten
 
     Args:
         network: Images [B, 3, H, W] to logits [B, num_classes, H, W].
-        images: Normalised, [B, 3, H, W].
+        images: Normalized, [B, 3, H, W].
         flip: Whether to run the mirrored images too.
 
     Returns:
@@ -59,8 +59,8 @@ def sliding_logits(
 
     Args:
         network: Images [B, 3, window, window] to logits [B, num_classes, window, window].
-        images: Normalised, [B, 3, H, W]. Where they are smaller than the window they are padded to it at the right and
-            bottom with 0, which is the mean colour, and the padding's logits are cut off.
+        images: Normalized, [B, 3, H, W]. Where they are smaller than the window they are padded to it at the right and
+            bottom with 0, which is the mean color, and the padding's logits are cut off.
         window: Pixels of the window's side.
         flip: Whether each window is run mirrored too.
         window_batch: Windows that the network gets at once, of each image.
@@ -96,7 +96,7 @@ def multi_scale(logits: Network, images: Tensor, scales: Sequence[float]) -> Ten
 
     Args:
         logits: Images [B, 3, h, w] of any size to logits [B, num_classes, h, w].
-        images: Normalised, [B, 3, H, W].
+        images: Normalized, [B, 3, H, W].
         scales: Positive factors.
 
     Returns:

@@ -191,6 +191,8 @@ class ZooCLI(LightningCLI):
     def fit(self, model: SegmentationTask, **kwargs: Any) -> None:
         """Trains."""
         self._run(self.trainer.fit, model, **kwargs)
+        if self.trainer.is_global_zero and self.trainer.global_step == self._step:
+            print(f"Nothing was trained: step {self._step} of the checkpoint is this run's last; raise its length.")
 
     def validate(self, model: SegmentationTask, **kwargs: Any) -> None:
         """Scores on the validation data."""

@@ -93,7 +93,7 @@ def has_key() -> bool:
                 return netrc.netrc(path).authenticators(host) is not None
             except netrc.NetrcParseError as error:
                 raise ValueError(
-                    f"cannot look for a wandb key: {error}; mend the file or set WANDB_MODE=offline."
+                    f"cannot look for a wandb key: {error}; correct the file or set WANDB_MODE=offline."
                 ) from error
     return False
 

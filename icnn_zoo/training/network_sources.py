@@ -168,7 +168,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is no YAML: {error}") from error
+        raise ValueError(f"{str(path)!r} is not valid YAML: {error}") from error
     return config if isinstance(config, dict) else {}
 
 
@@ -189,7 +189,7 @@ def _from_config(source: Path) -> SegmentationTask:
     config = _read_yaml(source)
     missing = [key for key in ("model", "data") if key not in config]
     if missing:
-        raise ValueError(f"{str(source)!r} is no config of a run: it has no section {' and no '.join(missing)}.")
+        raise ValueError(f"{str(source)!r} is not a config of a run: it has no section {' and no '.join(missing)}.")
     cli = ZooCLI.build(config, accelerator="cpu")
     task: SegmentationTask = cli.model
     if task.pretrained:

@@ -50,7 +50,7 @@ class SegmentationTask(pl.LightningModule):
         backbone: Any timm name that can be dilated.
         num_classes: Classes, background included: 2 to 256, as label maps have 8 bits. The command line takes it from
             the data.
-        ignore_index: Label that is no class. The command line takes it from the data.
+        ignore_index: Label that does not stand for a class. The command line takes it from the data.
         class_names: Different names for logs and tables, None for numbers. The command line takes them from the data.
         start: First module to make irregular: a backbone module ("layer3.11"), "classifier" for the head alone, None
             for the regular baseline.

@@ -192,7 +192,7 @@ def test_files_that_are_neither_are_refused_with_what_is_wrong(tmp_path):
         "model.bin": ("", ValueError, r"must be a checkpoint \(\.ckpt\) or a config \(\.yaml\)"),
         "text.ckpt": ("hello", ValueError, "cannot be read as a checkpoint"),
         "empty.yaml": ("", ValueError, "no section model and no data"),
-        "wrong.yaml": ("a: [", ValueError, "is no YAML"),
+        "wrong.yaml": ("a: [", ValueError, "is not valid YAML"),
     }
     for name, (text, error, message) in cases.items():
         if text is not None:

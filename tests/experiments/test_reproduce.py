@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+import icnn_zoo
 from icnn_zoo.cli.programs import zoo_main
 from icnn_zoo.experiments import runner as module
-from icnn_zoo.experiments.catalog import EXPERIMENTS
+from icnn_zoo.experiments.catalog import EXPERIMENTS, find_config
 from icnn_zoo.experiments.runner import reproduce
 from icnn_zoo.experiments.table import write_table
 
@@ -147,6 +148,14 @@ def test_gains_are_of_shared_seeds_alone(runs, tmp_path):
     assert cells["test/gain"] == cells["val/gain"]
     assert cells["val/gain"]["values"] == pytest.approx([3.0])
     assert cells["val/gain"]["std"] is None
+
+
+def test_configs_are_found_inside_the_package_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert all(find_config(experiment.config).is_file() for experiment in EXPERIMENTS.values())
+    assert find_config("voc2012.yaml").parent.parent == Path(icnn_zoo.__file__).parent
+    with pytest.raises(FileNotFoundError, match=r"no config 'voc.yaml' in the package; it has .*voc2012.yaml"):
+        find_config("voc.yaml")
 
 
 def test_a_folder_in_use_is_refused(runs, tmp_path):

@@ -1,6 +1,8 @@
 """Checkpoints as files: whole or not at all, and never a program."""
 
+import os
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from icnn_zoo.experiments.runner import _Run
+from icnn_zoo.io import files
 from icnn_zoo.training import checkpoints
 from icnn_zoo.training.checkpoints import WholeCheckpointIO, read_checkpoint
 from icnn_zoo.training.network_sources import find_source, load_task
@@ -131,3 +134,20 @@ def test_a_file_of_something_else_says_what_is_missing(tmp_path, content):
     torch.save(content, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"is not a checkpoint of a run"):
         load_task(tmp_path / "other.ckpt")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("place", ["sync", "replace"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch, place):
+    file = tmp_path / "last.ckpt"
+    WholeCheckpointIO().save_checkpoint({"global_step": 1}, file)
+    child = os.fork()
+    if child == 0:
+        owner, name = (files, "sync") if place == "sync" else (files.os, "replace")
+        monkeypatch.setattr(owner, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        WholeCheckpointIO().save_checkpoint({"global_step": 2}, file)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert read_checkpoint(file) == {"global_step": 1}
+    WholeCheckpointIO().save_checkpoint({"global_step": 3}, file)  # what the killed one left is not in the way
+    assert read_checkpoint(file) == {"global_step": 3}

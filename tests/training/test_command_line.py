@@ -120,6 +120,11 @@ def test_a_resumed_run_follows_the_new_rates_decay_and_length(trained):
     assert {group["name"]: group["weight_decay"] for group in groups}["backbone"] == 0.25
 
 
+def test_a_run_that_has_nothing_to_train_says_so(trained, capsys):
+    fit(*RESUME, trained, steps=4)
+    assert "Nothing was trained: step 4 " in capsys.readouterr().out
+
+
 def test_another_optimizer_than_the_checkpoints_is_refused(trained):
     with pytest.raises(ValueError, match=r"`optimizer`: the checkpoint is of a network with 'adamw', .*'sgd'"):
         fit(*RESUME, trained, "--model.optimizer", "sgd", steps=8)
