@@ -144,7 +144,6 @@ class ZooCLI(LightningCLI):
             return
         section = self.config[command]
         path = section.get("ckpt_path")
-        check_source(path)
         if not path or not is_local(path) or not Path(path).is_file():
             return
         checkpoint = read_task(path)
@@ -158,8 +157,9 @@ class ZooCLI(LightningCLI):
         """Nothing: Lightning 2.6 would let the checkpoint's options win over those of the command line here."""
 
     def before_instantiate_classes(self) -> None:
+        section = self.config[self.subcommand] if self.subcommand is not None else {}
+        check_source(section.get("ckpt_path"))
         if self.subcommand in ("validate", "test", "predict"):
-            section = self.config[self.subcommand]
             configs = [str(file) for file in section.get("config") or []]
             check_trained(self.subcommand, section.get("ckpt_path"), section["model"]["pretrained"], configs)
 
