@@ -88,7 +88,11 @@ def _lines() -> dict[str, Row]:
         "regular": regular,
         **{f"dilation-{step}": _dilated(first, step) for step in (2, 3, 4)},
         "learned": learned,
-        "walk": Row(first, arguments=("--trainer.callbacks+", f"{CONTROLS}.RandomWalk")),
+        # By AdamW alone: the rule "layer" does not follow gradients that disagree, so that nothing would walk.
+        "walk": Row(
+            first,
+            arguments=("--trainer.callbacks+", f"{CONTROLS}.RandomWalk", "--model.position_rule", "optimizer"),
+        ),
         "frozen": Row(
             first, arguments=("--trainer.callbacks+", f"{CONTROLS}.RandomShapes", "--model.position_lr", "0")
         ),

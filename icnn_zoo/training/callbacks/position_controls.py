@@ -14,8 +14,9 @@ from icnn_zoo.nn.irregular_conv import irregular_layers
 class RandomWalk(Callback):
     """Lets positions walk at random: their gradients are replaced by normal numbers of the same root mean square.
 
-    Layer by layer and step by step, just before the optimizer's step, so that optimizer, rate, schedule and bound are
-    those of learned positions. Drawn from torch's global generator, whose state checkpoints hold: a resumed walk goes
+    Layer by layer and step by step, just before the optimizer's step, so that rate, schedule and bound are those of
+    learned positions. For ``position_rule="optimizer"``: the rule "layer" follows only gradients that agree, so that
+    hardly anything would walk. Drawn from torch's global generator, whose state checkpoints hold: a resumed walk goes
     on as the uninterrupted one would.
     """
 
