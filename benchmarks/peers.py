@@ -127,7 +127,7 @@ def unfold_gemm(input: Tensor, weight: Tensor, positions: Tensor, case: Case) ->
 
 
 class Dcls:
-    """DCLS v1 (bilinear): dense kernels with room for every tap, where its normalisation divides by one."""
+    """DCLS v1 (bilinear): dense kernels with room for every tap, where its normalization divides by one."""
 
     def __init__(self, case: Case) -> None:
         shape = case.shape

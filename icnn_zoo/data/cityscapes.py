@@ -1,4 +1,4 @@
-"""Cityscapes' finely labelled images: 19 classes, read from the files of ids as they are downloaded."""
+"""Cityscapes' finely labeled images: 19 classes, read from the files of ids as they are downloaded."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class CityscapesDataModule(FileDataModule):
         return "val" if split == "test" else super().disk_split(split)
 
     def items(self, split: Split) -> list[Item]:
-        return cityscapes_items(self.root, self.disk_split(split), labelled=split != "predict")
+        return cityscapes_items(self.root, self.disk_split(split), labeled=split != "predict")
 
     def prediction_file(self, name: str) -> str:
         return f"{name}_pred_labelIds.png"
@@ -110,7 +110,7 @@ def cityscapes_advice(root: Path) -> str:
     )
 
 
-def cityscapes_items(root: Path, split: str, *, labelled: bool = True) -> list[Item]:
+def cityscapes_items(root: Path, split: str, *, labeled: bool = True) -> list[Item]:
     """The images of a split and their label files, by ``<city>_<sequence>_<frame>``, sorted.
 
     Raises:
@@ -131,7 +131,7 @@ def cityscapes_items(root: Path, split: str, *, labelled: bool = True) -> list[I
             present[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
         ready = name + _TRAIN_IDS in present[folder]
         labels = folder / (name + (_TRAIN_IDS if ready else _IDS))
-        items.append(Item(name, image, labels if labelled else None, TRAIN_ID_TABLE if ready else ID_TABLE))
+        items.append(Item(name, image, labels if labeled else None, TRAIN_ID_TABLE if ready else ID_TABLE))
     return items
 
 

@@ -49,7 +49,7 @@ class VOC2012DataModule(FileDataModule):
     ``train_list``, else from a list in ``ImageSets/SegmentationAug`` or ``ImageSets/Segmentation`` (DeepLab's
     ``train_aug.txt``, mmsegmentation's ``trainaug.txt`` or ``aug.txt``), else from SBD's lists, else from the files in
     SegmentationClassAug. Two kinds of that folder are about: DeepLab's, in which VOC's own images have VOC's labels
-    with their unlabelled borders, and mmsegmentation's, in which they have SBD's. They train the same here, as images
+    with their unlabeled borders, and mmsegmentation's, in which they have SBD's. They train the same here, as images
     of VOC's train list take their labels from SegmentationClass. Validation, also as ``test``, is on SegmentationClass.
 
     Args:

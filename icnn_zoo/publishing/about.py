@@ -28,7 +28,7 @@ class About(Record):
         licence: Of the weights.
         dataset: Name, split, licence and attribution of the training data.
         metrics: Names as ``lightning validate`` and ``test`` log them, protocols, and values, or none to measure them.
-        palette: Colours by class, as #rrggbb; None for PASCAL VOC's colours.
+        palette: Colors by class, as #rrggbb; None for PASCAL VOC's colors.
         pictures: Picture files to publish too, and what they show.
         provenance: Packages and commit, for checkpoints that do not hold them.
     """

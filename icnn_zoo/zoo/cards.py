@@ -110,7 +110,7 @@ class Card(Record):
         network: Arguments of :class:`icnn_zoo.models.SegmentationModel` but for the classes, mean and std.
         conversion: Arguments of :func:`icnn_zoo.convert`; None for a regular network.
         classes: Names by index, background first.
-        palette: Colours by class, as #rrggbb.
+        palette: Colors by class, as #rrggbb.
         mean: Of the RGB channels in 0 to 1.
         std: Likewise.
         dataset: The training data.
@@ -146,7 +146,7 @@ class Card(Record):
         if not self.name.startswith(f"{architecture}."):
             raise ValueError(f"`name` must be {architecture}.<tag>, after the backbone; got {self.name!r}")
         if len(self.palette) != len(self.classes):
-            raise ValueError(f"`palette` must have a colour for each of {len(self.classes)} classes")
+            raise ValueError(f"`palette` must have a color for each of {len(self.classes)} classes")
         if min(self.std) <= 0:
             raise ValueError(f"`std` must be positive; got {self.std}")
         return self

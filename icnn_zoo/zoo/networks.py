@@ -43,7 +43,7 @@ def create_model(
         pretrained: True for timm's weights of the backbone, a file, ``"zoo:NAME"`` for a checkpoint of the zoo (see
             :func:`icnn_zoo.zoo.pretrained.load_pretrained`), False for random weights.
         classes: Names by index, background first; None for numbers.
-        palette: RGB, 0 to 255, by class; None for PASCAL VOC's colours.
+        palette: RGB, 0 to 255, by class; None for PASCAL VOC's colors.
         **network: Further arguments of :class:`icnn_zoo.models.SegmentationModel`: output_stride, ...
 
     Returns:

@@ -33,7 +33,7 @@ class Segmenter(SegmentationModel):
         card: What is known of a published checkpoint; None for a network made anew.
 
     Raises:
-        ValueError: The number of names or colours is not that of classes; a choice that does not exist.
+        ValueError: The number of names or colors is not that of classes; a choice that does not exist.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ def test_a_panel_for_every_layer_with_every_tap_at_its_place(model):
         assert np.allclose(points.get_offsets(), shapes.positions.reshape(-1, 2)[:, ::-1])
         number, taps = shapes.positions.shape[:2]
         colors = points.get_facecolors()[:, :3].reshape(number, taps, 3)
-        assert (colors == colors[0]).all()  # a tap has one colour in all shapes,
+        assert (colors == colors[0]).all()  # a tap has one color in all shapes,
         assert len(np.unique(colors[0].round(4), axis=0)) == taps  # and each tap its own
         grid = next(item for item in axes.collections if item.get_label() == "regular grid")
         assert np.allclose(grid.get_offsets(), shapes.grid[:, ::-1])
@@ -107,7 +107,7 @@ def test_one_shape_and_the_full_version_are_drawn():
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (1, 7), (7, 7), (2, 2)])
-def test_colours_of_neighbouring_taps_can_be_told_apart(kernel):
+def test_colors_of_neighboring_taps_can_be_told_apart(kernel):
     colors = tap_colors(kernel).reshape(*kernel, 3)
     assert ((colors >= 0) & (colors <= 1)).all()
     for axis in (0, 1):

@@ -38,7 +38,7 @@ def own_root(tmp_path) -> Path:
     return miniature.write_cityscapes(tmp_path)
 
 
-def test_classes_colours_and_ids_are_those_of_the_official_scripts():
+def test_classes_colors_and_ids_are_those_of_the_official_scripts():
     data = cityscapes(Path("nowhere"))
     assert (data.num_classes, data.ignore_index) == (19, 255)
     for index, name in enumerate(data.classes):
@@ -157,7 +157,7 @@ def test_missing_images_labels_and_other_numbers_are_refused_with_what_to_do(own
         cityscapes(own_root).make_dataset("val")
 
 
-def test_colours_and_unknown_ids_given_as_labels_are_refused_by_file(own_root):
+def test_colors_and_unknown_ids_given_as_labels_are_refused_by_file(own_root):
     files = sorted((own_root / "gtFine" / "val" / "lindau").glob("*_labelIds.png"))
     json2labelImg(str(files[0]).replace("labelIds.png", "polygons.json"), str(files[0]), "color")
     ids = miniature.values_of(files[1])

@@ -28,7 +28,7 @@ def drawn(root: Path, **kwargs) -> DrawnVOCDataModule:
     return DrawnVOCDataModule(root, **{"image_size": 64, "num_workers": 0, **kwargs})
 
 
-def test_classes_and_colours_are_pascal_vocs():
+def test_classes_and_colors_are_pascal_vocs():
     data = drawn(Path("nowhere"))
     assert data.num_classes == 21
     assert data.classes[15] == "person"

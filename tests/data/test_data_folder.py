@@ -96,18 +96,18 @@ def test_all_problems_of_values_sizes_and_reading_are_named_at_once(root):
     write(root, "train", "high", values=(0, 1, 7))
     write(root, "train", "small")
     write(root, "train", "torn")
-    write(root, "train", "colours")
+    write(root, "train", "colors")
     masks = root / "masks" / "train"
     Image.fromarray(np.zeros((9, 8), np.uint8)).save(masks / "small.png")
     (masks / "torn.png").write_bytes((masks / "torn.png").read_bytes()[:50])
-    miniature.image_of(np.ones((20, 24), np.uint8)).save(masks / "colours.png")
+    miniature.image_of(np.ones((20, 24), np.uint8)).save(masks / "colors.png")
     with pytest.raises(ValueError, match=r"4 files of .* cannot be used") as caught:
         folder(root).prepare_data()
     for expected in (
         r"high.png': label values must be 0 to 2, 255; got [7]",
         "small.png' (9, 8)",
         "torn.png' is not a readable image",
-        "colours.png' must be a label map",
+        "colors.png' must be a label map",
     ):
         assert expected in str(caught.value)
     folder(root, check=False).prepare_data()

@@ -38,7 +38,7 @@ def test_without_noise_and_texture_the_mask_is_where_the_picture_changes():
         image, mask = dataset[index]["image"].astype(int), dataset[index]["mask"]
         background = np.median(image[mask == 0], axis=0)
         changed = np.abs(image - background).max(axis=-1) > 0
-        # Pixels that an object covers by less than a half are background by label and mixed by colour.
+        # Pixels that an object covers by less than a half are background by label and mixed by color.
         assert changed[mask > 0].all()
         assert (changed != (mask > 0)).mean() < 0.1
 

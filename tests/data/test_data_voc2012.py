@@ -188,7 +188,7 @@ def test_missing_files_are_counted_and_named(root):
             r"one size: .*2007_000033.jpg' has .* and .*2007_000033.png' \(9, 8\)",
         ),
     ],
-    ids=["truncated", "colours", "values", "sizes"],
+    ids=["truncated", "colors", "values", "sizes"],
 )
 def test_label_files_that_cannot_be_used_are_named(root, damage, message):
     damage(root / "VOCdevkit/VOC2012/SegmentationClass/2007_000033.png")

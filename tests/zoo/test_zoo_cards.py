@@ -64,7 +64,7 @@ def wrong(text: dict, place: str, value: object) -> dict:
         ("training.config", {}, "training.config: Dictionary should have at least 1 item"),
         ("weights.sha256", "ab", "weights.sha256: String should match"),
         ("surplus", 1, "surplus: Extra inputs are not permitted"),
-        ("palette", ["#000000"], "`palette` must have a colour for each of 6 classes"),
+        ("palette", ["#000000"], "`palette` must have a color for each of 6 classes"),
         ("name", "resnet18.shapes", "`name` must be test_resnet.<tag>"),
         ("name", "../test_resnet.shapes", "name: String should match"),
         ("std", [0.5, 0.0, 0.5], "`std` must be positive"),

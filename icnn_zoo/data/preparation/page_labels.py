@@ -172,7 +172,7 @@ class _Layout:
             cluster = [entries[i] for i in group]
             box = union([entry.box for entry in cluster])
             if all(entry.shape in ("rule", "box") for entry in cluster):
-                # Bars of a chart are many and hold little text; a frame, a grid and a bar of colour are no figures.
+                # Bars of a chart are many and hold little text; a frame, a grid and a bar of color are no figures.
                 filled = sum(entry.shape == "box" for entry in cluster)
                 inscribed = sum(area(cut(piece.box, box)) for piece in self.pieces)
                 if filled < 4 or inscribed > 0.25 * area(box):

@@ -20,7 +20,7 @@ _LABELLED: tuple[Split, ...] = ("train", "val")
 
 
 def all_items(data: FileDataModule) -> list[Item]:
-    """The labelled items of a dataset."""
+    """The labeled items of a dataset."""
     return [item for split in _LABELLED for item in data.items(split)]
 
 

@@ -94,7 +94,7 @@ def read_windows(
         gap: Zero columns after each row.
         in_size: Size (Hi, Wi) of a plane.
         out_size: Output size (Ho, Wo).
-        step: Distance between neighbouring outputs in the input (rows, columns).
+        step: Distance between neighboring outputs in the input (rows, columns).
 
     Returns:
         With step 1: [K, S, Ho + 1, Wo + 1], all that bilinear interpolation needs. Otherwise the four corners

@@ -64,7 +64,7 @@ def test_a_second_call_fetches_nothing(file, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("picture", "classes"), [("chelsea", range(281, 286)), ("coffee", [967])])
-def test_the_weights_know_a_cat_and_an_espresso_best_with_their_normalisation(file, picture, classes):
+def test_the_weights_know_a_cat_and_an_espresso_best_with_their_normalization(file, picture, classes):
     data = pytest.importorskip("skimage.data")
     network = timm.create_model(
         pretrained.ARCHITECTURE, pretrained=True, pretrained_cfg_overlay={"file": str(file)}
