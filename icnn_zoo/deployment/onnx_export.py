@@ -145,7 +145,8 @@ def _check_arguments(
 ) -> None:
     if (input_size is None) == (example_input is None):
         raise ValueError("Give `input_size` for a network that takes images, or else an `example_input`; one of both.")
-    if input_size is not None and (len(input_size) != 3 or not all(size >= 2 for size in input_size[1:])):
+    sizes = [size for size in input_size or (1, 2, 2) if hasattr(size, "__index__") and size >= 1]
+    if len(sizes) != 3 or min(sizes[1:]) < 2:
         raise ValueError(f"`input_size` must be (channels, height, width), at least 2 px each; got {input_size!r}.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"`path`: there is no folder {str(path.parent)!r}; make it first.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -56,9 +57,6 @@ class SegmentationModel(nn.Module):
         torch.Size([1, 21, 13, 17])
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(
         self,
         backbone: str,
@@ -91,13 +89,40 @@ class SegmentationModel(nn.Module):
         self.head_dilation = default_dilation(output_stride) if head_dilation is None else head_dilation
         channels = feature_info(self.backbone).channels()[-1]
         self.classifier = HEADS[head](channels, num_classes, self.head_dilation)
+        self._statistics: dict[str, tuple[float, ...]] = {}
         cfg = timm.get_pretrained_cfg(backbone, allow_unregistered=True)
         for name, values, default in (("mean", mean, cfg and cfg.mean), ("std", std, cfg and cfg.std)):
             values = tuple(values or default or (0.5, 0.5, 0.5))
             if len(values) != 3:
                 raise ValueError(f"`{name}` must have one number for each of R, G and B; got {values}.")
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+            self._statistics[name] = values
+            self.register_buffer(f"_{name}", torch.tensor(values)[:, None, None], persistent=False)
         self.train()
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the RGB channels in 0 to 1 [3, 1, 1]."""
+        return self._statistic("mean")
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of the RGB channels in 0 to 1 [3, 1, 1]."""
+        return self._statistic("std")
+
+    def _statistic(self, name: str) -> Tensor:
+        buffer: Any = self._buffers[f"_{name}"]
+        device = next(self.classifier.parameters()).device
+        # Made on meta and loaded with assign=True, only what is in the state dict is there.
+        if buffer.is_meta and device.type != "meta":
+            return torch.tensor(self._statistics[name], dtype=buffer.dtype, device=device)[:, None, None]
+        return buffer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SegmentationModel:
+        super()._apply(fn, recurse)
+        for name, values in self._statistics.items():  # anew: to_empty() leaves memory as it comes
+            buffer: Any = self._buffers[f"_{name}"]
+            self._buffers[f"_{name}"] = torch.tensor(values, dtype=buffer.dtype, device=buffer.device)[:, None, None]
+        return self
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Normalizes RGB images [B, 3, H, W] from 0..255 (uint8 or float) to what the backbone was trained on."""

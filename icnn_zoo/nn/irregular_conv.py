@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, fx, nn
@@ -155,7 +155,7 @@ class IrregularConv2d(nn.Module):
         return layer
 
     def _adopt(self, conv: nn.Conv2d, rules: ConvRules, epsilon: float, per_kernel: bool) -> None:
-        if not (isinstance(epsilon, (int, float)) and math.isfinite(epsilon)):
+        if not (isinstance(epsilon, SupportsFloat) and math.isfinite(epsilon)):
             raise ValueError(f"`epsilon` must be a finite number of pixels; got {epsilon!r}.")
         if not isinstance(per_kernel, bool):
             raise TypeError(f"`per_kernel` must be True or False; got {per_kernel!r}.")
