@@ -65,6 +65,7 @@ class SegmentationTask(pl.LightningModule):
         pretrained: True for timm's default backbone weights, a path for a local file, "zoo:NAME" for a checkpoint of
             the zoo, False for none. Loaded when training begins, so that a checkpoint can be loaded without them; one
             of the zoo, which has a head, also when a network without other weights is evaluated.
+        pretrained_partial: Accepts a file that lacks tensors of the backbone, which is refused otherwise.
         freeze_norm: Freezes norm layers' statistics and affine parameters.
         mean: RGB mean in 0 to 1, None for timm's.
         std: RGB standard deviation in 0 to 1, None for timm's.
@@ -119,6 +120,7 @@ class SegmentationTask(pl.LightningModule):
         head_dilation: int | None = None,
         dilation_rule: Literal["caffe", "timm"] = "timm",
         pretrained: bool | str = False,
+        pretrained_partial: bool = False,
         freeze_norm: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -157,6 +159,7 @@ class SegmentationTask(pl.LightningModule):
         self.class_names = check_classes("class_names", class_names or [str(index) for index in range(num_classes)])
         self.start = start
         self.pretrained = pretrained
+        self.pretrained_partial = pretrained_partial
         self._has_weights = False
         self.optimizer_name = optimizer
         self.lr = lr
@@ -220,7 +223,8 @@ class SegmentationTask(pl.LightningModule):
 
     def load_pretrained(self) -> None:
         """Loads what ``pretrained`` names."""
-        rank_zero_info(str(load_pretrained(self.model, self.pretrained, self.hparams["class_names"])))
+        names, partial = self.hparams["class_names"], self.pretrained_partial
+        rank_zero_info(str(load_pretrained(self.model, self.pretrained, names, partial=partial)))
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As any module; weights that were loaded are not replaced by those of ``pretrained``."""

@@ -12,6 +12,7 @@ DATA_MODULES: Final = frozenset(
     f"icnn_zoo.data.{name}DataModule"
     for name in ("Shapes", "DrawnVOC", "VOC2012", "PascalContext", "Cityscapes", "Folder", "Lines", "Documents")
 )
+_OF_ITS_MACHINE: Final = ("pretrained", "pretrained_partial", "compile")
 # The largest numbers that evaluating on a card's data may take; for what is not named, 10,000.
 _BOUNDS: Final = {
     "seed": 2**63,
@@ -53,8 +54,7 @@ def run_config(card: Card) -> dict[str, Any]:
     _check({"seed_everything": config["seed_everything"]}, card, "")
     if "model" in found:
         model = _mapping(found["model"], card, "model")
-        # What the run itself started from is of its machine.
-        config["model"] = {key: value for key, value in model.items() if key not in ("pretrained", "compile")}
+        config["model"] = {key: value for key, value in model.items() if key not in _OF_ITS_MACHINE}
         _check(config["model"], card, "model.")
     if "data" in found:
         data = _mapping(found["data"], card, "data")

@@ -27,6 +27,7 @@ def create_model(
     epsilon: float = 1e-3,
     per_kernel: bool = False,
     pretrained: bool | str | Path = False,
+    pretrained_partial: bool = False,
     classes: Sequence[str] | None = None,
     palette: Sequence[Sequence[int]] | None = None,
     **network: Any,
@@ -42,6 +43,7 @@ def create_model(
         per_kernel: One shape per kernel instead of per input channel.
         pretrained: True for timm's weights of the backbone, a file, ``"zoo:NAME"`` for a checkpoint of the zoo (see
             :func:`icnn_zoo.zoo.pretrained.load_pretrained`), False for random weights.
+        pretrained_partial: Accepts a file that lacks tensors of the backbone, which is refused otherwise.
         classes: Names by index, background first; None for numbers.
         palette: RGB, 0 to 255, by class; None for PASCAL VOC's colors.
         **network: Further arguments of :class:`icnn_zoo.models.SegmentationModel`: output_stride, ...
@@ -67,7 +69,7 @@ def create_model(
     if start is not None:
         convert(model, start, epsilon=epsilon, per_kernel=per_kernel)
     if pretrained:
-        load_pretrained(model, pretrained, classes)
+        load_pretrained(model, pretrained, classes, partial=pretrained_partial)
     return model
 
 

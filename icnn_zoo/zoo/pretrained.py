@@ -230,7 +230,7 @@ def _load(
     report = Loaded(where, tuple(loaded), tuple(missing), tuple(name for name in tensors if name not in loaded))
     counted = [name for name in loaded if _counts(name)]
     if not counted or (missing and not partial):
-        advice = "load it with partial=True if that is meant" if counted else "nothing in it has the network's names"
+        advice = "pretrained_partial=True accepts that" if counted else "nothing in it has the network's names"
         raise ValueError(
             f"{where} has {len(counted)} of {len(counted) + len(missing)} tensors of the network "
             f"({model.backbone_name}): missing{_some(missing)}; it has others{_some(report.unused)}; {advice}."

@@ -39,7 +39,7 @@ def test_a_config_beside_a_checkpoint_and_on_a_card_describe_the_same_run(zoo_ru
     assert beside["data"] == on_card["data"]
     # What the run started from is of its machine, and how it was compiled too.
     assert {key: beside["model"][key] for key in on_card["model"]} == on_card["model"]
-    assert beside["model"].keys() - on_card["model"].keys() == {"pretrained", "compile"}
+    assert beside["model"].keys() - on_card["model"].keys() == {"pretrained", "pretrained_partial", "compile"}
 
 
 def test_export_takes_a_name_of_the_zoo(zoo_folder, tmp_path, monkeypatch):
