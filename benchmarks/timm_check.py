@@ -21,6 +21,11 @@ TOLERANCE = 1e-8
 MOVED = 1e-6
 
 
+def timm_names() -> list[str]:
+    """The names of timm's own architectures, without those that other packages registered, as this one does."""
+    return [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("timm.")]
+
+
 class Unfit(Exception):
     """The architecture can't be checked, and why."""
 

@@ -247,7 +247,7 @@ def main() -> None:
             raise SystemExit(f"{options.output} is of another machine or other versions; move it away to start anew.")
         results = before
     rows = results["architectures"]
-    for name in timm.list_models():
+    for name in timm_check.timm_names():
         if name not in rows:
             rows[name] = plan(name)
             if not rows[name]["planned"]:

@@ -10,11 +10,9 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 import torch.nn.functional as F
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from timm.layers import BatchNormAct2d
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from icnn_zoo.conversion.converter import convert
@@ -29,6 +27,7 @@ from icnn_zoo.training.finiteness import all_finite, find_nonfinite
 from icnn_zoo.training.given_options import check_agreement
 from icnn_zoo.training.provenance import find_provenance
 from icnn_zoo.training.scores import background_miou, iou_and_accuracy, iou_names
+from icnn_zoo.training.strategies import check_strategy
 from icnn_zoo.zoo.pretrained import load_pretrained
 
 Batch = dict[str, Any]
@@ -199,7 +198,7 @@ class SegmentationTask(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuses strategies that would change the network silently, chooses the memory format and compiles."""
-        _check_strategy(self.trainer, self.model)
+        check_strategy(self.trainer, self.model)
         if self.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if self.compile_network:
@@ -388,21 +387,3 @@ class SegmentationTask(pl.LightningModule):
         # All processes hold the same numbers; sync_dist only keeps Lightning from warning that they might not.
         self.log_dict(values, sync_dist=True)
         self.log(f"{split}/mIoU", iou.nanmean(), prog_bar=True, sync_dist=True)
-
-
-def _check_strategy(trainer: pl.Trainer, model: nn.Module) -> None:
-    strategy = trainer.strategy
-    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-        # Their parameters are flat shards, perhaps in half precision: displacements would be rounded, the bound of
-        # Eq. 7 would not see them, and weight decay could not tell a weight from a bias.
-        raise ValueError(
-            f"`trainer.strategy` must keep parameters whole and displacements in float32; got "
-            f"{type(strategy).__name__}, which shards them. Take ddp: a ResNet-101 and its optimizer need 0.5 GB."
-        )
-    dropped = [name for name, module in model.named_modules() if isinstance(module, BatchNormAct2d)]
-    if getattr(strategy, "_layer_sync", None) is not None and dropped:
-        raise ValueError(
-            f"`trainer.sync_batchnorm` would drop the activations inside of this backbone's {len(dropped)} norm layers "
-            f"such as {dropped[0]}: take a backbone with plain BatchNorm (resnet), or leave it off (freeze_norm=true "
-            "needs no statistics of other devices)."
-        )

@@ -203,7 +203,7 @@ def test_files_that_are_neither_are_refused_with_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="no hyper_parameters and no state_dict"):
         load_task(tmp_path / "weights.ckpt")
     torch.save({"hyper_parameters": {"depth": 3}, "state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"no checkpoint of a SegmentationTask: .*depth"):
+    with pytest.raises(ValueError, match=r"not a checkpoint of a SegmentationTask: .*depth"):
         load_task(tmp_path / "other.ckpt")
 
 
