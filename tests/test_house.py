@@ -50,3 +50,10 @@ def test_the_picture_of_the_rooms_shows_the_rules():
     assert rooms["PICTURE"].read_text(encoding="utf-8") == rooms["draw"]()
     drawn = {room for floor in rooms["floors"]() for room in floor}
     assert drawn == {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()} | {"optim"}
+
+
+def test_the_files_that_contributors_are_sent_to_are_there():
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"):
+        for name in re.findall(r"`([\w./-]+/[\w./-]*)`", page.read_text(encoding="utf-8")):
+            if "NAME" not in name and not name.startswith(("build/", "bash")):
+                assert (ROOT / name).exists() or (PACKAGE / name).exists(), (page.name, name)
