@@ -71,11 +71,11 @@ class DclsConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
+        _check_plain(conv)
         try:
             from DCLS.construct.modules import Dcls2d
         except ImportError as error:
             raise ImportError("the peer dcls needs a package: pip install 'icnn-zoo[benchmark]'") from error
-        _check_plain(conv)
         logging.disable(logging.WARNING)  # which kernel it uses
         self.conv = Dcls2d(
             conv.in_channels,
