@@ -33,7 +33,7 @@ def is_http(url: str) -> bool:
 
 def is_plain_http(url: str) -> bool:
     """Whether whoever is on the way can read and change what comes from an address."""
-    return url.lower().startswith("http://") and not _is_loopback(urlsplit(url).hostname or "")
+    return url.lower().startswith("http://") and not _is_loopback(_host(url))
 
 
 def token_for(url: str) -> str | None:
@@ -46,13 +46,20 @@ def token_for(url: str) -> str | None:
         host, mark, token = entry.strip().partition("=")
         if not (host and mark and token):
             raise ValueError(f"{TOKENS} must be host=token, separated by commas; an entry has another form.")
-        if host == urlsplit(url).hostname:
+        if host == _host(url):
             if is_plain_http(url):
                 raise ValueError(
                     f"{TOKENS} has a token for {host}, and tokens are sent over https only; got {shown(url)}."
                 )
             return token
     return None
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:  # whoever opens it says what is wrong
+        return ""
 
 
 def _is_loopback(host: str) -> bool:

@@ -58,7 +58,9 @@ def read_about(about: str | Path | Mapping[str, Any]) -> tuple[About, dict[str, 
         except FileNotFoundError as error:
             raise FileNotFoundError(f"`about`: there is no file {str(about)!r}.") from error
         except yaml.YAMLError as error:
-            raise ValueError(f"`about`: {str(about)!r} is no YAML: {error}") from error
+            raise ValueError(f"`about`: {str(about)!r} is not YAML: {' '.join(str(error).split())}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"`about`: {str(about)!r} is not a text in UTF-8: {error}") from error
     try:
         # Lists of YAML stand for tuples, as those of JSON do.
         wanted = About.model_validate(values, strict=False)

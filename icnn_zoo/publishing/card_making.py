@@ -17,6 +17,7 @@ from icnn_zoo.io.label_pictures import color_map
 from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.publishing.about import About
 from icnn_zoo.publishing.card_metrics import measure
+from icnn_zoo.training.checkpoints import read_checkpoint
 from icnn_zoo.training.run_folder import RunFolder
 from icnn_zoo.training.run_metrics import read_metrics, thinned
 from icnn_zoo.training.task import SegmentationTask
@@ -74,7 +75,7 @@ def training_of(file: Path, config: dict[str, Any], wanted: About) -> Training:
     Raises:
         ValueError: Neither the checkpoint nor ``wanted`` says which software made it.
     """
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(file, mmap=True)
     made = checkpoint.get("provenance")
     if made is None and wanted.provenance is not None:
         made = wanted.provenance.model_dump()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,7 @@ def publish(
 
     Raises:
         FileNotFoundError: The source, its config.yaml or a picture is missing.
+        OSError: There is no space left, or a file cannot be written; nothing was published.
         ValueError: The name exists; the card would miss something, which the message names; the network does not come
             back as it was.
     """
@@ -82,9 +84,16 @@ def publish(
 
 
 def _target_folder(to: str | Path) -> Path:
-    if not is_local(str(to)):
+    # An address that went through a Path has lost a slash.
+    if not is_local(str(to)) or (re.match(r"\w{2,}:/", str(to)) and not str(to).startswith("file:")):
         raise ValueError(f"`to` must be a folder; got {str(to)!r}. Publish into a folder, and copy that to its host.")
-    return Path(local_path(str(to)))
+    folder = Path(local_path(str(to)))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`to` must be a folder; {str(to)!r} is a file.")
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"`to` must be a folder that can be written; {str(existing)!r} cannot.")
+    return folder
 
 
 def _read_index(folder: Path) -> Index:
