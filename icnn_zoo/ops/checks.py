@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 
 import torch
@@ -61,11 +60,13 @@ def check_groups(groups: int) -> int:
     Raises:
         ValueError: It is not an integer, or less than 1.
     """
-    with contextlib.suppress(TypeError):
+    try:
         number = operator.index(groups)
-        if number >= 1:
-            return number
-    raise ValueError(f"`groups` must be an int of at least 1; got {groups!r}.")
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"`groups` must be an int of at least 1; got {groups!r}.")
+    return number
 
 
 def check_output_size(

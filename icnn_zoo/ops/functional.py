@@ -104,7 +104,7 @@ def irregular_conv2d(
         if torch.is_anomaly_enabled():
             checks.check_finite(positions)
         return reference.irregular_conv2d(input, weight, positions, bias, *sizes)
-    if backend == "auto" and not torch.compiler.is_compiling():
+    if backend == "auto" and stride != (1, 1) and not torch.compiler.is_compiling():
         geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], *sizes)
         if geometry.is_mostly_padding() and input.numel() > 0 and weight.numel() > 0:
             return formula.irregular_conv2d(input, weight, positions, bias, *sizes)

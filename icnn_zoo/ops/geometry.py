@@ -52,7 +52,7 @@ class Geometry:
     def canonical(self) -> Geometry:
         """The same convolution with stride 1 along an axis of one output, where any stride is the same."""
         rows, cols = (1 if size == 1 else step for size, step in zip(self.output_size, self.stride, strict=True))
-        return replace(self, stride=(rows, cols))
+        return self if (rows, cols) == self.stride else replace(self, stride=(rows, cols))
 
     def is_mostly_padding(self) -> bool:
         """Whether the padded image, of which backends copy planes, is far larger than input and output together.
@@ -81,7 +81,7 @@ def pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
         ValueError: Not one or two ints, less than ``minimum``, or beyond 64 bits.
     """
     try:
-        values = tuple(value) if isinstance(value, Iterable) else (value, value)
+        values = (value, value) if isinstance(value, int) or not isinstance(value, Iterable) else tuple(value)
         values = tuple(item if isinstance(item, int) else operator.index(item) for item in values)
     except TypeError:
         raise TypeError(f"`{name}` must be an int or a pair (rows, columns) of ints; got {value!r}.") from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,7 +134,7 @@ def _current(name: str) -> Callable[..., Any]:
 
     @functools.wraps(globals()[name])
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(__name__), name)(*args)
+        return getattr(sys.modules[__name__], name)(*args)
 
     return call
 

@@ -54,6 +54,15 @@ def test_two_runs_agree_bit_for_bit(case: Case, cpu_path: str) -> None:
         assert torch.equal(one, other)
 
 
+def test_a_wide_depthwise_kernel_in_bfloat16_comes_to_an_end(cpu_path: str) -> None:
+    """PyTorch's own convolution does not, drawn like this."""
+    case = Case(size=(6, 34), channels=(2, 2), kernel=(2, 4), groups=2, stride=(2, 1), padding=2, spread=5.0)
+    input, weight, _, bias = case.tensors(torch.bfloat16)
+    input = input.detach().contiguous(memory_format=torch.channels_last)
+    output = case.run([input, weight, case.tensors(torch.float32)[2], bias], cpu_path)
+    assert output.isfinite().all()
+
+
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [PLAIN, Case(groups=2, per_kernel=True)], ids=KINDS)
 def test_half_precision_tensors_take_float32_positions(case: Case, half: torch.dtype, cpu_path: str) -> None:

@@ -165,14 +165,32 @@ class _Call:
             "weight": weight.to(self.dtype).contiguous(),
             "positions": positions.to(torch.float64).contiguous(),
         }
+        (images, channels), (outputs, _, taps) = input.shape[:2], weight.shape
         self.task = (_Stencil if self.is_stencil else _Columns)(
             sizes=_Sizes(*geometry.input_size, *geometry.output_size, *geometry.stride, *geometry.origin),
-            images=input.shape[0],
-            channels=input.shape[1],
-            outputs=weight.shape[0],
+            images=images,
+            channels=channels,
+            outputs=outputs,
             groups=geometry.groups,
-            taps=weight.shape[2],
+            taps=taps,
         )
+        self.strides = geometry.stride
+        # What C will touch, by the sizes that it is told.
+        weights = outputs * (channels // geometry.groups) * taps
+        shapes = weights if positions.dim() == 4 else channels * taps
+        pixels = images * channels * geometry.input_size[0] * geometry.input_size[1]
+        results = images * outputs * geometry.output_size[0] * geometry.output_size[1]
+        self.lengths = {
+            "input": pixels,
+            "weight": weights,
+            "positions": 2 * shapes,
+            "bias": outputs,
+            "output": results,
+            "grad_output": results,
+            "grad_input": pixels,
+            "grad_weight": weights,
+            "grad_shift": 2 * (weights if self.is_stencil else shapes),
+        }
         if self.is_stencil:
             self.task.per_kernel = positions.dim() == 4
         else:
@@ -201,32 +219,17 @@ class _Call:
         Raises:
             ValueError: A tensor or a size is not what C takes it for.
         """
-        task, sizes = self.task, self.task.sizes
-        weights = task.outputs * (task.channels // max(1, task.groups)) * task.taps
-        shapes = weights if self.is_stencil and task.per_kernel else task.channels * task.taps
-        pixels = task.images * task.channels * sizes.height * sizes.width
-        outputs = task.images * task.outputs * sizes.out_height * sizes.out_width
-        expected = {
-            "input": (self.dtype, pixels),
-            "weight": (self.dtype, weights),
-            "positions": (torch.float64, 2 * shapes),
-            "bias": (self.dtype, task.outputs),
-            "output": (self.dtype, outputs),
-            "grad_output": (self.dtype, outputs),
-            "grad_input": (self.dtype, pixels),
-            "grad_weight": (self.dtype, weights),
-            "grad_shift": (torch.float64, 2 * (weights if self.is_stencil else shapes)),
-        }
-        if min(pixels, weights, outputs, sizes.stride_row, sizes.stride_col) < 1:
+        lengths = self.lengths
+        if min(lengths.values()) < 1 or min(self.strides) < 1:
             raise ValueError("the native backend needs at least one of everything: images, channels, taps and outputs.")
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
-            dtype, length = expected[name]
+            dtype, length = torch.float64 if name in ("positions", "grad_shift") else self.dtype, lengths[name]
             plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg()
             if tensor.dtype != dtype or tensor.numel() != length or not plain:
                 raise ValueError(
                     f"`{name}` must be {length} contiguous numbers of {dtype} on a CPU for the native backend; got "
                     f"{list(tensor.shape)} of {tensor.dtype} with strides {tensor.stride()} on {tensor.device}."
                 )
-            setattr(task, name, tensor.data_ptr())
+            setattr(self.task, name, tensor.data_ptr())

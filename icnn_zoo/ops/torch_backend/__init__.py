@@ -55,7 +55,11 @@ class TorchBackend:
         """
         box = self._dense_box(weight, positions, geometry)
         if box is not None:
-            output = dense.forward(input, weight, positions, bias, box, geometry, self.limits)
+            # Not in half precision: PyTorch 2.15 never returns from some depthwise convolutions (channels_last).
+            dtype = compute_dtype(input.dtype)
+            start = None if bias is None else bias.to(dtype)
+            wide = dense.forward(input.to(dtype), weight.to(dtype), positions, start, box, geometry, self.limits)
+            output = wide.to(input.dtype)
         elif positions.dim() == 3:
             return columns.forward(
                 WindowColumns(input, positions, geometry), input, weight, bias, geometry, self.limits
@@ -81,7 +85,14 @@ class TorchBackend:
         """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
         box = self._dense_box(weight, positions, geometry)
         if box is not None:
-            return dense.backward(grad_output, input, weight, positions, box, geometry, self.limits, needs)
+            dtype = compute_dtype(input.dtype)
+            wide = (grad_output.to(dtype), input.to(dtype), weight.to(dtype))
+            by_input, by_weight, by_positions = dense.backward(*wide, positions, box, geometry, self.limits, needs)
+            return (
+                None if by_input is None else by_input.to(input.dtype),
+                None if by_weight is None else by_weight.to(weight.dtype),
+                by_positions,
+            )
         if positions.dim() == 3:
             maker = WindowColumns(input, positions, geometry)
             return columns.backward(maker, grad_output, input, weight, positions, geometry, self.limits, needs)
