@@ -6,7 +6,6 @@ import pickle
 import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
-from timm.optim import Muon
 from timm.optim.lookahead import Lookahead
 from torch import nn
 from torch.nn.utils import parametrize
@@ -218,6 +217,7 @@ def test_a_parametrization_without_an_inverse_is_refused():
 
 
 def test_muon_leaves_displacements_to_its_fallback_or_is_refused():
+    Muon = pytest.importorskip("timm.optim.muon", reason="needs a newer timm").Muon
     model = network()
     with pytest.raises(ValueError, match=r"Muon would orthogonalize the displacement of '0'.*use_muon=False"):
         bound_positions(Muon(model.parameters(), lr=0.02), model)
