@@ -41,8 +41,8 @@ def test_a_server_that_gives_a_byte_an_attempt_is_given_up(zoo_server, url, tmp_
 
 
 def test_what_comes_fast_enough_may_take_long(zoo_server, url, tmp_path):
-    zoo_server.manners = ["slow"]  # 10 kB every 20 ms, five of them
-    assert fetch(url, DATA, tmp_path, Patience(total=0.05, slowest=100_000)) == DATA
+    zoo_server.manners, zoo_server.files["/file"] = ["slow"], content(600_000)  # 10 kB every 20 ms
+    assert fetch(url, content(600_000), tmp_path, Patience(total=1.0, slowest=50_000)) == content(600_000)
 
 
 def test_a_file_that_became_shorter_is_fetched_anew_and_not_locked_out(zoo_server, url, tmp_path):

@@ -24,7 +24,9 @@ def folder(zoo_run, tmp_path):
     return tmp_path / "zoo"
 
 
-def test_a_kill_before_any_change_of_a_file_leaves_a_registry_and_the_way_free(zoo_run, folder, tmp_path, monkeypatch):
+def test_a_kill_before_any_change_of_a_file_leaves_a_registry_and_the_way_free(
+    zoo_run, folder, tmp_path, monkeypatch, record_property
+):
     (tmp_path / "picture.png").write_bytes(b"a picture")
     about = {**MEASURED, "pictures": {str(tmp_path / "picture.png"): "A picture"}}
     # Networks compute nothing in a forked process; what is written and moved is the same.
@@ -41,6 +43,7 @@ def test_a_kill_before_any_change_of_a_file_leaves_a_registry_and_the_way_free(z
             break
     else:
         assert kills >= 10  # the staging folder, four files and their moves, the folder's move, the index and its move
+    record_property("kills", kills)
     if NAME not in icnn_zoo.list_checkpoints(registry=folder):
         publish(zoo_run, NAME, folder, about)
     for name in icnn_zoo.list_checkpoints(registry=folder):
