@@ -1,6 +1,6 @@
 """The numbers of docs/trust.md: what the tests tried, from a JUnit file of pytest.
 
-Run pytest with --junitxml trust.xml on the modules that docs/trust.md names, then
+Run pytest with -o junit_family=xunit1 --junitxml trust.xml on the modules that docs/trust.md names, then
 python benchmarks/trust_report.py trust.xml --to docs/results/trust.json
 """
 
