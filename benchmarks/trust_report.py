@@ -13,22 +13,30 @@ from collections import Counter
 from pathlib import Path
 
 
-def summary(junit: Path) -> dict[str, object]:
-    """Tests, failures, skips and kills by test module, and in all."""
+def summary(files: list[Path]) -> dict[str, object]:
+    """Tests, those that did not pass, and kills, by test module and in all."""
     modules: dict[str, Counter[str]] = {}
-    for case in xml.parse(junit).iter("testcase"):
+    for file in files:
+        modules |= read(file)
+    total = sum(modules.values(), Counter())
+    return {"modules": {name: dict(counts) for name, counts in sorted(modules.items())}, "all": dict(total)}
+
+
+def read(file: Path) -> dict[str, Counter[str]]:
+    """The counts of one JUnit file by module."""
+    modules: dict[str, Counter[str]] = {}
+    for case in xml.parse(file).iter("testcase"):
         counts = modules.setdefault(case.get("classname", ""), Counter(tests=0, failed=0, kills=0))
         counts["tests"] += 1
         counts["failed"] += any(case.find(kind) is not None for kind in ("failure", "error", "skipped"))
         kills = [entry for entry in case.iter("property") if entry.get("name") == "kills"]
         counts["kills"] += sum(int(entry.get("value", 0)) for entry in kills)
-    total = sum(modules.values(), Counter())
-    return {"modules": {name: dict(counts) for name, counts in sorted(modules.items())}, "all": dict(total)}
+    return modules
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("junit", type=Path)
+    parser.add_argument("junit", type=Path, nargs="+", help="later files replace the modules of earlier ones")
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
     options.to.write_text(json.dumps(summary(options.junit), indent=2) + "\n", encoding="utf-8")
