@@ -98,7 +98,7 @@ def is_local(url: str) -> bool:
 
 def local_path(url: str) -> str:
     """The path that a local URL stands for."""
-    return str(fsspec.url_to_fs(url)[1])
+    return str(fsspec.core.url_to_fs(url)[1])
 
 
 @contextmanager
@@ -272,7 +272,7 @@ class _WatchedAdapter(requests.adapters.HTTPAdapter):
 def _open_fsspec(url: str, start: int, version: str | None) -> Iterator[Source]:
     # Errors of whoever uses the stream pass through the yield: only those of opening and reading are translated.
     with _translated(url):
-        system, path = fsspec.url_to_fs(url)
+        system, path = fsspec.core.url_to_fs(url)
         current = str(system.ukey(path))
         file = system.open(path, "rb")
         begins = start if current == version else 0

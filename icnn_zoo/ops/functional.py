@@ -114,7 +114,10 @@ def irregular_conv2d(
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Casts as autocast casts ``conv2d``: everything to its dtype, but never the positions."""
     kind = input.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:
+    # Some kinds (meta) know no autocast and raise when asked. Older compilers cannot trace that question.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(kind):
+        return input, weight, bias
+    if not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:
         return input, weight, bias
     dtype = torch.get_autocast_dtype(kind)
     return input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
