@@ -147,7 +147,7 @@ def check(call: Call) -> str:
     if not all(leaf.numel() for leaf in call.leaves.values()):
         return "nothing to sum"
     if call.regular and not call.far:
-        # PyTorch 2.15 has no gradient for weights of some strides.
+        # PyTorch 2.14 has no gradient for weights of some strides.
         leaves = {name: leaf for name, leaf in call.leaves.items() if name != "positions"}
         conv = Call(
             {name: leaf.double().contiguous() for name, leaf in leaves.items()}, call.options, True, False, call.text

@@ -55,7 +55,7 @@ class TorchBackend:
         """
         box = self._dense_box(weight, positions, geometry)
         if box is not None:
-            # Not in half precision: PyTorch 2.15 never returns from some depthwise convolutions (channels_last).
+            # Not in half precision: PyTorch 2.14 never returns from some depthwise convolutions (channels_last).
             dtype = compute_dtype(input.dtype)
             start = None if bias is None else bias.to(dtype)
             wide = dense.forward(input.to(dtype), weight.to(dtype), positions, start, box, geometry, self.limits)
