@@ -211,7 +211,7 @@ class IrregularConv2d(nn.Module):
         """Draws weight and bias as nn.Conv2d does and puts every tap epsilon off the regular grid."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
-            bound = 1 / math.sqrt(self.weight[0].numel())
+            bound = 1 / math.sqrt(max(self.weight[0].numel(), 1))  # 0 without input channels
             nn.init.uniform_(self.bias, -bound, bound)
         nn.init.constant_(self.displacement, self.epsilon)
 

@@ -334,3 +334,10 @@ def test_repr_says_what_differs_from_the_default() -> None:
         "per_kernel=True",
     ):
         assert part in text
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_input_channels_gives_its_bias():
+    layer = IrregularConv2d(0, 6, 3, padding=1)
+    output = layer(torch.zeros(1, 0, 9, 8))
+    assert output.equal(layer.bias[:, None, None].expand(1, 6, 9, 8))
