@@ -83,4 +83,4 @@ def test_new_scenes_of_known_artists_stand_on_the_page_as_measured():
     page = (RESULTS / "drawn_voc.md").read_text(encoding="utf-8")
     for split in ("train", "val"):
         gains = [100 * (scores["blocks.4"][seed][split] - scores["regular"][seed][split]) for seed in scores["regular"]]
-        assert f"{np.mean(gains):.2f} ± {np.std(gains, ddof=1):.2f}" in page
+        assert f"{np.mean(gains):.2f}, {np.std(gains, ddof=1):.2f} |" in page
