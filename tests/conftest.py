@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import timm_check
 import torch
+import torch.distributed
 
 from icnn_zoo.data import VOC_CLASSES
 from icnn_zoo.data.drawn_voc import FORMAT
@@ -38,6 +39,14 @@ def waken():
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group() -> Iterator[None]:
+    """Lightning leaves the group of a ddp run in this process, and the next test would belong to it."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 CPU_BACKENDS = {
