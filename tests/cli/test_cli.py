@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
@@ -142,8 +143,27 @@ def test_both_programs_offer_fit(program):
 def test_the_readme_names_both_programs_and_the_commands_that_ci_runs():
     assert "icnn-zoo fit" in README
     assert "lightning fit -c configs/quickstart.yaml" in README
-    command = next(line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.endswith("&& pytest"))
-    assert command in README
+    command = next(line for line in (ROOT / ".ci" / "run").read_text().splitlines() if "pip install" in line)
+    assert f"{command} && pytest\n" in README
+
+
+@pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 1)])
+def test_the_suite_in_two_processes_fails_where_one_does_and_leaves_no_folder_out(tmp_path, codes):
+    pytest_stub = tmp_path / "pytest"
+    pytest_stub.write_text(
+        '#!/bin/bash\n[[ "$*" == *--ignore* ]] && half=0 || half=1\ncodes=($CODES)\n'
+        'if [ "${codes[$half]}" = 1 ]; then echo "FAILED test of half $half"; fi\n'
+        'echo "half $half: $*"; exit "${codes[$half]}"\n'
+    )
+    pytest_stub.chmod(0o755)
+    variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CODES": f"{codes[0]} {codes[1]}"}
+    ran = subprocess.run(["bash", ROOT / ".ci" / "tests", "-x"], capture_output=True, text=True, env=variables)
+    assert ran.returncode == max(codes)
+    first, second = (line.split(": ")[1].split() for line in ran.stdout.splitlines()[-2:])
+    assert first == ["-x", *(f"--ignore={folder}" for folder in second[1:])]
+    assert all((ROOT / folder).is_dir() for folder in second[1:])
+    failed = [f"FAILED test of half {half}" for half in range(2) if codes[half]]
+    assert ran.stdout.split("--- both\n")[1].splitlines()[:-2] == failed
 
 
 def test_a_killed_run_resumes_with_the_losses_of_the_uninterrupted_one(tmp_path):
