@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icnn_zoo.models.backbones import DILATION_RULES, create_backbone, dilate_as_caffe, feature_info
+from icnn_zoo.models.backbones import DILATION_RULES, BackboneArgs, create_backbone, dilate_as_caffe, feature_info
 from icnn_zoo.models.heads import HEADS, default_dilation
 from icnn_zoo.nn.norms import freeze_norm as freeze_norm_layers
 
@@ -31,6 +31,8 @@ class SegmentationModel(nn.Module):
         dilation_rule: Dilation of the convolutions that lost their stride, the first 3x3 of each dilated stage. "timm"
             (torchvision likewise) gives them that of the stage before, "caffe" that of their own stage, as DeepLab's
             networks have it: 2 in layer3.0 and 4 in layer4.0 of a ResNet at output stride 8, not 1 and 2.
+        backbone_args: Sizes and rates for timm's network, numbers or lists of them, such as
+            ``{"channels": [32, 64, 128, 256]}`` for a ResNet of half the width; None for its own.
         freeze_norm: Freezes statistics and affine parameters of all norm layers, in training mode too.
         mean: Mean of the RGB channels in 0 to 1, None for what timm says of the backbone.
         std: Standard deviation likewise.
@@ -66,6 +68,7 @@ class SegmentationModel(nn.Module):
         head: str = "largefov",
         head_dilation: int | None = None,
         dilation_rule: str = "timm",
+        backbone_args: BackboneArgs | None = None,
         freeze_norm: bool = False,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -83,9 +86,10 @@ class SegmentationModel(nn.Module):
         self.num_classes = num_classes
         self.output_stride = output_stride
         self.freeze_norm = freeze_norm
-        self.backbone = create_backbone(backbone, output_stride)
+        self.backbone_args: BackboneArgs = backbone_args or {}
+        self.backbone = create_backbone(backbone, output_stride, self.backbone_args)
         if dilation_rule == "caffe":
-            dilate_as_caffe(self.backbone, backbone, output_stride)
+            dilate_as_caffe(self.backbone, backbone, output_stride, self.backbone_args)
         self.head_dilation = default_dilation(output_stride) if head_dilation is None else head_dilation
         channels = feature_info(self.backbone).channels()[-1]
         self.classifier = HEADS[head](channels, num_classes, self.head_dilation)

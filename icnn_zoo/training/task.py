@@ -61,6 +61,8 @@ class SegmentationTask(pl.LightningModule):
             its taps would not meet.
         dilation_rule: "caffe" as in the paper's baseline or "timm"; see
             :class:`icnn_zoo.models.SegmentationModel`.
+        backbone_args: Sizes and rates for timm's network, such as ``{channels: [32, 64, 128, 256]}`` for a ResNet of
+            half the width.
         pretrained: True for timm's default backbone weights, a path for a local file, "zoo:NAME" for a checkpoint of
             the zoo, False for none. Loaded when training begins, so that a checkpoint can be loaded without them; one
             of the zoo, which has a head, also when a network without other weights is evaluated.
@@ -103,6 +105,7 @@ class SegmentationTask(pl.LightningModule):
         "head",
         "head_dilation",
         "dilation_rule",
+        "backbone_args",
     )
 
     def __init__(
@@ -118,6 +121,7 @@ class SegmentationTask(pl.LightningModule):
         head: str = "largefov",
         head_dilation: int | None = None,
         dilation_rule: Literal["caffe", "timm"] = "timm",
+        backbone_args: dict[str, int | float | list[int | float]] | None = None,
         pretrained: bool | str = False,
         pretrained_partial: bool = False,
         freeze_norm: bool = False,
@@ -184,6 +188,7 @@ class SegmentationTask(pl.LightningModule):
             head=head,
             head_dilation=head_dilation,
             dilation_rule=dilation_rule,
+            backbone_args=backbone_args,
             freeze_norm=freeze_norm,
             mean=mean,
             std=std,

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from icnn_zoo.models.backbones import check_backbone_args
+
 FORMAT: Final = 1
 NAME = r"[a-z0-9_]+\.[a-z0-9_-]+"
 
@@ -140,7 +142,10 @@ class Card(Record):
         backbone = self.network.get("backbone")
         if not isinstance(backbone, str) or not re.fullmatch(r"\w+(\.\w+)?", backbone):
             raise ValueError("`network` must name its backbone as timm does")
+        check_backbone_args(self.network.get("backbone_args") or {})
         for key, value in self.network.items():
+            if key == "backbone_args":
+                continue
             check_plain(value, f"`network.{key}`", _BOUNDS.get(key, 4096))
         architecture = backbone.partition(".")[0]
         if not self.name.startswith(f"{architecture}."):

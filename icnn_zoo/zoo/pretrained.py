@@ -86,7 +86,9 @@ def load_pretrained(
     if isinstance(source, bool):
         if not source:
             raise ValueError("`pretrained` must name weights, or be True for timm's; got False.")
-        state = create_backbone(model.backbone_name, model.output_stride, pretrained=True).state_dict()
+        state = create_backbone(
+            model.backbone_name, model.output_stride, model.backbone_args, pretrained=True
+        ).state_dict()
         tensors = {_BACKBONE + name: tensor for name, tensor in state.items()}
         return _load(model, tensors, f"timm's {model.backbone_name}", same_classes=False, partial=partial)
     if isinstance(source, str) and source.startswith(ZOO):
@@ -175,7 +177,7 @@ def _own_names(model: SegmentationModel, tensors: Mapping[str, Tensor]) -> dict[
     best = max(ways, key=len)
     lacking = [name for name in set(wanted.values()) - set(best.values()) if name.startswith(_BACKBONE)]
     if any(_counts(name) for name in lacking):
-        theirs = _by_timm(model.backbone_name, tensors)
+        theirs = _by_timm(model, tensors)
         names = counterparts(theirs, "", _BACKBONE)
         if len(names) > len(best):
             tensors, best = theirs, names
@@ -196,10 +198,10 @@ def _flat(name: str) -> str:
     return name.replace(".", "_")  # timm's feature extractors join parts of a name so
 
 
-def _by_timm(backbone: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _by_timm(model: SegmentationModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """What timm makes of a file that has the names of the network's first publication; nothing where it cannot."""
     with torch.device("meta"):
-        network = timm.create_model(backbone)
+        network = timm.create_model(model.backbone_name, **model.backbone_args)
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if convert is None:
         return {}

@@ -117,3 +117,26 @@ def test_caffes_rule_leaves_stages_that_keep_their_stride_alone():
 def test_wrong_choices_name_the_right_ones(arguments, message):
     with pytest.raises(ValueError, match=message):
         SegmentationModel(**{"backbone": "resnet18", "num_classes": 3, **arguments})
+
+
+def test_backbone_args_change_the_width_and_keep_caffes_rule():
+    arguments = {"channels": [8, 8, 16, 16], "stem_width": 8}
+    model = SegmentationModel("resnet10t", 3, backbone_args=arguments, dilation_rule="caffe")
+    assert model.classifier.in_channels == 16
+    assert model(torch.randn(1, 3, 33, 41)).shape == (1, 3, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pretrained": True}, "other options decide"),
+        ({"checkpoint_path": "weights"}, "other options decide"),
+        ({"act_layer": "relu"}, "numbers up to 4096"),
+        ({"channels": [10**9]}, "numbers up to 4096"),
+        ({"wideness": 2}, "resnet10t does not take"),
+        ([32, 64], "names and numbers; got a list"),
+    ],
+)
+def test_backbone_args_are_sizes_that_the_network_takes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SegmentationModel("resnet10t", 3, backbone_args=arguments)
