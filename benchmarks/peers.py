@@ -15,6 +15,7 @@ from measuring import LINUX, SEED, counter
 from torch import Tensor
 
 import icnn_zoo
+from icnn_zoo.ops.sharing import Shapes
 
 OFF_INTEGER = 0.01  # distance of positions from integers, where bilinear interpolation has kinks
 
@@ -32,7 +33,7 @@ class Shape:
     groups: int = 1
     stride: int = 1
     spread: float = 0.75
-    per_kernel: bool = False
+    shapes: Shapes = "channel"
 
     def shrunk(self) -> Shape:
         """The same kind of shape with about 16 channels on an 11 x 11 map."""
@@ -49,7 +50,7 @@ class Shape:
     def __str__(self) -> str:
         words = f"B{self.batch} C{self.channels} N{self.outputs} {self.size}x{self.size}"
         words += f" k{self.kernel} d{self.dilation} g{self.groups} s{self.stride} ±{self.spread:g} px"
-        return words + (" per kernel" if self.per_kernel else "")
+        return words + (f" per {self.shapes}" if self.shapes != "channel" else "")
 
 
 SHAPES = {
@@ -63,7 +64,7 @@ SHAPES = {
     "grouped": Shape(2, 256, 256, 41, groups=32),
     "stride2": Shape(2, 256, 256, 41, stride=2),
     "spread8": Shape(2, 256, 256, 41, spread=8.0),
-    "full": Shape(1, 64, 64, 41, per_kernel=True),
+    "full": Shape(1, 64, 64, 41, shapes="kernel"),
 }
 
 
@@ -76,7 +77,8 @@ class Case:
         fan_in, taps = shape.channels // shape.groups, shape.kernel**2
         steps = (torch.arange(shape.kernel) - (shape.kernel - 1) // 2) * float(shape.dilation)
         self.grid = torch.cartesian_prod(steps, steps).to(device)
-        lead = (shape.outputs, fan_in) if shape.per_kernel else (shape.channels,)
+        owners = {"layer": (1,), "channel": (shape.channels,), "kernel": (shape.outputs, fan_in)}
+        lead = owners[shape.shapes]
         moved = self.grid.cpu() + (torch.rand(*lead, taps, 2, generator=generator) * 2 - 1) * shape.spread
         self.positions = (moved.floor() + (moved % 1).clamp(OFF_INTEGER, 1 - OFF_INTEGER)).to(device)
         out = (shape.size - 1) // shape.stride + 1
@@ -110,7 +112,7 @@ def irregular_torch(input: Tensor, weight: Tensor, positions: Tensor, case: Case
 def deform_conv2d(input: Tensor, weight: Tensor, positions: Tensor, case: Case) -> Tensor:
     """torchvision's, offsets constant over space; the full version copies the input channels for every output."""
     shape = case.shape
-    if shape.per_kernel:
+    if shape.shapes == "kernel":
         per_group, fan_in = shape.outputs // shape.groups, shape.channels // shape.groups
         channels = torch.arange(shape.outputs) // per_group * fan_in
         input = input[:, (channels[:, None] + torch.arange(fan_in)).flatten().to(input.device)]
@@ -146,7 +148,7 @@ class Dcls:
         module = Dcls2d(shape.channels, shape.outputs, shape.kernel**2, bias=False, version="v1", **sizes)
         logging.disable(logging.NOTSET)
         positions = case.positions
-        if not shape.per_kernel:
+        if shape.shapes != "kernel":
             positions = positions.unflatten(0, (shape.groups, 1, -1))
             positions = positions.expand(-1, shape.outputs // shape.groups, -1, -1, -1).flatten(0, 1)
         module.weight.data = case.weight.flatten(2).clone()

@@ -7,13 +7,15 @@ from typing import Any
 
 from icnn_zoo.cli.options import Command
 
-ORDERS = ("registration", "execution")  # those of icnn_zoo.plan, which is not imported to print a help text
+# Those of icnn_zoo.plan, which is not imported to print a help text.
+ORDERS = ("registration", "execution")
+SHAPES = ("layer", "group", "channel", "kernel")
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backbone", help="timm name, such as resnet101")
     parser.add_argument("--start", required=True, help="first module to convert, such as layer3.11; '' for all")
-    parser.add_argument("--per-kernel", action="store_true", help="count one shape per kernel, not per input channel")
+    parser.add_argument("--shapes", choices=SHAPES, default="channel", help="who shares a shape")
     parser.add_argument("--features-only", action="store_true", help="as a feature extractor, without classifier")
     parser.add_argument("--output-stride", type=int, choices=(8, 16, 32), help="dilate the feature extractor")
     parser.add_argument("--order", choices=ORDERS, default="registration", help="what comes after --start")
@@ -42,9 +44,7 @@ def _plan(options: argparse.Namespace) -> None:
         runs = options.order == "execution"
         size: tuple[int, ...] = getattr(timm.get_pretrained_cfg(options.backbone), "input_size", (3, 224, 224))
         images = torch.zeros(1, *size) if runs else None
-    result = icnn_zoo.plan(
-        model, options.start, per_kernel=options.per_kernel, order=options.order, example_input=images
-    )
+    result = icnn_zoo.plan(model, options.start, shapes=options.shapes, order=options.order, example_input=images)
     print(json.dumps(result.to_dict(), indent=2) if options.json else result)
 
 

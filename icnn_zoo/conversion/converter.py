@@ -11,6 +11,7 @@ from icnn_zoo.conversion.start import Order, modules_from
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
 from icnn_zoo.nn.modules import ExampleInput, replace_modules
 from icnn_zoo.nn.references import UnreachableError
+from icnn_zoo.ops.sharing import Shapes
 
 # Wrappers that took stock of the parameters when they were made, and would not know the new ones.
 _WRAPPERS = {
@@ -27,7 +28,7 @@ def convert(
     *,
     filter: Filter | None = None,
     epsilon: float = 1e-3,
-    per_kernel: bool = False,
+    shapes: Shapes = "channel",
     order: Order = "registration",
     example_input: ExampleInput | None = None,
 ) -> nn.Module:
@@ -55,7 +56,8 @@ def convert(
             very first module.
         filter: Narrows the choice: called with (module, dotted name), False leaves the module regular.
         epsilon: Initial displacement of every tap in pixels.
-        per_kernel: Gives every kernel a shape of its own (the full version) instead of one per input channel.
+        shapes: Who shares a shape: "channel" for one per input channel, shared by all kernels, "layer" for one of all,
+            "group" for one per group, "kernel" for the full version.
         order: What "from ``start`` on" means, ``start`` itself included. "registration", the order of
             ``model.named_modules()``, is nearly always that of the forward; timm's twins, coat, fasternet,
             efficientvim, ghostnetv2 and hrnet with its classification head register some modules earlier or later than
@@ -81,7 +83,7 @@ def convert(
         ['layer4.0.conv1', 'layer4.0.conv2', 'layer4.1.conv1', 'layer4.1.conv2']
     """
     _refuse_wrapped(model)
-    decided = plan(model, start, filter=filter, per_kernel=per_kernel, order=order, example_input=example_input)
+    decided = plan(model, start, filter=filter, shapes=shapes, order=order, example_input=example_input)
     if decided.refused:
         refused = decided.refused[0]
         more = f" (and {len(decided.refused) - 1} more, see icnn_zoo.plan)" if len(decided.refused) > 1 else ""
@@ -98,7 +100,7 @@ def convert(
                 "on meta."
             )
     layers: dict[str, IrregularConv2d] = {
-        name: IrregularConv2d.from_conv2d(conv, epsilon=epsilon, per_kernel=per_kernel)  # type: ignore[arg-type]
+        name: IrregularConv2d.from_conv2d(conv, epsilon=epsilon, shapes=shapes)  # type: ignore[arg-type]
         for name, conv in convs.items()
     }
     if "" in layers:

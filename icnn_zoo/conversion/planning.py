@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from icnn_zoo.io.tables import text_table
 from icnn_zoo.nn.conv_rules import find_rules, reason_to_refuse
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
 from icnn_zoo.nn.modules import ExampleInput
+from icnn_zoo.ops.sharing import SHAPES, Shapes, shape_owners
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -90,7 +92,7 @@ def plan(
     start: str,
     *,
     filter: Filter | None = None,
-    per_kernel: bool = False,
+    shapes: Shapes = "channel",
     order: Order = "registration",
     example_input: ExampleInput | None = None,
 ) -> ConversionPlan:
@@ -100,7 +102,7 @@ def plan(
         model: Any network.
         start: As in :func:`convert`.
         filter: As in :func:`convert`.
-        per_kernel: As in :func:`convert`; only the number of parameters depends on it.
+        shapes: As in :func:`convert`; only the number of parameters depends on it.
         order: As in :func:`convert`.
         example_input: As in :func:`convert`.
 
@@ -109,7 +111,8 @@ def plan(
 
     Raises:
         TypeError: ``start`` is not a string or ``filter`` not callable.
-        ValueError: ``start`` names no module, or several; ``order`` and ``example_input`` do not fit.
+        ValueError: ``start`` names no module, or several; ``shapes`` is unknown; ``order`` and ``example_input`` do not
+            fit.
 
     Example:
         >>> import timm, icnn_zoo
@@ -120,6 +123,8 @@ def plan(
     """
     if filter is not None and not callable(filter):
         raise TypeError(f"`filter` must be a function of (module, dotted name); got {filter!r}.")
+    if shapes not in SHAPES:
+        raise ValueError(f"`shapes` must be one of {', '.join(SHAPES)}; got {shapes!r}.")
     first = resolve_start(model, start)
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -147,7 +152,7 @@ def plan(
             continue
         conv: Any = module
         rows, cols = conv.kernel_size
-        owners = conv.out_channels * (conv.in_channels // conv.groups) if per_kernel else conv.in_channels
+        owners = math.prod(shape_owners(shapes, conv))
         names = tuple(aliases[id(module)])
         converted.append(ConvertedLayer(name, names, kind, (rows, cols), 2 * rows * cols * owners))
     parameters = sum(parameter.numel() for parameter in model.parameters() if not nn.parameter.is_lazy(parameter))

@@ -30,6 +30,7 @@ from icnn_zoo.nn.conv_rules import dynamic_same_padding, static_padding
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
 from icnn_zoo.ops.geometry import resolve_padding
 from icnn_zoo.ops.interpolation import weigh_pixels
+from icnn_zoo.ops.sharing import expand_shapes
 
 # Larger depthwise kernels get their zeros from a module of its own: PyTorch 2.15 takes 10 times longer on a CPU
 # when the convolution pads (measured from 15x15 on).
@@ -76,9 +77,10 @@ def standard_form(layer: IrregularConv2d, weight: Tensor, bias: Tensor | None) -
         step * ((size - 1) // 2) - before
         for step, size, before in zip(layer.dilation, layer.kernel_size, padding[::2], strict=True)
     ]
-    offsets = layer.positions.detach().cpu().double() + torch.tensor(origin)
+    positions = expand_shapes(layer.positions.detach(), layer.in_channels)
+    offsets = positions.cpu().double() + torch.tensor(origin)
     per_group = layer.out_channels // layer.groups
-    shape = (layer.groups, per_group if layer.per_kernel else 1, layer.in_channels // layer.groups)
+    shape = (layer.groups, per_group if positions.dim() == 4 else 1, layer.in_channels // layer.groups)
     layout = Layout(
         weight=weight.detach().cpu().double().reshape(layer.groups, per_group, shape[2], -1),
         bias=None if bias is None else bias.detach().cpu().double(),

@@ -147,7 +147,9 @@ def differences(stored: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
         section, _, name = key.partition(".")
         last = name.rpartition(".")[2]
         if section == "model":
-            relevant = not (name in ("start", "epsilon", "per_kernel", "bound_epsilon") or name.startswith("position_"))
+            relevant = not (
+                name in ("start", "epsilon", "shapes", "per_kernel", "bound_epsilon") or name.startswith("position_")
+            )
         elif section == "data":
             relevant = last not in _ANY
         else:

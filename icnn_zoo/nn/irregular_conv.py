@@ -14,6 +14,7 @@ from icnn_zoo.nn.conv_rules import ConvRules, find_rules, plain_weight, reason_t
 from icnn_zoo.nn.step_watch import StepWatch
 from icnn_zoo.ops.functional import irregular_conv2d
 from icnn_zoo.ops.geometry import pad_with_mode, pair
+from icnn_zoo.ops.sharing import Shapes, rename_per_kernel, shape_owners
 
 _EXACT = (torch.float32, torch.float64)
 _SMALLEST = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
@@ -46,8 +47,9 @@ class IrregularConv2d(nn.Module):
         dtype: Type of weight and bias. The displacement is float32, or float64 for a float64 layer.
         epsilon: Initial displacement in pixels (Eq. 5). Bilinear interpolation has a kink at integers; epsilon says on
             which side to start. At 0 the layer equals ``nn.Conv2d`` exactly.
-        per_kernel: False for the paper's shape per input channel, shared by all kernels: displacement [C, kh * kw, 2].
-            True for the full version, one shape per kernel: [N, C / groups, kh * kw, 2].
+        shapes: "channel" for the paper's shape per input channel, shared by all kernels: displacement [C, kh * kw, 2].
+            "layer" for one shape of all (ACU): [1, kh * kw, 2]. "group" for one per group: [groups, kh * kw, 2].
+            "kernel" for the full version, one shape per kernel: [N, C / groups, kh * kw, 2].
 
     Attributes:
         backend: What computes it, "auto" at first; see :func:`icnn_zoo.irregular_conv2d`.
@@ -95,7 +97,7 @@ class IrregularConv2d(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         epsilon: float = 1e-3,
-        per_kernel: bool = False,
+        shapes: Shapes = "channel",
     ) -> None:
         super().__init__()
         device = torch.get_default_device() if device is None else device
@@ -113,14 +115,14 @@ class IrregularConv2d(nn.Module):
             device="meta",
             dtype=dtype,
         )
-        self._adopt(regular, ConvRules(), epsilon, per_kernel)
+        self._adopt(regular, ConvRules(), epsilon, shapes)
         self.weight = nn.Parameter(torch.empty_like(regular.weight, device=device))
         self.bias = None if regular.bias is None else nn.Parameter(torch.empty_like(regular.bias, device=device))
         self._add_displacement(self.weight)
         self.reset_parameters()
 
     @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d, *, epsilon: float = 1e-3, per_kernel: bool = False) -> IrregularConv2d:
+    def from_conv2d(cls, conv: nn.Conv2d, *, epsilon: float = 1e-3, shapes: Shapes = "channel") -> IrregularConv2d:
         """Makes an irregular layer of a regular one, with everything it holds.
 
         Weight, bias and other parameters are the same Parameter objects; buffers, hooks (their handles stay valid),
@@ -131,7 +133,7 @@ class IrregularConv2d(nn.Module):
                 these without a forward of its own, or a class given to :func:`icnn_zoo.register_conv_rules`; of any
                 kernel size.
             epsilon: Initial displacement in pixels.
-            per_kernel: Whether every kernel gets a shape of its own.
+            shapes: Who shares a shape; see the class.
 
         Returns:
             A layer in the training mode, dtype and device of ``conv``, whose displacement is trainable if the weight
@@ -139,7 +141,7 @@ class IrregularConv2d(nn.Module):
 
         Raises:
             TypeError: ``conv`` is of another class; its forward may do more than a convolution.
-            ValueError: ``epsilon`` is not finite, or ``conv`` is not a plain module now: see
+            ValueError: ``epsilon`` is not finite, ``shapes`` is unknown, or ``conv`` is not a plain module now: see
                 :func:`icnn_zoo.convert`.
         """
         rules, reason = find_rules(conv), reason_to_refuse(conv)
@@ -149,16 +151,15 @@ class IrregularConv2d(nn.Module):
             raise ValueError(f"`conv`: {reason}.")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt(conv, rules, epsilon, per_kernel)
+        layer._adopt(conv, rules, epsilon, shapes)
         layer._add_displacement(conv.weight)
         layer.displacement.requires_grad_(conv.weight.requires_grad)
         return layer
 
-    def _adopt(self, conv: nn.Conv2d, rules: ConvRules, epsilon: float, per_kernel: bool) -> None:
+    def _adopt(self, conv: nn.Conv2d, rules: ConvRules, epsilon: float, shapes: Shapes) -> None:
         if not (isinstance(epsilon, SupportsFloat) and math.isfinite(epsilon)):
             raise ValueError(f"`epsilon` must be a finite number of pixels; got {epsilon!r}.")
-        if not isinstance(per_kernel, bool):
-            raise TypeError(f"`per_kernel` must be True or False; got {per_kernel!r}.")
+        shape_owners(shapes, conv)  # which checks it
         # Hooks stay the very same dictionaries, which their handles point to; what gets new members is copied.
         vars(self).update(vars(conv))
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -170,13 +171,13 @@ class IrregularConv2d(nn.Module):
         for name in ("in_channels", "out_channels", "groups"):
             setattr(self, name, operator.index(getattr(conv, name)))
         self.epsilon = float(epsilon)
-        self.per_kernel = per_kernel
+        self.shapes: Shapes = shapes
         self.backend = "auto"
         self.step_watch = None
 
     def _add_displacement(self, weight: Tensor) -> None:
         taps = self.kernel_size[0] * self.kernel_size[1]
-        owners = (self.out_channels, self.in_channels // self.groups) if self.per_kernel else (self.in_channels,)
+        owners = shape_owners(self.shapes, self)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.displacement = nn.Parameter(
             torch.full((*owners, taps, 2), self.epsilon, dtype=dtype, device=weight.device)
@@ -206,6 +207,9 @@ class IrregularConv2d(nn.Module):
         super().__setattr__(name, value)
         if name == "dilation" and "_grid" in self._buffers:
             self._grid = self._make_grid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(rename_per_kernel(state))
 
     def reset_parameters(self) -> None:
         """Draws weight and bias as nn.Conv2d does and puts every tap epsilon off the regular grid."""
@@ -288,7 +292,7 @@ class IrregularConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros", "per_kernel": False}
+        defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros", "shapes": "channel"}
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"

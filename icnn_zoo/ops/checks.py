@@ -37,11 +37,17 @@ def check_tensors(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor
             f"{positions.dtype}. Keep them in float32: `positions.float()`."
         )
     taps = kernel[0] * kernel[1]
-    shared, per_kernel = (channels, taps, 2), (num_outputs, group_channels, taps, 2)
-    if tuple(positions.shape) != (per_kernel if positions.dim() == 4 else shared):
+    allowed = {
+        "the layer": (1, taps, 2),
+        "each group": (groups, taps, 2),
+        "each input channel": (channels, taps, 2),
+        "each kernel": (num_outputs, group_channels, taps, 2),
+    }
+    if tuple(positions.shape) not in allowed.values():
+        shapes = ", ".join(f"{[*shape]} for {owner}" for owner, shape in allowed.items())
         raise ValueError(
-            f"`positions` must have shape {[*shared]} (C, kh * kw, 2) or {[*per_kernel]} (N, C / groups, kh * kw, 2) "
-            f"for the full version; got {list(positions.shape)}."
+            f"`positions` must hold one shape for the layer, each group, each input channel or each kernel ({shapes}); "
+            f"got {list(positions.shape)}."
         )
     if bias is not None and list(bias.shape) != [num_outputs]:
         raise ValueError(

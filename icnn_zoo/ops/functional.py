@@ -9,6 +9,7 @@ from torch import Tensor
 
 from icnn_zoo.ops import backends, checks, formula, operators, reference
 from icnn_zoo.ops.geometry import Geometry, pair, resolve_padding
+from icnn_zoo.ops.sharing import expand_shapes
 
 
 def irregular_conv2d(
@@ -37,9 +38,10 @@ def irregular_conv2d(
         input: Images [B, C, H, W] or [C, H, W]; any strides.
         weight: Weights [N, C / groups, kh, kw] in the dtype of ``input``.
         positions: Absolute tap positions (row, col) in input pixels, origin at the kernel's centre tap
-            ``((kh - 1) // 2, (kw - 1) // 2)``: [C, kh * kw, 2], one shape per input channel shared by all kernels, or
-            [N, C / groups, kh * kw, 2], the full version with one shape per kernel. float32 or float64, whatever the
-            dtype of ``input``; autocast leaves them alone.
+            ``((kh - 1) // 2, (kw - 1) // 2)``: [C, kh * kw, 2], one shape per input channel shared by all kernels;
+            [1, kh * kw, 2], one of the layer; [groups, kh * kw, 2], one per group; or [N, C / groups, kh * kw, 2], the
+            full version with one shape per kernel. float32 or float64, whatever the dtype of ``input``; autocast leaves
+            them alone.
         bias: Bias [N] or None.
         stride: Step between output pixels, an int or (rows, columns).
         padding: Zeros on each side, an int or (rows, columns), "valid" (none), or "same" (stride 1; the odd one goes to
@@ -100,6 +102,7 @@ def irregular_conv2d(
     input, weight, bias = _autocast(input, weight, bias)
     checks.check_dtypes(input, weight, bias)
     sizes = (stride, top_bottom_left_right, dilation, groups)
+    positions = expand_shapes(positions, input.shape[1])
     if backend == "reference":
         if torch.is_anomaly_enabled():
             checks.check_finite(positions)

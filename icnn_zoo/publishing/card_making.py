@@ -126,7 +126,7 @@ def make_card(
             network=network,
             conversion=None
             if start is None
-            else Conversion(start=start, epsilon=options["epsilon"], per_kernel=options["per_kernel"]),
+            else Conversion(start=start, epsilon=options["epsilon"], shapes=options["shapes"]),
             classes=task.class_names,
             palette=tuple(palette),
             mean=_channels(model.mean),

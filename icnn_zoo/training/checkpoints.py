@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from icnn_zoo.io.files import replacing
 from icnn_zoo.io.transports import is_local, local_path
+from icnn_zoo.ops.sharing import rename_per_kernel
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -88,7 +89,8 @@ def read_task(path: str | Path) -> dict[str, Any]:
 
 def task_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that a checkpoint's task was made with, without Lightning's own entries."""
-    return {key: value for key, value in checkpoint["hyper_parameters"].items() if not str(key).startswith("_")}
+    options = rename_per_kernel(checkpoint["hyper_parameters"])
+    return {key: value for key, value in options.items() if not str(key).startswith("_")}
 
 
 def check_size(task: Callable[..., nn.Module], checkpoint: Mapping[str, Any], source: str | Path) -> None:

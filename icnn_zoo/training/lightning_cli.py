@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from icnn_zoo.data import SegmentationDataModule
 from icnn_zoo.io.files import write_whole
 from icnn_zoo.io.transports import is_local
+from icnn_zoo.ops.sharing import rename_per_kernel
 from icnn_zoo.training.callbacks import (
     LastCheckpoint,
     PredictionWriter,
@@ -150,6 +151,7 @@ class ZooCLI(LightningCLI):
         check_size(self.task, checkpoint, path)
         self._remembered, self._step = task_options(checkpoint), checkpoint.get("global_step")
         given = parser.parse_args(args, defaults=False)[command].get("model", {})
+        given = rename_per_kernel(dict(given.items()))
         options = remembered(self._remembered, given, list(section["model"].keys()))
         self.config = parser.parse_object({command: {"model": options}}, self.config)
 
@@ -157,11 +159,14 @@ class ZooCLI(LightningCLI):
         """Nothing: Lightning 2.6 would let the checkpoint's options win over those of the command line here."""
 
     def before_instantiate_classes(self) -> None:
-        section = self.config[self.subcommand] if self.subcommand is not None else {}
+        section = self.config[self.subcommand] if self.subcommand is not None else self.config
+        model = section["model"]
+        for name, value in rename_per_kernel({"per_kernel": model.pop("per_kernel")}).items():
+            model[name] = value  # a config of version 0.1; what the run writes says `shapes`
         check_source(section.get("ckpt_path"))
         if self.subcommand in ("validate", "test", "predict"):
             configs = [str(file) for file in section.get("config") or []]
-            check_trained(self.subcommand, section.get("ckpt_path"), section["model"]["pretrained"], configs)
+            check_trained(self.subcommand, section.get("ckpt_path"), model["pretrained"], configs)
 
     def after_instantiate_classes(self) -> None:
         options = dict(self.model.hparams)

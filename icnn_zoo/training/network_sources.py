@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from icnn_zoo.ops.sharing import rename_per_kernel
 from icnn_zoo.training.checkpoints import check_size, read_checkpoint, read_task, task_options
 from icnn_zoo.training.given_options import name_weights
 from icnn_zoo.training.run_folder import RunFolder, find_ckpt
@@ -147,7 +148,7 @@ def _from_zoo(place: Registry, entry: Entry) -> SegmentationTask:
     conversion = {"start": None} if card.conversion is None else card.conversion.model_dump()
     # How it was trained and how it evaluates come from the run's config, the network from the card.
     arguments = {
-        **run_config(card).get("model", {}),
+        **rename_per_kernel(run_config(card).get("model", {})),
         **card.network,
         **conversion,
         "num_classes": len(card.classes),

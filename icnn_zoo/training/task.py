@@ -19,6 +19,7 @@ from icnn_zoo.conversion.converter import convert
 from icnn_zoo.io.label_pictures import check_classes
 from icnn_zoo.models.segmentation import SegmentationModel, shrink_labels
 from icnn_zoo.nn.irregular_conv import irregular_layers
+from icnn_zoo.ops.sharing import Shapes, rename_per_kernel
 from icnn_zoo.optim import bound_positions, keep_options, move_positions, parameter_groups, poly_policy
 from icnn_zoo.training.callbacks.monitors import DisplacementMonitor
 from icnn_zoo.training.callbacks.resuming import GeneratorStates
@@ -54,7 +55,8 @@ class SegmentationTask(pl.LightningModule):
         start: First module to make irregular: a backbone module ("layer3.11"), "classifier" for the head alone, None
             for the regular baseline.
         epsilon: Initial displacement in pixels.
-        per_kernel: One shape per kernel instead of per input channel.
+        shapes: Who shares a shape: "channel" for one per input channel, shared by all kernels, "layer" for one of all,
+            "group" for one per group, "kernel" for the full version.
         output_stride: Input pixels per logit: 8, 16, or what else the backbone can.
         head: "largefov".
         head_dilation: Dilation of the head; None for 12 at output stride 8 and 6 at 16. Smaller for feature maps that
@@ -91,6 +93,7 @@ class SegmentationTask(pl.LightningModule):
         scales: Factors of image size in evaluation, probabilities averaged; [1.0] for none.
         channels_last: Runs the network in the channels_last memory format.
         compile: Compiles the network with torch.compile.
+        per_kernel: What says ``shapes`` in configurations and checkpoints of version 0.1: true is "kernel".
 
     Raises:
         ValueError: A backbone, ``start`` or other choice that does not exist; the message names the nearest.
@@ -100,7 +103,7 @@ class SegmentationTask(pl.LightningModule):
         "backbone",
         "num_classes",
         "start",
-        "per_kernel",
+        "shapes",
         "output_stride",
         "head",
         "head_dilation",
@@ -116,7 +119,7 @@ class SegmentationTask(pl.LightningModule):
         class_names: Sequence[str] | None = None,
         start: str | None = None,
         epsilon: float = 1e-3,
-        per_kernel: bool = False,
+        shapes: Shapes = "channel",
         output_stride: int = 8,
         head: str = "largefov",
         head_dilation: int | None = None,
@@ -144,9 +147,12 @@ class SegmentationTask(pl.LightningModule):
         scales: Sequence[float] = (1.0,),
         channels_last: bool = False,
         compile: bool = False,
+        per_kernel: bool | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore="per_kernel")
+        shapes = rename_per_kernel({"shapes": shapes, "per_kernel": per_kernel})["shapes"]
+        self.hparams["shapes"] = shapes
         if optimizer not in ("sgd", "adamw"):
             raise ValueError(f"`optimizer` must be sgd or adamw; got {optimizer!r}.")
         if position_rule not in ("layer", "optimizer"):
@@ -194,7 +200,7 @@ class SegmentationTask(pl.LightningModule):
             std=std,
         )
         if start is not None:
-            convert(self.model, start, epsilon=epsilon, per_kernel=per_kernel)
+            convert(self.model, start, epsilon=epsilon, shapes=shapes)
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index)
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -237,7 +243,7 @@ class SegmentationTask(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another network, and to go on with what it holds no optimizer state for."""
-        saved = checkpoint.get("hyper_parameters", {})
+        saved = rename_per_kernel(checkpoint.get("hyper_parameters", {}))
         check_agreement(self.architecture, self.hparams, saved)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_agreement(("optimizer", "freeze_norm"), self.hparams, saved)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from icnn_zoo.models.backbones import check_backbone_args
+from icnn_zoo.ops.sharing import Shapes, rename_per_kernel
 
 FORMAT: Final = 1
 NAME = r"[a-z0-9_]+\.[a-z0-9_-]+"
@@ -40,7 +41,12 @@ class Conversion(Record):
 
     start: Module
     epsilon: Annotated[float, Field(ge=-16, le=16)]
-    per_kernel: bool
+    shapes: Shapes
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, data: Any) -> Any:
+        return rename_per_kernel(data) if isinstance(data, dict) else data
 
 
 class Dataset(Record):

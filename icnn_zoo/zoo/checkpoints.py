@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from icnn_zoo.conversion.planning import plan
 from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.ops.sharing import shape_owners
 from icnn_zoo.zoo.cards import Card, Conversion
 from icnn_zoo.zoo.registry import Entry, Registry
 from icnn_zoo.zoo.weights import check_fit, parse_weights
@@ -87,11 +88,10 @@ def outline(card: Card) -> dict[str, Tensor]:
 
 def _displacements(model: SegmentationModel, conversion: Conversion) -> dict[str, Tensor]:
     found = {}
-    for layer in plan(model, conversion.start, per_kernel=conversion.per_kernel).converted:
-        *channels, rows, cols = cast(Tensor, model.get_submodule(layer.name).weight).shape
-        if not conversion.per_kernel:
-            channels = [layer.added_parameters // (rows * cols * 2)]
-        found[f"{layer.name}.displacement"] = torch.empty(*channels, rows * cols, 2, device="meta")
+    for layer in plan(model, conversion.start).converted:
+        owners = shape_owners(conversion.shapes, model.get_submodule(layer.name))
+        taps = math.prod(layer.kernel_size)
+        found[f"{layer.name}.displacement"] = torch.empty(*owners, taps, 2, device="meta")
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.conversion.converter import convert
+from icnn_zoo.ops.sharing import Shapes
 from icnn_zoo.zoo.cards import Card
 from icnn_zoo.zoo.checkpoints import check_tensors, network_arguments, outline, read_checkpoint
 from icnn_zoo.zoo.golden import check_golden
@@ -25,7 +26,7 @@ def create_model(
     *,
     start: str | None = None,
     epsilon: float = 1e-3,
-    per_kernel: bool = False,
+    shapes: Shapes = "channel",
     pretrained: bool | str | Path = False,
     pretrained_partial: bool = False,
     classes: Sequence[str] | None = None,
@@ -40,7 +41,7 @@ def create_model(
         start: First module to make irregular: a backbone module ("layer3.11"), "classifier" for the head alone, None
             for a regular network.
         epsilon: Initial displacement of every tap in pixels.
-        per_kernel: One shape per kernel instead of per input channel.
+        shapes: Who shares a shape, as in :func:`icnn_zoo.convert`.
         pretrained: True for timm's weights of the backbone, a file, ``"zoo:NAME"`` for a checkpoint of the zoo (see
             :func:`icnn_zoo.zoo.pretrained.load_pretrained`), False for random weights.
         pretrained_partial: Accepts a file that lacks tensors of the backbone, which is refused otherwise.
@@ -67,7 +68,7 @@ def create_model(
     _check_arguments(network)
     model = Segmenter(backbone, num_classes, classes=classes, palette=palette, **network)
     if start is not None:
-        convert(model, start, epsilon=epsilon, per_kernel=per_kernel)
+        convert(model, start, epsilon=epsilon, shapes=shapes)
     if pretrained:
         load_pretrained(model, pretrained, classes, partial=pretrained_partial)
     return model

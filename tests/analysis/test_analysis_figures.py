@@ -102,7 +102,7 @@ def test_the_view_in_space_has_channels_upright_and_a_line_a_tap(model):
 def test_one_shape_and_the_full_version_are_drawn():
     single = plot_shapes(IrregularConv2d(1, 4, 3)).axes[0]
     assert not any(isinstance(item, EllipseCollection) for item in single.collections)  # one point has no spread
-    full = plot_shapes(IrregularConv2d(3, 4, 3, per_kernel=True)).axes[0]
+    full = plot_shapes(IrregularConv2d(3, 4, 3, shapes="kernel")).axes[0]
     assert len(taps_of(full).get_offsets()) == 3 * 4 * 9
 
 

@@ -28,7 +28,7 @@ def moved(channels=7, kernel=3, scale=0.4, **options):
     [
         {"channels": 7, "kernel": (3, 5)},
         {"channels": 8, "groups": 8, "kernel": 5, "dilation": 2},
-        {"channels": 4, "per_kernel": True},
+        {"channels": 4, "shapes": "kernel"},
         {"channels": 5, "kernel": (2, 4)},
         {"channels": 6, "kernel": (1, 7)},
         {"channels": 2048, "kernel": 5, "groups": 2048},
@@ -135,7 +135,7 @@ def test_layers_are_named_in_full_by_a_unique_ending_or_alone():
 
 
 def test_the_full_version_lists_shapes_kernel_by_kernel():
-    layer = moved(4, (3, 1), groups=2, per_kernel=True)
+    layer = moved(4, (3, 1), groups=2, shapes="kernel")
     shapes = layer_shapes(layer)[0]
     assert shapes.positions.shape == (8, 3, 2)
     for kernel in range(4):

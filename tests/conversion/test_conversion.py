@@ -152,9 +152,9 @@ def test_a_network_on_the_meta_device_is_planned_but_not_converted():
 
 def test_plan_counts_the_full_version():
     model = small_net()
-    result = plan(model, "0", per_kernel=True)
+    result = plan(model, "0", shapes="kernel")
     before = sum(p.numel() for p in model.parameters())
-    convert(model, "0", per_kernel=True)
+    convert(model, "0", shapes="kernel")
     assert sum(p.numel() for p in model.parameters()) - before == result.added_parameters
 
 

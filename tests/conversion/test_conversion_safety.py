@@ -126,8 +126,8 @@ def test_a_filter_or_start_of_another_type_is_refused():
         convert(net(), "", filter=["0"])
     with pytest.raises(TypeError, match="`start` must be the dotted name"):
         convert(net(), 0)
-    with pytest.raises(TypeError, match="`per_kernel` must be True or False"):
-        convert(net(), "", per_kernel="yes")
+    with pytest.raises(ValueError, match="`shapes` must be one of layer, group, channel, kernel; got 'tap'"):
+        convert(net(), "", shapes="tap")
 
 
 def test_an_optimizer_made_before_converting_is_detected():

@@ -67,10 +67,10 @@ def largest_difference(model: nn.Module, deployed: nn.Module, *size: int) -> flo
 
 
 @pytest.mark.parametrize("how", ["near", "spread", "outliers", "one tap", "everything far"])
-@pytest.mark.parametrize("per_kernel", [False, True], ids=["shared", "per kernel"])
+@pytest.mark.parametrize("shapes", ["channel", "kernel"])
 @pytest.mark.parametrize("arguments", LAYERS.values(), ids=LAYERS)
-def test_every_form_equals_the_layer(arguments, per_kernel, how, monkeypatch):
-    layer = move(make_layer(per_kernel=per_kernel, **arguments), how)
+def test_every_form_equals_the_layer(arguments, shapes, how, monkeypatch):
+    layer = move(make_layer(shapes=shapes, **arguments), how)
     plans = standard_forms.plans
     tried = set()
     for number in range(3):
@@ -79,7 +79,7 @@ def test_every_form_equals_the_layer(arguments, per_kernel, how, monkeypatch):
         )
         tried.add(rewrite(layer).layers[0].form)
         assert_same(layer, deploy(layer))
-    assert tried == {"dense", "stacked"} | (set() if per_kernel or "out_channels" in arguments else {"taps"})
+    assert tried == {"dense", "stacked"} | (set() if shapes == "kernel" or "out_channels" in arguments else {"taps"})
 
 
 def test_the_reference_says_the_same():
@@ -207,7 +207,7 @@ def test_the_form_with_the_least_cost_is_taken():
     assert form(**many, dilation=4, padding=4) == "taps"
     assert form(in_channels=512, out_channels=21, dilation=12, padding=12) == "stacked"
     assert form(in_channels=256, out_channels=256, groups=256) == "dense"
-    assert form(in_channels=16, out_channels=16, per_kernel=True) == "dense"
+    assert form(in_channels=16, out_channels=16, shapes="kernel") == "dense"
 
 
 class Branching(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import icnn_zoo
 from icnn_zoo import IrregularConv2d
+from icnn_zoo.ops.sharing import SHAPES, Shapes
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"kernel_size": 3},
@@ -66,11 +67,11 @@ def test_initial_weights_are_drawn_as_in_conv2d(settings: dict[str, Any]) -> Non
     assert layer.bias is None or torch.equal(layer.bias, conv.bias)
 
 
-@pytest.mark.parametrize("per_kernel", [False, True])
+@pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_equals_conv2d_at_epsilon_0_and_not_when_taps_move(settings: dict[str, Any], per_kernel: bool) -> None:
+def test_equals_conv2d_at_epsilon_0_and_not_when_taps_move(settings: dict[str, Any], shapes: Shapes) -> None:
     conv = make(nn.Conv2d, **settings)
-    layer = IrregularConv2d.from_conv2d(conv, epsilon=0.0, per_kernel=per_kernel)
+    layer = IrregularConv2d.from_conv2d(conv, epsilon=0.0, shapes=shapes)
     torch.testing.assert_close(layer(image()), conv(image()), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer(image()[0]), conv(image()[0]), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(spread(layer)(image()), conv(image()), rtol=1e-2, atol=1e-2)
@@ -102,7 +103,7 @@ def test_any_padding_equals_explicit_padding_and_the_reference(settings: dict[st
 
 
 @pytest.mark.parametrize("size", [(8, 9), (7, 5)])
-@pytest.mark.parametrize("per_kernel", [False, True])
+@pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -112,11 +113,9 @@ def test_any_padding_equals_explicit_padding_and_the_reference(settings: dict[st
         {"kernel_size": 4, "stride": 3, "dilation": 2},
     ],
 )
-def test_equals_timms_conv2d_same_at_epsilon_0(
-    settings: dict[str, Any], per_kernel: bool, size: tuple[int, int]
-) -> None:
+def test_equals_timms_conv2d_same_at_epsilon_0(settings: dict[str, Any], shapes: Shapes, size: tuple[int, int]) -> None:
     conv, input = make(Conv2dSame, **settings), image()[:, :, : size[0], : size[1]]
-    layer = IrregularConv2d.from_conv2d(conv, epsilon=0.0, per_kernel=per_kernel)
+    layer = IrregularConv2d.from_conv2d(conv, epsilon=0.0, shapes=shapes)
     torch.testing.assert_close(layer(input), conv(input), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(spread(layer)(input), conv(input), rtol=1e-2, atol=1e-2)
 
@@ -139,8 +138,10 @@ def test_positions_are_the_regular_grid_plus_the_displacement() -> None:
         ({}, (4, 9, 2)),
         ({"groups": 2}, (4, 9, 2)),
         ({"groups": 4, "out_channels": 8, "kernel_size": (1, 5)}, (4, 5, 2)),
-        ({"per_kernel": True}, (6, 4, 9, 2)),
-        ({"per_kernel": True, "groups": 2}, (6, 2, 9, 2)),
+        ({"shapes": "layer", "groups": 2}, (1, 9, 2)),
+        ({"shapes": "group", "groups": 2}, (2, 9, 2)),
+        ({"shapes": "kernel"}, (6, 4, 9, 2)),
+        ({"shapes": "kernel", "groups": 2}, (6, 2, 9, 2)),
     ],
 )
 def test_shape_of_the_displacement(settings: dict[str, Any], shape: tuple[int, ...]) -> None:
@@ -154,9 +155,9 @@ def test_epsilon_is_the_initial_displacement(epsilon: float) -> None:
     assert (IrregularConv2d.from_conv2d(make(nn.Conv2d), epsilon=epsilon).displacement == epsilon).all()
 
 
-@pytest.mark.parametrize("per_kernel", [False, True])
-def test_every_parameter_gets_a_gradient(per_kernel: bool) -> None:
-    layer = make(per_kernel=per_kernel)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_every_parameter_gets_a_gradient(shapes: Shapes) -> None:
+    layer = make(shapes=shapes)
     layer(image()).square().sum().backward()
     assert {name for name, _ in layer.named_parameters()} == {"weight", "bias", "displacement"}
     for name, parameter in layer.named_parameters():
@@ -232,7 +233,7 @@ def test_a_half_layer_inside_a_network_keeps_float32_positions_through_autocast(
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_copies_are_equal_and_independent(clone: Any) -> None:
-    layer = spread(make(padding="same", padding_mode="circular", per_kernel=True))
+    layer = spread(make(padding="same", padding_mode="circular", shapes="kernel"))
     copied = clone(layer)
     assert torch.equal(copied(image()), layer(image()))
     with torch.no_grad():
@@ -322,16 +323,26 @@ def test_a_wrong_setting_is_a_value_error_that_names_it(settings: dict[str, Any]
         make(**settings)
 
 
+@pytest.mark.parametrize(("per_kernel", "shapes"), [(False, "channel"), (True, "kernel")])
+def test_a_pickle_of_version_0_1_is_read(per_kernel: bool, shapes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = spread(make(shapes=shapes))
+    old = {name: value for name, value in vars(layer).items() if name != "shapes"} | {"per_kernel": per_kernel}
+    monkeypatch.setattr(IrregularConv2d, "__getstate__", lambda self: old, raising=False)
+    read = pickle.loads(pickle.dumps(layer))
+    assert (read.shapes, hasattr(read, "per_kernel")) == (shapes, False)
+    assert torch.equal(read(image()), layer(image()))
+
+
 def test_repr_says_what_differs_from_the_default() -> None:
     assert repr(make()) == "IrregularConv2d(4, 6, kernel_size=(3, 3), stride=(1, 1))"
-    text = repr(make(padding="same", dilation=2, groups=2, bias=False, padding_mode="reflect", per_kernel=True))
+    text = repr(make(padding="same", dilation=2, groups=2, bias=False, padding_mode="reflect", shapes="kernel"))
     for part in (
         "padding=same",
         "dilation=(2, 2)",
         "groups=2",
         "bias=False",
         "padding_mode=reflect",
-        "per_kernel=True",
+        "shapes=kernel",
     ):
         assert part in text
 

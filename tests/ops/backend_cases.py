@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import icnn_zoo
+from icnn_zoo.ops.sharing import Shapes
 
 Pair = tuple[int, int]
 
@@ -26,14 +27,20 @@ class Case:
     batch: int = 2
     spread: float = 0.7
     bias: bool = True
-    per_kernel: bool = False
+    shapes: Shapes = "channel"
 
     def regular_positions(self) -> Tensor:
         """The regular grid in the shape of the positions."""
         dilation = self.dilation if isinstance(self.dilation, tuple) else (self.dilation, self.dilation)
         rows, cols = (d * (torch.arange(k) - (k - 1) // 2) for d, k in zip(dilation, self.kernel, strict=True))
         grid = torch.cartesian_prod(rows, cols).reshape(-1, 2).double()
-        owners = (self.channels[1], self.channels[0] // self.groups) if self.per_kernel else self.channels[:1]
+        in_channels, out_channels = self.channels
+        owners = {
+            "layer": (1,),
+            "group": (self.groups,),
+            "channel": (in_channels,),
+            "kernel": (out_channels, in_channels // self.groups),
+        }[self.shapes]
         return grid.expand(*owners, *grid.shape).contiguous()
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -95,12 +102,15 @@ CASES = [
     Case("spread 1000 px", spread=1000.0),
     Case("spread 20 px, depthwise", spread=20.0, channels=(4, 4), groups=4),
     Case("integer positions", spread=0.0),
-    Case("per kernel", per_kernel=True),
-    Case("per kernel, groups, stride 2", per_kernel=True, groups=2, stride=2),
-    Case("per kernel, depthwise, multiplier 2", per_kernel=True, channels=(3, 6), groups=3),
-    Case("per kernel, spread 20 px", per_kernel=True, spread=20.0),
-    Case("per kernel, even, unequal dilations", per_kernel=True, kernel=(2, 4), dilation=(2, 1)),
-    Case("per kernel, batch 0", per_kernel=True, batch=0),
+    Case("one shape, groups, stride 2", shapes="layer", groups=2, stride=2),
+    Case("one shape, depthwise", shapes="layer", channels=(4, 4), groups=4),
+    Case("per group", shapes="group", groups=2),
+    Case("per kernel", shapes="kernel"),
+    Case("per kernel, groups, stride 2", shapes="kernel", groups=2, stride=2),
+    Case("per kernel, depthwise, multiplier 2", shapes="kernel", channels=(3, 6), groups=3),
+    Case("per kernel, spread 20 px", shapes="kernel", spread=20.0),
+    Case("per kernel, even, unequal dilations", shapes="kernel", kernel=(2, 4), dilation=(2, 1)),
+    Case("per kernel, batch 0", shapes="kernel", batch=0),
 ]
 
 KINDS = ["shared", "per kernel"]

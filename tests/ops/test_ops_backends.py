@@ -9,6 +9,8 @@ from backend_cases import CASES, KINDS, PLAIN, Case, gradients, oracle
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
+from icnn_zoo.ops.sharing import SHAPES, Shapes
+
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -92,7 +94,7 @@ def test_equals_deform_conv2d_with_constant_offsets(case: Case, cpu_path: str) -
     [
         Case("shared", size=(3, 4), channels=(2, 2), stride=(1, 2)),
         Case("depthwise", size=(3, 4), channels=(2, 2), groups=2),
-        Case("per kernel", size=(3, 4), channels=(2, 2), kernel=(2, 2), per_kernel=True),
+        Case("per kernel", size=(3, 4), channels=(2, 2), kernel=(2, 2), shapes="kernel"),
     ],
     ids=lambda case: case.name,
 )
@@ -102,18 +104,18 @@ def test_gradcheck_away_from_integers(case: Case, cpu_path: str) -> None:
     assert torch.autograd.gradcheck(lambda *arguments: case.run(list(arguments), cpu_path), tensors)
 
 
-@pytest.mark.parametrize("per_kernel", [False, True], ids=KINDS)
-def test_second_derivatives_are_right(per_kernel: bool, cpu_path: str) -> None:
-    case = Case(size=(2, 3), channels=(2, 2), kernel=(1, 2), padding=0, per_kernel=per_kernel, groups=1 + per_kernel)
+@pytest.mark.parametrize("shapes", ["channel", "kernel"], ids=KINDS)
+def test_second_derivatives_are_right(shapes: Shapes, cpu_path: str) -> None:
+    case = Case(size=(2, 3), channels=(2, 2), kernel=(1, 2), padding=0, shapes=shapes, groups=1 + (shapes == "kernel"))
     tensors = case.tensors()
     away_from_integers(tensors[2])
     assert torch.autograd.gradgradcheck(lambda *arguments: case.run(list(arguments), cpu_path), tensors)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
-@pytest.mark.parametrize("per_kernel", [False, True])
-def test_unbatched_input_is_a_batch_of_one(backend: str, per_kernel: bool) -> None:
-    case = Case(batch=1, per_kernel=per_kernel)
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_unbatched_input_is_a_batch_of_one(backend: str, shapes: Shapes) -> None:
+    case = Case(batch=1, shapes=shapes)
     input, *rest = case.tensors()
     assert torch.equal(case.run([input[0], *rest], backend), case.run([input, *rest], backend)[0])
 
@@ -127,7 +129,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", [PLAIN, Case(groups=2, per_kernel=True, stride=2)], ids=["shared", "per kernel"])
+@pytest.mark.parametrize("case", [PLAIN, Case(groups=2, shapes="kernel", stride=2)], ids=["shared", "per kernel"])
 def test_any_strides_give_the_result_of_contiguous_tensors(case: Case, layout: str, cpu_path: str) -> None:
     input, weight, positions, bias = case.tensors()
     strided = LAYOUTS[layout](input.detach()).requires_grad_()
@@ -148,3 +150,16 @@ def test_only_the_gradients_that_are_asked_for_are_needed() -> None:
         some = [tensor.detach().requires_grad_(number == wanted) for number, tensor in enumerate(tensors)]
         (grad,) = gradients(PLAIN.run(some), [some[wanted]])
         torch.testing.assert_close(grad, expected[wanted])
+
+
+@pytest.mark.parametrize("shapes", ["layer", "group"])
+def test_a_shared_shape_is_that_of_each_channel_and_gathers_their_gradients(shapes: Shapes, cpu_path: str) -> None:
+    case = Case(groups=2, shapes=shapes)
+    input, weight, positions, bias = case.tensors()
+    written_out = positions.detach().repeat_interleave(4 // len(positions), dim=0).requires_grad_()
+    outputs = [case.run([input, weight, shape, bias], cpu_path) for shape in (positions, written_out)]
+    torch.testing.assert_close(*outputs)
+    by_shape, by_channel = (
+        gradients(output, [shape])[0] for output, shape in zip(outputs, (positions, written_out), strict=True)
+    )
+    torch.testing.assert_close(by_shape, by_channel.unflatten(0, (len(positions), -1)).sum(1))

@@ -24,7 +24,7 @@ LARGE = [
     Case("groups of 4", size=(28, 28), channels=(128, 128), kernel=(3, 3), groups=32),
     Case("depthwise 5x5", size=(20, 20), channels=(672, 672), kernel=(5, 5), padding=(2, 2), groups=672),
     Case("depthwise 7x7, batch 65", batch=65, size=(7, 7), channels=(96, 96), kernel=(7, 7), padding=(3, 3), groups=96),
-    Case("full version", size=(20, 20), channels=(32, 32), kernel=(3, 3), per_kernel=True),
+    Case("full version", size=(20, 20), channels=(32, 32), kernel=(3, 3), shapes="kernel"),
 ]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 

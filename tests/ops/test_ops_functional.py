@@ -29,6 +29,7 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "positions with taps in two axes": ({"positions": torch.zeros(4, 3, 3, 2)}, "`positions`"),
     "positions with three coordinates": ({"positions": torch.zeros(4, 9, 3)}, "`positions`"),
     "positions per kernel of other kernels": ({"positions": torch.zeros(5, 4, 9, 2)}, "`positions`"),
+    "positions per group of other groups": ({"positions": torch.zeros(2, 9, 2)}, "`positions`"),
     "bias": ({"bias": torch.zeros(4)}, "`bias`"),
     "padding beyond what positions can tell apart": ({"padding": 2**24}, "at most 16777216 pixels a side"),
     "input smaller than the kernel": ({"input": torch.zeros(1, 4, 2, 9)}, "`input`"),
@@ -77,7 +78,7 @@ def test_a_wrong_type_is_a_type_error_that_names_the_argument(name: str) -> None
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"positions": torch.zeros(4, 25, 2)}, ["[4, 9, 2]", "[6, 4, 9, 2]", "[4, 25, 2]"]),
+        ({"positions": torch.zeros(4, 25, 2)}, ["[1, 9, 2]", "[4, 9, 2]", "[6, 4, 9, 2]", "[4, 25, 2]"]),
         ({"input": torch.zeros(2, 5, 8, 9)}, ["4", "5"]),
         ({"backend": "cuda"}, ["auto", "torch", "reference", "'cuda'"]),
         ({"padding": "full"}, ['"same"', '"valid"', "'full'"]),

@@ -13,7 +13,7 @@ from torch import Tensor
     "case",
     [
         Case("shared", groups=2),
-        Case("per kernel", groups=2, per_kernel=True),
+        Case("per kernel", groups=2, shapes="kernel"),
         Case("depthwise", channels=(4, 4), groups=4),
     ],
     ids=lambda case: case.name,
@@ -34,7 +34,7 @@ def test_a_position_that_is_not_finite_gives_nan_and_never_a_made_up_number(
 
 
 @pytest.mark.parametrize("value", [1e30, -1e30, 3e9, -(2.0**31), 2.0**31 - 1, 2.0**63])
-@pytest.mark.parametrize("case", [PLAIN, replace(PLAIN, per_kernel=True)], ids=KINDS)
+@pytest.mark.parametrize("case", [PLAIN, replace(PLAIN, shapes="kernel")], ids=KINDS)
 def test_huge_positions_are_dead_taps(case: Case, value: float, cpu_path: str) -> None:
     tensors = case.tensors(torch.float32)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_huge_positions_are_dead_taps(case: Case, value: float, cpu_path: str) -
     torch.testing.assert_close(gradients(output, tensors), gradients(expected, tensors), **close)
 
 
-@pytest.mark.parametrize("case", [PLAIN, replace(PLAIN, per_kernel=True)], ids=KINDS)
+@pytest.mark.parametrize("case", [PLAIN, replace(PLAIN, shapes="kernel")], ids=KINDS)
 def test_two_runs_agree_bit_for_bit(case: Case, cpu_path: str) -> None:
     tensors = case.tensors(torch.float32)
     first, second = case.run(tensors, cpu_path), case.run(tensors, cpu_path)
@@ -64,7 +64,7 @@ def test_a_wide_depthwise_kernel_in_bfloat16_comes_to_an_end(cpu_path: str) -> N
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", [PLAIN, Case(groups=2, per_kernel=True)], ids=KINDS)
+@pytest.mark.parametrize("case", [PLAIN, Case(groups=2, shapes="kernel")], ids=KINDS)
 def test_half_precision_tensors_take_float32_positions(case: Case, half: torch.dtype, cpu_path: str) -> None:
     input, weight, _, bias = case.tensors(half)
     tensors = [input, weight, case.tensors(torch.float32)[2], bias]
@@ -98,7 +98,7 @@ def test_autocast_gives_bfloat16_outputs_and_leaves_positions_float32(reference:
 
 
 @pytest.mark.parametrize(
-    "case", [PLAIN, Case("depthwise", channels=(4, 4), groups=4), Case("per kernel", per_kernel=True)]
+    "case", [PLAIN, Case("depthwise", channels=(4, 4), groups=4), Case("per kernel", shapes="kernel")]
 )
 def test_autocast_changes_no_bit_of_what_bfloat16_tensors_give(case: Case, cpu_path: str) -> None:
     """Nothing inside the operator is cast a second time."""
@@ -117,7 +117,7 @@ def test_autocast_changes_no_bit_of_what_bfloat16_tensors_give(case: Case, cpu_p
     "case",
     [
         Case("shared", size=(40, 40), channels=(8, 8), spread=3.0),
-        Case("per kernel", size=(40, 40), channels=(8, 8), spread=3.0, per_kernel=True),
+        Case("per kernel", size=(40, 40), channels=(8, 8), spread=3.0, shapes="kernel"),
     ],
     ids=lambda case: case.name,
 )

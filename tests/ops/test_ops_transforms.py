@@ -23,7 +23,7 @@ forward_mode = pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarni
 SMALL = [
     Case("shared", size=(3, 4), channels=(2, 2), kernel=(1, 2), padding=0, stride=(1, 2), batch=1),
     Case("depthwise", size=(3, 4), channels=(2, 2), kernel=(2, 1), groups=2, batch=1),
-    Case("per kernel", size=(3, 4), channels=(2, 4), kernel=(1, 2), groups=2, per_kernel=True, batch=1),
+    Case("per kernel", size=(3, 4), channels=(2, 4), kernel=(1, 2), groups=2, shapes="kernel", batch=1),
 ]
 each_case = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 
@@ -147,12 +147,12 @@ def count(function: nn.Module, input: Tensor, backward: bool = False) -> int:
     [
         ({}, 1 + 4 / 6),
         ({"groups": 2, "stride": 2, "padding": 1}, 1 + 4 / 3),
-        ({"per_kernel": True}, 5),
+        ({"shapes": "kernel"}, 5),
     ],
     ids=["shared", "groups", "per kernel"],
 )
 def test_flop_counters_see_conv2ds_products_and_the_interpolation(options: dict, times: float) -> None:
-    conv_options = {name: value for name, value in options.items() if name != "per_kernel"}
+    conv_options = {name: value for name, value in options.items() if name != "shapes"}
     conv, layer = nn.Conv2d(4, 6, 3, **conv_options), icnn_zoo.IrregularConv2d(4, 6, 3, **options)
     input = torch.randn(2, 4, 9, 8)
     regular = count(conv, input)
@@ -242,7 +242,7 @@ def test_a_stride_beyond_64_bits_is_refused(stride: object) -> None:
         icnn_zoo.irregular_conv2d(*Case().tensors(), stride)
 
 
-@pytest.mark.parametrize("case", [Case(), Case(groups=4, channels=(4, 4)), Case(per_kernel=True)], ids=str)
+@pytest.mark.parametrize("case", [Case(), Case(groups=4, channels=(4, 4)), Case(shapes="kernel")], ids=str)
 def test_memory_does_not_grow_with_padding_that_strides_jump_over(case: Case) -> None:
     """A plane of this padding would take 100 TB."""
     tensors = case.tensors()

@@ -14,6 +14,7 @@ import yaml
 from icnn_zoo.cli.programs import lightning_main
 from icnn_zoo.training.loggers import NoLogs
 from icnn_zoo.training.run_folder import RunFolder
+from icnn_zoo.training.task import SegmentationTask
 
 CONFIG = Path(__file__).parents[1] / "shapes.yaml"
 SMALL = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--pictures.num_samples", "1"]
@@ -93,6 +94,27 @@ def test_options_that_nobody_gave_are_those_of_the_checkpoint(trained):
         True,
         True,
     )
+
+
+def test_configs_and_checkpoints_of_version_0_1_are_read(trained):
+    config = yaml.safe_load(CONFIG.read_text())
+    del config["model"]["shapes"]
+    for name, per_kernel in (("full.yaml", True), ("channel.yaml", False)):
+        config["model"]["per_kernel"] = per_kernel
+        Path(name).write_text(yaml.safe_dump(config))
+    checkpoint = torch.load(trained, weights_only=True)
+    options = checkpoint["hyper_parameters"]
+    assert (options.pop("shapes"), "per_kernel" in options) == ("channel", False)
+    options["per_kernel"] = False
+    torch.save(checkpoint, "old.ckpt")
+    lightning("test", "--ckpt_path", "old.ckpt", config=Path("channel.yaml"))
+    model = yaml.safe_load(versions()[0].config.read_text())["model"]
+    assert (model["shapes"], "per_kernel" in model) == ("channel", False)
+    assert SegmentationTask.load_from_checkpoint("old.ckpt", weights_only=True).hparams["shapes"] == "channel"
+    with pytest.raises(
+        ValueError, match=r"`shapes`: the checkpoint is of a network with 'channel', this one .* 'kernel'"
+    ):
+        lightning("test", "--ckpt_path", "old.ckpt", config=Path("full.yaml"))
 
 
 @pytest.mark.parametrize(

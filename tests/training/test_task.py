@@ -254,7 +254,7 @@ def test_positions_never_leave_the_cell_of_a_step_in_training(tmp_path):
         pytest.param({"task": {"start": None}}, id="regular baseline"),
         pytest.param({"task": {"start": "classifier"}}, id="head alone"),
         pytest.param({"task": {"position_rule": "layer", "position_lr": 0.05}}, id="rule of positions"),
-        pytest.param({"task": {"per_kernel": True, "start": "layer4.0.conv2"}}, id="full version"),
+        pytest.param({"task": {"shapes": "kernel", "start": "layer4.0.conv2"}}, id="full version"),
         pytest.param({"trainer": {"precision": "bf16-mixed"}}, id="bf16-mixed"),
         pytest.param({"task": {"compile": True}}, id="compile", marks=pytest.mark.slow),
     ],

@@ -47,6 +47,15 @@ def test_a_card_comes_back_as_it_was_written(text):
     assert json.loads(dump(card)) == text
 
 
+@pytest.mark.parametrize(("per_kernel", "shapes"), [(False, "channel"), (True, "kernel")])
+def test_a_card_of_version_0_1_is_read_in_todays_words(text, per_kernel, shapes):
+    del text["conversion"]["shapes"]
+    text["conversion"]["per_kernel"] = per_kernel
+    conversion = parse(Card, json.dumps(text), "card").conversion
+    assert conversion is not None
+    assert conversion.shapes == shapes
+
+
 def wrong(text: dict, place: str, value: object) -> dict:
     inner, *rest = place.split(".")
     if rest:
