@@ -16,9 +16,21 @@ from torch import nn
 
 from icnn_zoo.analysis.displacement import dead_taps
 from icnn_zoo.analysis.kernel_shapes import LayerShapes, layer_shapes
+from icnn_zoo.analysis.signal import SignalShare, signal_shares
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 
-COLUMNS = ("kernel", "shapes", "center shift", "length", "width", "anisotropy", "elongation", "outside", "dead")
+COLUMNS = (
+    "kernel",
+    "shapes",
+    "center shift",
+    "length",
+    "width",
+    "anisotropy",
+    "elongation",
+    "outside",
+    "dead",
+    "signal",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,8 @@ class ShapeStatistics:
         regular_elongation: The elongation of the regular grid.
         outside: Share of the taps that lie, rounded to whole pixels, outside the regular kernel's box.
         dead: Share of the taps that read nothing but zeros, None if the input's size was not given.
+        signal: Share of the squared displacement that other trainings from the same weights have in common with this
+            one, None if none were given.
     """
 
     name: str
@@ -62,6 +76,7 @@ class ShapeStatistics:
     regular_elongation: float | None
     outside: float
     dead: float | None
+    signal: SignalShare | None = None
 
     @property
     def short_name(self) -> str:
@@ -77,6 +92,7 @@ def shape_statistics(
     model: nn.Module,
     input_sizes: Mapping[str, tuple[int, int]] | None = None,
     layers: Sequence[str] | None = None,
+    repeats: Sequence[nn.Module] = (),
 ) -> list[ShapeStatistics]:
     """Describes the shapes of every irregular layer by numbers.
 
@@ -85,12 +101,14 @@ def shape_statistics(
         input_sizes: Size (H, W) of each layer's input, see :class:`icnn_zoo.analysis.InputSizes`; without it dead taps
             are not counted.
         layers: Names of the layers, None for all.
+        repeats: Other trainings of the network, which began with the same weights and saw other data: they tell how
+            much of the displacement is signal, see :func:`icnn_zoo.analysis.signal_share`.
 
     Returns:
         One entry per layer, in the order of registration.
 
     Raises:
-        ValueError: See :func:`icnn_zoo.analysis.layer_shapes`.
+        ValueError: See :func:`icnn_zoo.analysis.layer_shapes` and :func:`icnn_zoo.analysis.signal_shares`.
 
     Example:
         >>> import torch, icnn_zoo
@@ -103,16 +121,17 @@ def shape_statistics(
     """
     sizes = input_sizes or {}
     modules = {"": model} if isinstance(model, IrregularConv2d) else irregular_layers(model)
+    signals = signal_shares([model, *repeats]) if repeats else {}
     result = []
     for shapes in layer_shapes(model, layers):
         size = sizes.get(shapes.name)
         dead = None if size is None else float(dead_taps(modules[shapes.name], size).float().mean())
-        result.append(describe(shapes, dead))
+        result.append(describe(shapes, dead, signals.get(shapes.name)))
     return result
 
 
-def describe(shapes: LayerShapes, dead: float | None = None) -> ShapeStatistics:
-    """The statistics of one layer's shapes; the share of dead taps is given, as it needs the input's size."""
+def describe(shapes: LayerShapes, dead: float | None = None, signal: SignalShare | None = None) -> ShapeStatistics:
+    """The statistics of one layer's shapes; what needs more than the shapes is given."""
     displacement = shapes.displacement
     mean = displacement.mean(axis=0)
     covariance = tap_covariances(shapes)
@@ -134,6 +153,7 @@ def describe(shapes: LayerShapes, dead: float | None = None) -> ShapeStatistics:
         regular_elongation=_elongation(shapes.grid[None]),
         outside=float(outside.mean()),
         dead=dead,
+        signal=signal,
     )
 
 
@@ -195,22 +215,32 @@ def statistics_table(statistics: Sequence[ShapeStatistics]) -> Table:
     """The statistics as a table for the terminal, one row per layer."""
     table = Table(title="Shapes, in pixels of each layer's input", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("layer", no_wrap=True)
-    known = [column for column in COLUMNS if column != "dead" or any(entry.dead is not None for entry in statistics)]
+    known = known_columns(statistics)
     for column in known:
         heading = {"anisotropy": "aniso-\ntropy", "elongation": "elon-\ngation"}.get(column, column)  # fits 80 columns
         table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
     for entry in statistics:
-        table.add_row(Text(entry.short_name), *cells(entry)[: len(known)])
+        table.add_row(Text(entry.short_name), *(cells(entry)[column] for column in known))
     return table
 
 
-def cells(entry: ShapeStatistics) -> list[str]:
-    """One layer's numbers as text, in the columns of :func:`statistics_table` after the name."""
+def known_columns(statistics: Sequence[ShapeStatistics]) -> list[str]:
+    """The columns after the name, without those that need more than the shapes where that was not given."""
+    return [
+        column
+        for column in COLUMNS
+        if column not in ("dead", "signal") or any(getattr(entry, column) is not None for entry in statistics)
+    ]
+
+
+def cells(entry: ShapeStatistics) -> dict[str, str]:
+    """One layer's numbers as text, by column."""
 
     def text(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    return [
+    signal = entry.signal
+    values = (
         "x".join(map(str, entry.kernel_size)),
         str(entry.num_shapes),
         f"{entry.center_shift:.3f}",
@@ -220,4 +250,6 @@ def cells(entry: ShapeStatistics) -> list[str]:
         text(entry.elongation, ".2f"),
         f"{entry.outside:.1%}",
         text(entry.dead, ".1%"),
-    ]
+        "-" if signal is None else f"{signal.share:.0%}" if signal.significant else "none",
+    )
+    return dict(zip(COLUMNS, values, strict=True))

@@ -28,6 +28,13 @@ def _shapes_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=user_path, help="picture to write: .png or .svg, or .gif with --animate")
     parser.add_argument("--three-d", action="store_true", help="draw rows, columns and channels in space")
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="only these layers, by full name or unique ending")
+    parser.add_argument(
+        "--repeats",
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="other trainings that began with the same weights: what share of the displacement is common to all",
+    )
     parser.add_argument("--animate", action="store_true", help="animate the shapes that ShapesLogger logged in a run")
     parser.add_argument("--json", action="store_true", help="print the statistics as data")
     add_white_level(parser)
@@ -49,10 +56,13 @@ def _shapes(options: argparse.Namespace) -> None:
     _check_html(options)
 
     from icnn_zoo.analysis import depth_trends, plot_shapes, plot_shapes_3d, shape_statistics, statistics_table
+    from icnn_zoo.training.network_sources import find_source, load_task
 
     source, tasks = _load_all(options)
     task = next(iter(tasks.values()))
-    statistics = shape_statistics(task.model, layers=options.layers)  # fails early where there is no irregular layer
+    others = [load_task(find_source(name)) for name in options.repeats]
+    # Fails early where there is no irregular layer.
+    statistics = shape_statistics(task.model, layers=options.layers, repeats=[other.model for other in others])
     if options.json:
         data = [entry.to_dict() for entry in statistics]
         print(json.dumps({"layers": data, "trends": depth_trends(statistics)}, indent=2))
@@ -63,7 +73,7 @@ def _shapes(options: argparse.Namespace) -> None:
     if options.to is not None:
         figure = (plot_shapes_3d if options.three_d else plot_shapes)(task.model, options.layers)
         _save(figure, options.to, quiet=options.json)
-    _write_html(options, source, tasks, options.images)
+    _write_html(options, source, tasks, options.images, others)
 
 
 def _heatmap_options(parser: argparse.ArgumentParser) -> None:
@@ -204,7 +214,11 @@ def _save(figure: Any, path: Path, quiet: bool = False) -> None:
 
 
 def _write_html(
-    options: argparse.Namespace, source: Source, tasks: Mapping[str, SegmentationTask], images: Sequence[Path]
+    options: argparse.Namespace,
+    source: Source,
+    tasks: Mapping[str, SegmentationTask],
+    images: Sequence[Path],
+    repeats: Sequence[SegmentationTask] = (),
 ) -> None:
     if options.html is None:
         return
@@ -212,7 +226,7 @@ def _write_html(
     from icnn_zoo.report.samples import find_samples
 
     samples = find_samples(source, next(iter(tasks.values())), images, white_level=options.white_level)
-    write_page(tasks, options.html, samples, source=source)
+    write_page(tasks, options.html, samples, source=source, repeats=repeats)
     if not getattr(options, "json", False):
         print(f"Written: {options.html}")
 

@@ -40,6 +40,7 @@ def write_page(
     samples: Sequence[Sample],
     *,
     source: Source,
+    repeats: Sequence[SegmentationTask] = (),
 ) -> None:
     """Writes a page with all there is to see of a checkpoint.
 
@@ -52,6 +53,7 @@ def write_page(
         path: The file to write, .html.
         samples: Images to show it with, of at most 513 px on the longer side; larger ones are shrunk.
         source: What the first network was loaded from: its run or card is where scores and curves come from.
+        repeats: Other trainings of it from the same weights, to tell signal from chance in its shapes.
 
     Raises:
         ValueError: No sample, another suffix, or a position that is not a finite number.
@@ -63,7 +65,7 @@ def write_page(
     samples = [_shrunk(sample) for sample in samples]
     task = next(iter(tasks.values()))
     layers = layer_shapes(task.model) if irregular_layers(task.model) else []
-    statistics = shape_statistics(task.model) if layers else []
+    statistics = shape_statistics(task.model, repeats=[other.model for other in repeats]) if layers else []
     payload = {
         "layers": [shapes_payload(shapes) for shapes in layers],
         "heatmaps": [heatmaps_payload(tasks, sample.image) for sample in samples],

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from icnn_zoo.analysis.heatmaps import image_scores
-from icnn_zoo.analysis.statistics import COLUMNS, ShapeStatistics, cells
+from icnn_zoo.analysis.statistics import ShapeStatistics, cells, known_columns
 from icnn_zoo.io.label_pictures import colored
 from icnn_zoo.nn.irregular_conv import irregular_layers
 from icnn_zoo.report.payload import data_uri
@@ -84,8 +84,9 @@ def predictions_section(task: SegmentationTask, samples: Sequence[Sample], palet
 
 def shapes_section(statistics: Sequence[ShapeStatistics], trends: Mapping[str, float | None]) -> dict[str, Any]:
     """Statistics of the shapes, which the script draws."""
-    layers = [{"name": entry.short_name, "cells": cells(entry)} for entry in statistics]
-    return {"layers": layers, "columns": ("layer", *COLUMNS), "trends": _sentence(trends)}
+    columns = known_columns(statistics)
+    layers = [{"name": entry.short_name, "cells": [cells(entry)[column] for column in columns]} for entry in statistics]
+    return {"layers": layers, "columns": ("layer", *columns), "trends": _sentence(trends)}
 
 
 def iou_section(class_names: Sequence[str], scores: Mapping[str, float]) -> dict[str, Any] | None:

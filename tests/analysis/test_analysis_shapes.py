@@ -279,3 +279,17 @@ def test_half_precision_and_frozen_layers_are_described_and_left_alone():
     assert np.allclose(statistics.tap_mean, before.double().mean(dim=0))
     assert torch.equal(layer.displacement, before)
     assert not layer.displacement.requires_grad
+
+
+def test_repeats_tell_signal_from_chance_layer_by_layer():
+    networks = [convert(nn.Sequential(nn.Conv2d(40, 2, 3), nn.Conv2d(40, 2, 3)), "") for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    for network in networks:
+        with torch.no_grad():
+            network[0].displacement[..., 1] += torch.linspace(-1, 1, 9)
+            network[1].displacement += torch.randn(40, 9, 2, generator=generator)
+    first, second = shape_statistics(networks[0], repeats=networks[1:])
+    assert first.signal.share == pytest.approx(1)
+    assert not second.signal.significant
+    text = printed(statistics_table([first, second]))
+    assert [line.split()[-1] for line in text.splitlines() if "3x3" in line] == ["100%", "none"]

@@ -53,6 +53,13 @@ def test_shapes_as_data_are_the_statistics_and_nothing_else(zoo_run, capsys):
     assert set(data["trends"]) == {"center_shift_over_length", "length", "anisotropy", "elongation"}
 
 
+def test_shapes_of_repeats_say_the_signal_in_table_and_data(zoo_run, capsys):
+    zoo_main(["shapes", str(zoo_run), "--repeats", str(zoo_run)])
+    assert any("classifier" in line and "100%" in line for line in lines(capsys))
+    zoo_main(["shapes", str(zoo_run), "--repeats", str(zoo_run), "--json"])
+    assert json.loads(capsys.readouterr().out)["layers"][0]["signal"]["share"] == pytest.approx(1)
+
+
 def test_heatmaps_of_two_networks_stand_side_by_side(zoo_run, regular, picture, tmp_path):
     one, two = tmp_path / "one.png", tmp_path / "two.png"
     zoo_main(["heatmap", str(zoo_run), str(picture), "--pixel", "20", "30", "--to", str(one)])
