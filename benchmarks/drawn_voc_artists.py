@@ -53,7 +53,8 @@ def main() -> None:
         if row not in options.rows:
             continue
         settings = json.loads(file.read_text(encoding="utf-8"))["config"]["data"]["init_args"]
-        data = DrawnVOCDataModule(**{**settings, "seed": SEED, "num_train": options.scenes, "num_val": options.scenes})
+        new = {"seed": SEED, "eval_seed": SEED, "num_train": options.scenes, "num_val": options.scenes}
+        data = DrawnVOCDataModule(**{**settings, **new})
         checkpoint = attempts(file.parent)[-1] / "checkpoints" / "last.ckpt"
         scores = {split: evaluate(checkpoint, data.make_dataset(split)) for split in ("train", "val")}
         result["rows"].setdefault(row, {})[seed] = scores

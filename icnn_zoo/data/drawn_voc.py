@@ -35,8 +35,9 @@ class DrawnVOCDataModule(SegmentationDataModule):
     """Scenes of drawn objects of the 20 PASCAL VOC classes on photographs.
 
     Six icon sets are for training, noto-v1 is for validation and openmoji for testing: every split has its own artists
-    and its own photographs. Objects vary in size, rotation, mirror image and color, and hide each other. Sample i of a
-    split is a pure function of (seed, split, i) and of the prepared files. Prediction runs on the validation scenes.
+    and its own photographs. Objects vary in size, rotation, mirror image and color, and hide each other. Training
+    scene i is a pure function of (seed, i), one of another split of (eval_seed, split, i), and of the prepared files.
+    Prediction runs on the validation scenes.
 
     Make the files once with ``icnn-zoo prepare drawn-voc --root data``.
 
@@ -54,6 +55,7 @@ class DrawnVOCDataModule(SegmentationDataModule):
             most things recognizable.
         noise: Greatest standard deviation of the Gaussian noise, of a range 0 to 1.
         crop_size: Training crop; None for ``image_size``.
+        eval_seed: Decides the scenes of validation and testing, which are the same whatever ``seed`` a training has.
         **kwargs: Those of :class:`SegmentationDataModule`.
 
     Raises:
@@ -74,9 +76,10 @@ class DrawnVOCDataModule(SegmentationDataModule):
         jitter: float = 0.5,
         noise: float = 0.04,
         crop_size: Size | None = None,
+        eval_seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        check_scene_arguments(objects, object_size, noise, train=num_train, val=num_val, test=num_test)
+        check_scene_arguments(objects, object_size, noise, eval_seed, train=num_train, val=num_val, test=num_test)
         for name, value, greatest in (("rotation", rotation, 180), ("jitter", jitter, 1)):
             if not 0 <= value <= greatest:
                 raise ValueError(f"`{name}` must be 0 to {greatest}; got {value}.")
@@ -84,6 +87,7 @@ class DrawnVOCDataModule(SegmentationDataModule):
         super().__init__(crop_size=self.image_size if crop_size is None else crop_size, **kwargs)
         self.folder = user_path(root) / FOLDER
         self.lengths: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test, "predict": num_val}
+        self.eval_seed = eval_seed
         self.objects = objects
         self.object_size = object_size
         self.rotation = rotation
@@ -114,7 +118,7 @@ class DrawnVOCDataset:
     def __init__(self, data: DrawnVOCDataModule, split: Split) -> None:
         self.split = split
         self.length = data.lengths[split]
-        self.seed = data.seed
+        self.seed = data.seed if split == "train" else data.eval_seed
         self.image_size = data.image_size
         self.objects = data.objects
         self.object_size = data.object_size

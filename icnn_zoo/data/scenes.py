@@ -108,7 +108,9 @@ def draw_placement(
     )
 
 
-def check_scene_arguments(objects: Sequence[int], object_size: Sequence[float], noise: float, **lengths: int) -> None:
+def check_scene_arguments(
+    objects: Sequence[int], object_size: Sequence[float], noise: float, eval_seed: int, **lengths: int
+) -> None:
     """Raises ValueError for what no scene can be composed of."""
     for split, length in lengths.items():
         if length < 1:
@@ -119,6 +121,8 @@ def check_scene_arguments(objects: Sequence[int], object_size: Sequence[float], 
         raise ValueError(f"`object_size` must be two positive shares, the smaller first; got {tuple(object_size)}.")
     if noise < 0:
         raise ValueError(f"`noise` must not be negative; got {noise}.")
+    if eval_seed < 0:
+        raise ValueError(f"`eval_seed` must not be negative; got {eval_seed}.")
 
 
 def pyramid(layer: np.ndarray, least: int = 16) -> list[np.ndarray]:

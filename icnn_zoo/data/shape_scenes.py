@@ -85,8 +85,8 @@ class ShapesDataModule(SegmentationDataModule):
     """Scenes of shapes in random colors, sizes, rotations and order before a random texture.
 
     A class is a form (disk, triangle, cross, ...), beyond 16 of them a form and its pattern of two colors ("striped
-    disk"). Colors are random, so only the form tells. Sample i of a split is a pure function of (seed, split, i), and
-    splits never share a scene's seed. Prediction runs on the validation scenes.
+    disk"). Colors are random, so only the form tells. Training scene i is a pure function of (seed, i), one of another
+    split of (eval_seed, split, i); splits never share a scene's seed. Prediction runs on the validation scenes.
 
     Args:
         image_size: Pixels of a scene: one number or (height, width).
@@ -99,6 +99,7 @@ class ShapesDataModule(SegmentationDataModule):
         noise: Standard deviation of the Gaussian noise, of a range 0 to 1.
         background_contrast: 0 for one plain color behind the objects, 1 for the liveliest textures.
         crop_size: Training crop; None for ``image_size``.
+        eval_seed: Decides the scenes of validation and testing, which are the same whatever ``seed`` a training has.
         **kwargs: Those of :class:`SegmentationDataModule`.
 
     Raises:
@@ -123,19 +124,21 @@ class ShapesDataModule(SegmentationDataModule):
         noise: float = 0.03,
         background_contrast: float = 0.3,
         crop_size: Size | None = None,
+        eval_seed: int = 0,
         **kwargs: Any,
     ) -> None:
         if not 2 <= num_classes <= 255:
             raise ValueError(
                 f"`num_classes` must be 2 to 255, background included (255 is not a label); got {num_classes}."
             )
-        check_scene_arguments(objects, object_size, noise, train=num_train, val=num_val, test=num_test)
+        check_scene_arguments(objects, object_size, noise, eval_seed, train=num_train, val=num_val, test=num_test)
         if not 0 <= background_contrast <= 1:
             raise ValueError(f"`background_contrast` must be 0 to 1; got {background_contrast}.")
         self.image_size = size_pair("image_size", image_size)
         self._classes = ("background", *SHAPE_NAMES[: num_classes - 1])
         super().__init__(crop_size=self.image_size if crop_size is None else crop_size, **kwargs)
         self.lengths: dict[Split, int] = {"train": num_train, "val": num_val, "test": num_test, "predict": num_val}
+        self.eval_seed = eval_seed
         self.objects = objects
         self.object_size = object_size
         self.noise = noise
@@ -155,7 +158,7 @@ class ShapesDataset:
     def __init__(self, data: ShapesDataModule, split: Split) -> None:
         self.split = split
         self.length = data.lengths[split]
-        self.seed = data.seed
+        self.seed = data.seed if split == "train" else data.eval_seed
         self.num_classes = data.num_classes
         self.image_size = data.image_size
         self.objects = data.objects

@@ -74,3 +74,11 @@ def test_255_classes_are_possible_and_differ():
 def test_impossible_scenes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         shapes(**arguments)
+
+
+def test_scenes_of_evaluation_are_the_same_for_all_seeds_and_their_own():
+    first, second = (shapes(seed=seed).make_dataset("val")[3] for seed in (0, 1))
+    assert np.array_equal(first["image"], second["image"])
+    assert not np.array_equal(first["image"], shapes(eval_seed=1).make_dataset("val")[3]["image"])
+    with pytest.raises(ValueError, match="`eval_seed` must not be negative; got -1"):
+        shapes(eval_seed=-1)
