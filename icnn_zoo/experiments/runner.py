@@ -28,6 +28,7 @@ import yaml
 from icnn_zoo.experiments.catalog import EXPERIMENTS, Experiment, find_config
 from icnn_zoo.experiments.table import write_table
 from icnn_zoo.io.files import write_whole
+from icnn_zoo.ops.sharing import rename_per_kernel
 from icnn_zoo.training.run_folder import RunFolder
 
 _PACKAGES = ("icnn-zoo", "torch", "torchvision", "lightning", "timm", "albumentations", "numpy")
@@ -219,6 +220,8 @@ def _check_folder(folder: Path, run: _Run) -> None:
         before = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
         for key in ("config", "overrides") if before else ():
             now = run.request[key]
+            if key == "config":  # runs of an earlier version say some options in its words
+                before[key]["model"] = rename_per_kernel(before[key]["model"])
             if before[key] != now:
                 shown = "another file" if key == "config" else f"{before[key]}, now {now}"
                 raise ValueError(

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -368,3 +369,10 @@ def test_the_command_of_every_row_is_understood(row, monkeypatch, tmp_path):
     assert "Comparison" in added  # those of the config stay
     turned = float(row.rpartition("-turned-")[2]) if "-turned-" in row else 0.0
     assert tuple(config.data.init_args.rotation) == (-turned, turned)
+
+
+def test_the_committed_lines_can_be_gone_on_from(runs, tmp_path):
+    committed = Path(__file__).parents[2] / "docs/results/lines"
+    shutil.copytree(committed / "regular", tmp_path / "lines/regular")
+    reproduce("lines", rows=["regular"], seeds=[0, 1], out=tmp_path)
+    assert not runs.calls
