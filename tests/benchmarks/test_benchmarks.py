@@ -149,6 +149,24 @@ def test_deploy_with_a_red_gate_exits_1_without_speed(deploy, monkeypatch, tmp_p
     assert not path.exists()
 
 
+def test_threads_counts_units_and_models_what_it_measures(tmp_path, capsys):
+    path = tmp_path / "threads.json"
+    with imported("threads") as threads:
+        assert threads.makespan([1.0, 1.0, 1.0, 5.0], 2) == 6.0
+        assert threads.makespan([2.0] * 8, 4) == 4.0
+        assert threads.main(["--quick", "--layers", "layer3", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert {"machine", "versions", "date", "settings", "layers"} <= report.keys()
+    assert [result["direction"] for result in report["layers"]] == ["forward", "backward"]
+    for result in report["layers"]:
+        assert f"{result['name']}, {result['direction']}, " in printed
+        assert [row["threads"] for row in result["modelled"]] == [2, 4, 8, 16, 32, 64, 128]
+        for row in result["modelled"]:
+            assert row["imbalance"] > 0.99
+            assert 0.99 < row["modelled_speed_up"] <= row["threads"]
+
+
 @pytest.mark.parametrize("name", ["irregular_conv2d", "deploy"])
 def test_command_needs_no_training_stack(name):
     script = str(FOLDER / f"{name}.py")

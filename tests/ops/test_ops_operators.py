@@ -179,15 +179,28 @@ def test_memory_around_the_input_is_never_read(backend: str, per_kernel: bool) -
         assert grad.isfinite().all()
 
 
-def test_thread_counts_give_the_same_bits() -> None:
-    tensors = arguments()
+THREADED = {  # input, weight, leading sizes of positions, options; each is worth seven threads
+    "parts of images": ((2, 40, 33, 33), (20, 40, 3, 3), (40,), {"padding": 1}),
+    "groups, stride": ((5, 24, 25, 25), (32, 6, 3, 3), (24,), {"padding": 1, "stride": 2, "groups": 4}),
+    "depthwise": ((9, 16, 21, 21), (16, 1, 5, 5), (16,), {"padding": 2, "groups": 16}),
+    "full version": ((3, 8, 25, 25), (12, 8, 3, 3), (12, 8), {"padding": 1}),
+}
+
+
+@pytest.mark.parametrize("name", THREADED)
+def test_thread_counts_give_the_same_bits(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    *shapes, lead, options = THREADED[name]
+    input, weight = (torch.randn(shape, generator=generator) for shape in shapes)
+    positions = torch.randn(*lead, weight.shape[2] * weight.shape[3], 2, generator=generator) * 3
+    tensors = [tensor.requires_grad_() for tensor in (input, weight, positions)]
     threads = torch.get_num_threads()
     results = []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            output = icnn_zoo.irregular_conv2d(*tensors, padding=1, groups=2)
-            results.append((output, *torch.autograd.grad(output.sum(), tensors)))
+            output = icnn_zoo.irregular_conv2d(*tensors, **options)
+            results.append((output, *torch.autograd.grad(output.square().sum(), tensors)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

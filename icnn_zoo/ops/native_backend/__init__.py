@@ -83,12 +83,14 @@ class NativeBackend:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
         call = _Call(input, weight, positions, geometry, self.limits)
-        grad_input = torch.zeros(input.shape, dtype=call.dtype) if needs[0] else None
+        # C writes every number, on its threads.
+        make = torch.empty if grad_output.numel() > 0 else torch.zeros
+        grad_input = make(input.shape, dtype=call.dtype) if needs[0] else None
         # A stencil's shifts belong to the outputs: those of a channel are summed below.
         stencil = call.is_stencil
-        grad_weight = torch.zeros(weight.shape, dtype=call.dtype) if needs[1] or (stencil and needs[2]) else None
+        grad_weight = make(weight.shape, dtype=call.dtype) if needs[1] or (stencil and needs[2]) else None
         shape = weight.shape if stencil else positions.shape[:2]
-        grad_shift = torch.zeros(*shape, 2, dtype=torch.float64) if needs[2] or (stencil and needs[1]) else None
+        grad_shift = make(*shape, 2, dtype=torch.float64) if needs[2] or (stencil and needs[1]) else None
         if grad_output.numel() > 0:
             call.run(
                 "backward",
@@ -128,7 +130,7 @@ class _Sizes(ctypes.Structure):
 
 
 class _Columns(ctypes.Structure):
-    """``columns_t`` of csrc/columns.c."""
+    """``columns_t`` of csrc/columns.h."""
 
     _fields_ = [
         ("sizes", _Sizes),
@@ -146,7 +148,7 @@ class _Stencil(ctypes.Structure):
         *_integers("images", "channels", "outputs", "groups", "taps"),
         ("per_kernel", ctypes.c_int),
         *_pointers("input", "weight", "positions", "bias", "output"),
-        *_pointers("grad_output", "grad_input", "grad_weight", "grad_shift"),
+        *_pointers("grad_output", "grad_input", "grad_weight", "grad_shift", "workspace"),
     ]
 
 
@@ -207,7 +209,10 @@ class _Call:
         self._point({**self.arguments, **tensors})
         if not self.is_stencil:
             workspace = torch.empty(library.workspace_length(task, int(direction == "backward")), dtype=self.dtype)
-            self.task.workspace = workspace.data_ptr()
+        else:
+            length = library.moments_length(task) if direction == "backward" else 0
+            workspace = torch.empty(length, dtype=torch.float64)
+        self.task.workspace = workspace.data_ptr()
         function: Callable[..., int] = getattr(library, f"{kind}_{direction}")
         threads = ctypes.c_uint(torch.get_num_threads())
         if function(ctypes.c_void_p(build.find_parallel()), threads, task):

@@ -27,7 +27,9 @@ from icnn_zoo.io.files import replacing
 
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
 REALS = {torch.float32: "float", torch.float64: "double"}
-_SOURCES = [Path(__file__).with_name("csrc") / name for name in ("plane.h", "columns.c", "stencil.c")]
+_FOLDER = Path(__file__).with_name("csrc")
+_HEADERS = [_FOLDER / name for name in ("plane.h", "columns.h")]
+_SOURCES = [_FOLDER / name for name in ("columns_forward.c", "columns_backward.c", "stencil.c")]
 _DIGEST_LENGTH = 64
 _STALE_SECONDS = 3600
 
@@ -105,7 +107,7 @@ def _run(compiler: list[str], *options: str) -> str:
 
 def _load_anywhere(compiler: list[str]) -> Libraries:
     """Loads the libraries of the user's cache, or of a temporary folder."""
-    parts = [*(source.read_text() for source in _SOURCES), *FLAGS, *compiler, _run(compiler, "--version"), _processor()]
+    parts = [*(source.read_text() for source in (*_HEADERS, *_SOURCES)), *FLAGS, *compiler, _run(compiler, "--version"), _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     try:
         return _load_from(_private_folder(), key, compiler)
@@ -148,7 +150,8 @@ def _load_from(folder: Path, key: str, compiler: list[str]) -> Libraries:
         if not _is_intact(target):
             _compile(compiler, real, target)
         libraries[dtype] = ctypes.CDLL(str(target))
-        libraries[dtype].workspace_length.restype = ctypes.c_int64
+        for name in ("workspace_length", "moments_length"):
+            libraries[dtype][name].restype = ctypes.c_int64
     return libraries
 
 
@@ -169,7 +172,7 @@ def _compile(compiler: list[str], real: str, target: Path) -> None:
         if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
             leftover.unlink(missing_ok=True)
     with replacing(target) as partial:
-        _run(compiler, *FLAGS, f"-DREAL={real}", *map(str, _SOURCES[1:]), "-o", str(partial))
+        _run(compiler, *FLAGS, f"-DREAL={real}", *map(str, _SOURCES), "-o", str(partial))
         digest = hashlib.sha256(partial.read_bytes()).hexdigest()
         with partial.open("ab") as file:
             file.write(digest.encode())

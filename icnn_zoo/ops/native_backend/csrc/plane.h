@@ -1,8 +1,9 @@
-/* What columns.c and stencil.c share: vectors, shifts, planes with zeros around them, and PyTorch's threads.
+/* What columns and stencils share: vectors, shifts, planes with zeros around them, and PyTorch's threads.
  *
  * Compiled once per data type with -DREAL=float or -DREAL=double (see build.py); plain C with the vector
- * extensions of GCC and Clang. Every plane is written by one thread in a fixed order, so results agree bit for bit
- * whatever the number of threads.
+ * extensions of GCC and Clang. Work is cut into units, taken one by one by whichever thread is free: a thread that others
+ * hold up delays no more than its unit. Every sum has an order of its own, so results agree bit for bit whatever the
+ * number of threads.
  *
  * Planes are copied into a frame with zeros around, its columns sorted by their remainder modulo the stride ("phases"),
  * so that neighbouring outputs always read neighbouring addresses.

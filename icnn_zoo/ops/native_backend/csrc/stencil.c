@@ -2,6 +2,9 @@
  *
  * Bilinear interpolation makes of a tap at most four cells with weights; cells that taps share are merged. The gradient
  * by the input is the same with the cells mirrored.
+ *
+ * Units are (channel or kernel, part of the images). What images add up to is kept apart for each part and summed in the
+ * order of the parts, and how many there are follows from the sizes of the call alone, never from the threads.
  */
 
 #define NARROW
@@ -20,6 +23,7 @@ typedef struct {
     REAL *grad_input;    /* or NULL */
     REAL *grad_weight;   /* [outputs, channels / groups, taps], with grad_shift, or NULL */
     double *grad_shift;  /* [outputs, channels / groups, taps, 2] */
+    double *workspace;   /* of the backward: what moments_length says */
 } stencil_t;
 
 typedef struct {
@@ -175,7 +179,31 @@ static void apply(const apply_t *task) {
 typedef struct {
     const stencil_t *task;
     frame_t input, grad; /* zeros enough for every cell that meets the input at all */
+    index_t parts;       /* of the images */
 } stencil_call_t;
+
+enum { KERNEL_UNITS = 256 }; /* that the gradients of kernels are cut into at least, where there are as many images */
+
+static index_t count_kernels(const stencil_t *task) { return task->outputs * (task->channels / task->groups); }
+
+static index_t cut_images(const stencil_t *task, index_t others, index_t wanted) {
+    return smallest((wanted + others - 1) / others, task->images);
+}
+
+static index_t part_start(const stencil_call_t *call, index_t part) { return part * call->task->images / call->parts; }
+
+/* Numbers of the workspace: the moments of every kernel and part, where there are several. */
+index_t moments_length(const stencil_t *task) {
+    index_t kernels = count_kernels(task), parts = cut_images(task, kernels, KERNEL_UNITS);
+    return parts == 1 ? 0 : kernels * parts * 4 * task->taps;
+}
+
+/* Threads that a call is worth: below about this many multiply-adds for each, starting them takes longer. */
+static unsigned worthwhile(const stencil_t *task, unsigned threads) {
+    double pixels = (double)task->images * task->sizes.out_height * task->sizes.out_width;
+    double wanted = pixels * count_kernels(task) * task->taps / (1 << 18);
+    return wanted < threads ? (unsigned)wanted + 1 : threads;
+}
 
 static void margins(index_t low, index_t high, index_t size, index_t outputs, index_t stride, index_t *input_before,
                     index_t *input_after, index_t *grad_before, index_t *grad_after) {
@@ -207,7 +235,7 @@ static stencil_call_t make_stencil_call(const stencil_t *task) {
             cols + 3);
     stencil_call_t call = {
         task, make_frame(sizes->height, sizes->width, rows[0], rows[1], cols[0], cols[1], sizes->stride_col),
-        make_frame(sizes->out_height, sizes->out_width, rows[2], rows[3], cols[2], cols[3], 1)};
+        make_frame(sizes->out_height, sizes->out_width, rows[2], rows[3], cols[2], cols[3], 1), 1};
     return call;
 }
 
@@ -216,10 +244,12 @@ static void set_offsets(const frame_t *frame, list_t *list) {
         list->offset[cell] = frame_at(frame, list->row[cell], list->col[cell]);
 }
 
-/* One output channel of all images. */
-static void stencil_work(const void *data, index_t output, REAL *scratch) {
+/* One output channel of a part of the images. */
+static void stencil_work(const void *data, index_t unit, REAL *scratch) {
     const stencil_call_t *call = data;
     const stencil_t *task = call->task;
+    index_t output = unit / call->parts, part = unit % call->parts;
+    index_t image_first = part_start(call, part), image_last = part_start(call, part + 1);
     const sizes_t *sizes = &task->sizes;
     index_t group_channels = task->channels / task->groups, in_area = sizes->height * sizes->width;
     index_t out_area = sizes->out_height * sizes->out_width;
@@ -231,7 +261,7 @@ static void stencil_work(const void *data, index_t output, REAL *scratch) {
         index_t channel = output / (task->outputs / task->groups) * group_channels + member;
         fill_list(task, output, member, &list);
         set_offsets(&call->input, &list);
-        for (index_t image = 0; image < task->images; image++) {
+        for (index_t image = image_first; image < image_last; image++) {
             fill_frame(&call->input, plane, task->input + (image * task->channels + channel) * in_area, sizes->height,
                        sizes->width);
             apply(&(apply_t){plane, sizes->stride_row * call->input.pitch, list.offset, list.weight, list.count,
@@ -242,10 +272,12 @@ static void stencil_work(const void *data, index_t output, REAL *scratch) {
     }
 }
 
-/* The gradient of one input channel of all images: each phase of the strides is a stencil over the output's. */
-static void stencil_input_work(const void *data, index_t channel, REAL *scratch) {
+/* The gradient of one input channel of a part of the images: each phase of the strides is a stencil over the output's. */
+static void stencil_input_work(const void *data, index_t unit, REAL *scratch) {
     const stencil_call_t *call = data;
     const stencil_t *task = call->task;
+    index_t channel = unit / call->parts, part = unit % call->parts;
+    index_t image_first = part_start(call, part), image_last = part_start(call, part + 1);
     const sizes_t *sizes = &task->sizes;
     index_t group_channels = task->channels / task->groups, group_outputs = task->outputs / task->groups;
     index_t group = channel / group_channels, member = channel % group_channels;
@@ -255,11 +287,11 @@ static void stencil_input_work(const void *data, index_t channel, REAL *scratch)
     REAL *plane = scratch + list_length(task), *phase = plane + frame_length(&call->grad);
     REAL *selected = phase + in_area;
     int several = group_outputs > 1;
-    for (index_t image = 0; image < task->images && (strided || several); image++)
+    for (index_t image = image_first; image < image_last && (strided || several); image++)
         memset(task->grad_input + (image * task->channels + channel) * in_area, 0, in_area * sizeof(REAL));
     for (index_t output = group * group_outputs; output < (group + 1) * group_outputs; output++) {
         fill_list(task, output, member, &list);
-        for (index_t image = 0; image < task->images; image++) {
+        for (index_t image = image_first; image < image_last; image++) {
             REAL *to = task->grad_input + (image * task->channels + channel) * in_area;
             fill_frame(&call->grad, plane, task->grad_output + (image * task->outputs + output) * out_area,
                        sizes->out_height, sizes->out_width);
@@ -293,15 +325,34 @@ static void stencil_input_work(const void *data, index_t channel, REAL *scratch)
     }
 }
 
-/* Products of the output's gradient with the input at each cell, then the gradients of a kernel's taps. */
+/* The gradients of a kernel's taps from its moments. */
+static void finish_kernel(const stencil_t *task, index_t kernel, const list_t *list) {
+    const REAL *weight = task->weight + kernel * task->taps;
+    for (index_t tap = 0; tap < task->taps; tap++) {
+        double down = list->shift[tap].down, right = list->shift[tap].right;
+        double m[4];
+        for (int corner = 0; corner < 4; corner++) {
+            index_t cell = list->cell[4 * tap + corner];
+            m[corner] = cell < 0 ? 0 : list->moment[cell];
+        }
+        task->grad_weight[kernel * task->taps + tap] = (REAL)((1 - down) * ((1 - right) * m[0] + right * m[1]) +
+                                                              down * ((1 - right) * m[2] + right * m[3]));
+        double *by_shift = task->grad_shift + (kernel * task->taps + tap) * 2;
+        by_shift[0] = weight[tap] * ((1 - right) * (m[2] - m[0]) + right * (m[3] - m[1]));
+        by_shift[1] = weight[tap] * ((1 - down) * (m[1] - m[0]) + down * (m[3] - m[2]));
+    }
+}
+
+/* The moments of a kernel in a part of the images: products of the output's gradient with the input at each cell. */
 static void stencil_weight_work(const void *data, index_t unit, REAL *scratch) {
     const stencil_call_t *call = data;
     const stencil_t *task = call->task;
+    index_t kernel = unit / call->parts, part = unit % call->parts;
     const sizes_t *sizes = &task->sizes;
     index_t group_channels = task->channels / task->groups, in_area = sizes->height * sizes->width;
-    index_t output = unit / group_channels, member = unit % group_channels;
+    index_t output = kernel / group_channels, member = kernel % group_channels;
     index_t channel = output / (task->outputs / task->groups) * group_channels + member;
-    index_t out_area = sizes->out_height * sizes->out_width, taps = task->taps;
+    index_t out_area = sizes->out_height * sizes->out_width;
     list_t list = make_list(task, scratch);
     frame_t frame = call->input;
     index_t padded = round_up(sizes->out_width, LANES);
@@ -310,7 +361,7 @@ static void stencil_weight_work(const void *data, index_t unit, REAL *scratch) {
     set_offsets(&frame, &list);
     for (index_t cell = 0; cell < list.count; cell++) list.moment[cell] = 0;
     memset(grad, 0, sizes->out_height * padded * sizeof(REAL));
-    for (index_t image = 0; image < task->images; image++) {
+    for (index_t image = part_start(call, part); image < part_start(call, part + 1); image++) {
         fill_frame(&frame, plane, task->input + (image * task->channels + channel) * in_area, sizes->height,
                    sizes->width);
         const REAL *from = task->grad_output + (image * task->outputs + output) * out_area;
@@ -332,38 +383,51 @@ static void stencil_weight_work(const void *data, index_t unit, REAL *scratch) {
                 list.moment[cell + part] += sum_lanes(total[part]);
         }
     }
-    const REAL *weight = task->weight + unit * taps;
-    for (index_t tap = 0; tap < taps; tap++) {
-        double down = list.shift[tap].down, right = list.shift[tap].right;
-        double m[4];
-        for (int corner = 0; corner < 4; corner++) {
-            index_t cell = list.cell[4 * tap + corner];
-            m[corner] = cell < 0 ? 0 : list.moment[cell];
-        }
-        task->grad_weight[unit * taps + tap] = (REAL)((1 - down) * ((1 - right) * m[0] + right * m[1]) +
-                                                      down * ((1 - right) * m[2] + right * m[3]));
-        double *by_shift = task->grad_shift + (unit * taps + tap) * 2;
-        by_shift[0] = weight[tap] * ((1 - right) * (m[2] - m[0]) + right * (m[3] - m[1]));
-        by_shift[1] = weight[tap] * ((1 - down) * (m[1] - m[0]) + down * (m[3] - m[2]));
+    if (call->parts == 1) {
+        finish_kernel(task, kernel, &list);
+    } else {
+        memcpy(task->workspace + unit * 4 * task->taps, list.moment, list.count * sizeof(double));
     }
+}
+
+/* Adds the parts of a kernel's moments. */
+static void stencil_sum_work(const void *data, index_t kernel, REAL *scratch) {
+    const stencil_call_t *call = data;
+    const stencil_t *task = call->task;
+    index_t group_channels = task->channels / task->groups, length = 4 * task->taps;
+    list_t list = make_list(task, scratch);
+    fill_list(task, kernel / group_channels, kernel % group_channels, &list);
+    for (index_t cell = 0; cell < list.count; cell++) {
+        list.moment[cell] = 0;
+        for (index_t part = 0; part < call->parts; part++)
+            list.moment[cell] += task->workspace[(kernel * call->parts + part) * length + cell];
+    }
+    finish_kernel(task, kernel, &list);
 }
 
 int stencil_forward(parallel_t parallel, unsigned threads, const stencil_t *task) {
     stencil_call_t call = make_stencil_call(task);
     index_t length = list_length(task) + frame_length(&call.input);
-    return run_parallel(parallel, threads, &call, task->outputs, length, stencil_work);
+    threads = worthwhile(task, threads);
+    /* No sum goes over images: there may be as many parts as the threads want. */
+    call.parts = cut_images(task, task->outputs, 4 * (index_t)threads);
+    return run_parallel(parallel, threads, &call, task->outputs * call.parts, length, stencil_work);
 }
 
 int stencil_backward(parallel_t parallel, unsigned threads, const stencil_t *task) {
     const sizes_t *sizes = &task->sizes;
     stencil_call_t call = make_stencil_call(task);
+    threads = worthwhile(task, threads);
     if (task->grad_input != NULL) {
         index_t length = list_length(task) + frame_length(&call.grad) + sizes->height * sizes->width + 4 * task->taps;
-        if (run_parallel(parallel, threads, &call, task->channels, length, stencil_input_work)) return 1;
+        call.parts = cut_images(task, task->channels, 4 * (index_t)threads);
+        if (run_parallel(parallel, threads, &call, task->channels * call.parts, length, stencil_input_work)) return 1;
     }
     if (task->grad_weight == NULL) return 0;
     index_t length =
         list_length(task) + frame_length(&call.input) + sizes->out_height * round_up(sizes->out_width, LANES);
-    index_t units = task->outputs * (task->channels / task->groups);
-    return run_parallel(parallel, threads, &call, units, length, stencil_weight_work);
+    index_t kernels = count_kernels(task);
+    call.parts = cut_images(task, kernels, KERNEL_UNITS);
+    return run_parallel(parallel, threads, &call, kernels * call.parts, length, stencil_weight_work) ||
+           (call.parts > 1 && run_parallel(parallel, threads, &call, kernels, list_length(task), stencil_sum_work));
 }

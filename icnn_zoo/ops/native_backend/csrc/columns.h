@@ -1,0 +1,249 @@
+/* Layers with a shape per input channel: columns (every (channel, tap)'s plane at its shift) and their products.
+ *
+ * A thread makes the columns of a band of output pixels, a few channels at a time, in the order in which the matrix
+ * product reads them, and multiplies them before they leave the cache. The backward does the same with the transposed
+ * weights and spreads what comes out over the input's gradient.
+ */
+
+#include "plane.h"
+
+/* ---- matrix products --------------------------------------------------------------------------------------------- */
+
+/* total += sum over depth of a[d, row] * b[d, column] for one tile; a is [depth, TILE_ROWS], b [depth, TILE_COLUMNS]. */
+static inline void multiply_tile(index_t depth, const REAL *a, const REAL *b, REAL *total, index_t pitch) {
+    vector sum[TILE_ROWS][2];
+    for (int row = 0; row < TILE_ROWS; row++) sum[row][0] = sum[row][1] = all(0);
+    for (index_t d = 0; d < depth; d++, a += TILE_ROWS, b += TILE_COLUMNS) {
+        vector left = load(b), right = load(b + LANES);
+#pragma GCC unroll 12
+        for (int row = 0; row < TILE_ROWS; row++) {
+            vector scale = all(a[row]);
+            sum[row][0] += scale * left;
+            sum[row][1] += scale * right;
+        }
+    }
+    for (int row = 0; row < TILE_ROWS; row++, total += pitch) {
+        store(total, load(total) + sum[row][0]);
+        store(total + LANES, load(total + LANES) + sum[row][1]);
+    }
+}
+
+/* All tiles: a is [rows / TILE_ROWS, depth, TILE_ROWS], b [columns / TILE_COLUMNS, depth, TILE_COLUMNS]. */
+static inline void multiply(index_t rows, index_t columns, index_t depth, const REAL *a, const REAL *b, REAL *total) {
+    for (index_t column = 0; column < columns; column += TILE_COLUMNS)
+        for (index_t row = 0; row < rows; row += TILE_ROWS)
+            multiply_tile(depth, a + row * depth, b + column * depth, total + row * columns + column, columns);
+}
+
+/* ---- columns ----------------------------------------------------------------------------------------------------- */
+
+/* Outputs [first, last) whose two neighbours lie within one row or column of zeros around the input. */
+static inline void live_range(index_t shift, index_t stride, index_t size, index_t outputs, index_t *first, index_t *last) {
+    *first = smallest(largest(floor_div(-1 - shift + stride - 1, stride), 0), outputs);
+    *last = largest(smallest(floor_div(size - 1 - shift, stride) + 1, outputs), *first);
+}
+
+typedef struct {
+    index_t row_first, row_last, col_first, col_last; /* live outputs */
+    index_t top_left, top_right;                      /* addresses in the frame for output (row 0, col_first) */
+    index_t row_step;                                 /* from one output row to the next in the frame */
+    index_t below;                                    /* from a row of the frame to the next */
+    REAL down, right;                                 /* fractions */
+} tap_t;
+
+static inline tap_t make_tap(const frame_t *frame, const sizes_t *sizes, const double *position) {
+    shift_t shift = make_shift(sizes, position);
+    index_t row = shift.row, col = shift.col;
+    tap_t tap;
+    tap.down = shift.down;
+    tap.right = shift.right;
+    live_range(row, sizes->stride_row, sizes->height, sizes->out_height, &tap.row_first, &tap.row_last);
+    live_range(col, sizes->stride_col, sizes->width, sizes->out_width, &tap.col_first, &tap.col_last);
+    if (tap.col_first == tap.col_last) tap.row_last = tap.row_first;
+    index_t column = tap.col_first * sizes->stride_col + col;
+    tap.top_left = frame_at(frame, row, column);
+    tap.top_right = frame_at(frame, row, column + 1);
+    tap.row_step = sizes->stride_row * frame->pitch;
+    tap.below = frame->pitch;
+    return tap;
+}
+
+typedef struct {
+    sizes_t sizes;
+    index_t images, channels, outputs, groups, taps;
+    index_t depth; /* rows of columns that a product takes at once */
+    index_t band;  /* output pixels of a band, about */
+    const REAL *input;       /* [images, channels, height, width] */
+    const REAL *weight;      /* [outputs, channels / groups, taps] */
+    const double *positions; /* [channels, taps, 2] */
+    const REAL *bias;        /* [outputs], or NULL */
+    REAL *output;            /* [images, outputs, out_height, out_width] */
+    const REAL *grad_output; /* as output */
+    REAL *grad_input;        /* as input, or NULL */
+    REAL *grad_weight;       /* as weight, or NULL */
+    double *grad_shift;      /* [channels * taps, 2], or NULL */
+    REAL *workspace;         /* what workspace_length says */
+} columns_t;
+
+typedef struct {
+    frame_t frame;
+    index_t area, out_area;
+    index_t group_channels, group_outputs;
+    index_t step;       /* channels of a block */
+    index_t blocks;     /* of all groups */
+    index_t rows;       /* rows of columns of a block, rounded up to tiles */
+    index_t band_rows;  /* output rows of a band */
+    index_t bands;      /* of an image */
+    index_t band;       /* output pixels of a band, rounded up to tiles */
+    index_t slices;     /* bands of all images and groups */
+    index_t cuts;       /* backward: parts of an image */
+    index_t parts;      /* backward: of all images; several images where cuts is 1 */
+    index_t tile_rows, tile_columns; /* outputs of a group, rounded up to rows and to columns of tiles */
+    REAL *frames;       /* [images, channels, frame_length] */
+    tap_t *taps;        /* [channels, taps] */
+    REAL *packed;       /* forward: weights; backward: weights transposed */
+    REAL *grads;        /* [images, bands, groups, band / TILE_COLUMNS, group_outputs, TILE_COLUMNS] */
+    REAL *grads_across; /* [images, bands, groups, tile_columns / TILE_COLUMNS, band, TILE_COLUMNS] */
+    double *by_shift;   /* [parts, channels * taps, 2] */
+    REAL *by_weight;    /* [parts, blocks, rows, tile_columns] */
+    REAL *by_input;     /* [cuts, images, channels, area]; the gradient itself where cuts is 1 */
+    REAL *end;
+} layout_t;
+
+enum {
+    UNITS = 384,         /* that a backward is cut into, about: enough for many threads */
+    LEAST_BAND = 128,    /* output pixels below which products are slow */
+    PARTIAL_SUMS = 1 << 23 /* numbers that partial sums may take, also where the images have fewer */
+};
+
+static inline REAL *take(REAL **at, index_t length) {
+    REAL *start = *at;
+    *at += length;
+    return start;
+}
+
+/* Channels of a block: between a third of the depth and the depth, so that least of the tiles is empty. */
+static inline index_t block_step(const columns_t *task, index_t channels) {
+    index_t most = smallest(largest(task->depth / task->taps, 1), channels), best = most;
+    index_t used = most * task->taps, padded = round_up(used, TILE_ROWS);
+    for (index_t step = most - 1; step >= 1 && step * task->taps * 3 >= task->depth; step--) {
+        index_t rows = step * task->taps, whole = round_up(rows, TILE_ROWS);
+        if (whole * used <= padded * rows) best = step, used = rows, padded = whole;
+    }
+    index_t blocks = (channels + best - 1) / best;
+    return (channels + blocks - 1) / blocks;
+}
+
+/* Bands of one height, so that the last is no leftover. */
+static inline void cut_bands(layout_t *layout, const columns_t *task, index_t pixels) {
+    index_t width = task->sizes.out_width, height = task->sizes.out_height;
+    layout->band_rows = smallest(largest((pixels + width / 2) / width, 1), height);
+    layout->bands = (height + layout->band_rows - 1) / layout->band_rows;
+    layout->band_rows = (height + layout->bands - 1) / layout->bands;
+    layout->bands = (height + layout->band_rows - 1) / layout->band_rows;
+    layout->band = round_up(layout->band_rows * width, TILE_COLUMNS);
+    layout->slices = task->images * layout->bands * task->groups;
+}
+
+/* Every output has one sum whatever the bands: the forward may have as many of them as the threads want. */
+static inline index_t forward_band(const columns_t *task, index_t area, unsigned threads) {
+    index_t others = task->images * task->groups, wanted = (4 * (index_t)threads + others - 1) / others;
+    return smallest(task->band, largest(area / wanted, LEAST_BAND));
+}
+
+static inline void cut_parts(layout_t *layout, const columns_t *task) {
+    index_t sums = layout->blocks * layout->rows * layout->tile_columns;
+    index_t data = task->images * (task->channels * layout->area + task->outputs * layout->out_area);
+    index_t wanted = UNITS / layout->blocks;
+    if (task->grad_weight != NULL) wanted = smallest(wanted, largest(PARTIAL_SUMS, data) / sums);
+    wanted = largest(wanted, 1);
+    /* Two bands at least of an image, as parts have their price. */
+    layout->cuts = smallest((wanted + task->images - 1) / task->images, largest(layout->bands / 2, 1));
+    layout->parts = layout->cuts > 1 ? layout->cuts * task->images : smallest(wanted, task->images);
+}
+
+static inline layout_t make_layout(const columns_t *task, int backward, unsigned threads) {
+    const sizes_t *sizes = &task->sizes;
+    layout_t layout = {0};
+    layout.frame = make_frame(sizes->height, sizes->width, 1, 1, 1, 1, sizes->stride_col);
+    layout.area = sizes->height * sizes->width;
+    layout.out_area = sizes->out_height * sizes->out_width;
+    layout.group_channels = task->channels / task->groups;
+    layout.group_outputs = task->outputs / task->groups;
+    layout.step = backward ? block_step(task, layout.group_channels)
+                           : smallest(largest(task->depth / task->taps, 1), layout.group_channels);
+    layout.blocks = task->groups * ((layout.group_channels + layout.step - 1) / layout.step);
+    layout.rows = round_up(layout.step * task->taps, TILE_ROWS);
+    cut_bands(&layout, task, backward ? task->band : forward_band(task, layout.out_area, threads));
+    layout.tile_rows = round_up(layout.group_outputs, TILE_ROWS);
+    layout.tile_columns = round_up(layout.group_outputs, TILE_COLUMNS);
+    REAL *at = task->workspace;
+    layout.taps = (tap_t *)take(&at, round_up(task->channels * task->taps * sizeof(tap_t), BYTES) / sizeof(REAL));
+    layout.frames = take(&at, task->images * task->channels * frame_length(&layout.frame));
+    if (!backward) {
+        layout.packed = take(&at, task->channels * task->taps * layout.tile_rows);
+        layout.end = at;
+        return layout;
+    }
+    cut_parts(&layout, task);
+    int by_columns = task->grad_input != NULL || task->grad_shift != NULL;
+    layout.packed = take(&at, by_columns ? layout.blocks * layout.rows * layout.group_outputs : 0);
+    layout.grads = take(&at, by_columns ? layout.slices * layout.band * layout.group_outputs : 0);
+    if (task->grad_weight != NULL) {
+        layout.grads_across = take(&at, layout.slices * layout.band * layout.tile_columns);
+        layout.by_weight = take(&at, layout.parts * layout.blocks * layout.rows * layout.tile_columns);
+    }
+    layout.by_input = layout.cuts == 1 || task->grad_input == NULL
+                          ? task->grad_input
+                          : take(&at, layout.cuts * task->images * task->channels * layout.area);
+    at = task->workspace + round_up(at - task->workspace, BYTES / sizeof(REAL));
+    layout.by_shift = (double *)take(&at, layout.parts * task->channels * task->taps * 2 * sizeof(double) / sizeof(REAL));
+    layout.end = at;
+    return layout;
+}
+
+typedef struct {
+    const columns_t *task;
+    layout_t layout;
+} call_t;
+
+/* Threads that a call is worth: below about this many multiply-adds for each, starting them takes longer. */
+static inline unsigned worthwhile(const call_t *call, unsigned threads) {
+    const columns_t *task = call->task;
+    double products = (double)task->images * call->layout.out_area * task->outputs * call->layout.group_channels;
+    double wanted = products * task->taps / (1 << 19);
+    return wanted < threads ? (unsigned)wanted + 1 : threads;
+}
+
+static inline void make_frame_and_taps(const call_t *call, index_t plane) {
+    const columns_t *task = call->task;
+    const layout_t *layout = &call->layout;
+    fill_frame(&layout->frame, layout->frames + plane * frame_length(&layout->frame),
+               task->input + plane * layout->area, task->sizes.height, task->sizes.width);
+    if (plane >= task->channels) return;
+    for (index_t index = plane * task->taps; index < (plane + 1) * task->taps; index++)
+        layout->taps[index] = make_tap(&layout->frame, &task->sizes, task->positions + 2 * index);
+}
+
+/* Rows [first, last) of one channel's plane as a tap sees it, without gaps; may write LANES elements past the end. */
+static inline void make_column(const call_t *call, const REAL *plane, index_t index, index_t first, index_t last, REAL *out) {
+    const columns_t *task = call->task;
+    const tap_t *tap = &call->layout.taps[index];
+    index_t width = task->sizes.out_width;
+    REAL down = tap->down, right = tap->right;
+    vector w00 = all((1 - down) * (1 - right)), w01 = all((1 - down) * right);
+    vector w10 = all(down * (1 - right)), w11 = all(down * right);
+    vector outside = all((down + right) * 0); /* NaN where a position is */
+    for (index_t row = first; row < last; row++, out += width) {
+        int live = row >= tap->row_first && row < tap->row_last;
+        index_t col_first = live ? tap->col_first : width, col_last = live ? tap->col_last : width;
+        /* Whole vectors in ascending order: what spills over is written again. */
+        for (index_t col = 0; col < col_first; col += LANES) store(out + col, outside);
+        const REAL *top_left = plane + tap->top_left + row * tap->row_step;
+        const REAL *top_right = plane + tap->top_right + row * tap->row_step;
+        for (index_t col = col_first; col < col_last; col += LANES, top_left += LANES, top_right += LANES)
+            store(out + col, w00 * load(top_left) + w01 * load(top_right) + w10 * load(top_left + tap->below) +
+                                 w11 * load(top_right + tap->below));
+        for (index_t col = col_last; col < width; col += LANES) store(out + col, outside);
+    }
+}

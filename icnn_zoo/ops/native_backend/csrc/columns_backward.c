@@ -1,0 +1,296 @@
+/* The backward of layers with a shape per input channel: see columns.h.
+ *
+ * Units are (part of the images and bands, block of channels). A part's sums are kept apart and added in the order of the
+ * parts, and how many there are follows from the sizes of the call alone, never from the threads.
+ */
+
+#include "columns.h"
+
+/* One tile of the transposed weights of a block of channels, which are [rows / TILE_ROWS, group_outputs, TILE_ROWS]. */
+static void pack_transposed(const call_t *call, index_t block, index_t tile) {
+    const columns_t *task = call->task;
+    const layout_t *layout = &call->layout;
+    index_t blocks = layout->blocks / task->groups, group = block / blocks, first = block % blocks * layout->step;
+    index_t used = smallest(layout->step, layout->group_channels - first) * task->taps;
+    index_t all_depth = layout->group_channels * task->taps, outputs = layout->group_outputs;
+    REAL *to = layout->packed + (block * layout->rows + tile * TILE_ROWS) * outputs;
+    for (index_t output = 0; output < outputs; output++)
+        for (index_t row = tile * TILE_ROWS; row < (tile + 1) * TILE_ROWS; row++)
+            *to++ = row < used ? task->weight[(group * outputs + output) * all_depth + first * task->taps + row] : 0;
+}
+
+typedef struct {
+    index_t group, image, first, last; /* rows of the output */
+    index_t pixels;
+} band_t;
+
+static band_t find_band(const call_t *call, index_t slice) {
+    const columns_t *task = call->task;
+    const layout_t *layout = &call->layout;
+    index_t first = slice / task->groups % layout->bands * layout->band_rows;
+    index_t last = smallest(first + layout->band_rows, task->sizes.out_height);
+    return (band_t){slice % task->groups, slice / task->groups / layout->bands, first, last,
+                    (last - first) * task->sizes.out_width};
+}
+
+static const REAL *find_grads(const call_t *call, const band_t *band) {
+    const columns_t *task = call->task;
+    return task->grad_output +
+           (band->image * task->outputs + band->group * call->layout.group_outputs) * call->layout.out_area +
+           band->first * task->sizes.out_width;
+}
+
+/* One tile of a band of the output's gradient, along the pixels. */
+static void pack_along(const call_t *call, index_t slice, index_t tile) {
+    const layout_t *layout = &call->layout;
+    band_t band = find_band(call, slice);
+    const REAL *from = find_grads(call, &band);
+    REAL *to = layout->grads + (slice * layout->band + tile * TILE_COLUMNS) * layout->group_outputs;
+    for (index_t output = 0; output < layout->group_outputs; output++)
+        for (index_t pixel = tile * TILE_COLUMNS; pixel < (tile + 1) * TILE_COLUMNS; pixel++)
+            *to++ = pixel < band.pixels ? from[output * layout->out_area + pixel] : 0;
+}
+
+/* The same across the pixels. */
+static void pack_across(const call_t *call, index_t slice, index_t tile) {
+    const layout_t *layout = &call->layout;
+    band_t band = find_band(call, slice);
+    const REAL *from = find_grads(call, &band);
+    REAL *to = layout->grads_across + (slice * layout->tile_columns + tile * TILE_COLUMNS) * layout->band;
+    index_t outputs = layout->group_outputs;
+    for (index_t pixel = 0; pixel < layout->band; pixel++)
+        for (index_t output = tile * TILE_COLUMNS; output < (tile + 1) * TILE_COLUMNS; output++)
+            *to++ = output < outputs && pixel < band.pixels ? from[output * layout->out_area + pixel] : 0;
+}
+
+/* How many units of each kind start a backward. */
+typedef struct {
+    index_t planes, transposed, along, across;
+} starts_t;
+
+static starts_t count_starts(const call_t *call) {
+    const columns_t *task = call->task;
+    const layout_t *layout = &call->layout;
+    int by_columns = task->grad_input != NULL || task->grad_shift != NULL;
+    return (starts_t){task->images * task->channels,
+                      by_columns ? layout->blocks * (layout->rows / TILE_ROWS) : 0,
+                      by_columns ? layout->slices * (layout->band / TILE_COLUMNS) : 0,
+                      task->grad_weight == NULL ? 0 : layout->slices * (layout->tile_columns / TILE_COLUMNS)};
+}
+
+static void backward_start_work(const void *data, index_t unit, REAL *scratch) {
+    const call_t *call = data;
+    const layout_t *layout = &call->layout;
+    starts_t starts = count_starts(call);
+    index_t row_tiles = layout->rows / TILE_ROWS, pixel_tiles = layout->band / TILE_COLUMNS;
+    index_t output_tiles = layout->tile_columns / TILE_COLUMNS;
+    (void)scratch;
+    if (unit < starts.planes) {
+        make_frame_and_taps(call, unit);
+    } else if ((unit -= starts.planes) < starts.transposed) {
+        pack_transposed(call, unit / row_tiles, unit % row_tiles);
+    } else if ((unit -= starts.transposed) < starts.along) {
+        pack_along(call, unit / pixel_tiles, unit % pixel_tiles);
+    } else {
+        unit -= starts.along;
+        pack_across(call, unit / output_tiles, unit % output_tiles);
+    }
+}
+
+/* The adjoint of make_column for rows [first, last): adds to the plane's gradient and to that of the shift. */
+static void scatter_column(const call_t *call, const REAL *plane, index_t index, index_t first, index_t last,
+                           const REAL *column, REAL *total, REAL *row_buffer, double *by_shift) {
+    const columns_t *task = call->task;
+    const tap_t *tap = &call->layout.taps[index];
+    index_t width = task->sizes.out_width, count = tap->col_last - tap->col_first;
+    REAL down = tap->down, right = tap->right;
+    vector w00 = all((1 - down) * (1 - right)), w01 = all((1 - down) * right);
+    vector w10 = all(down * (1 - right)), w11 = all(down * right);
+    vector sum_down = all(0), sum_right = all(0);
+    memset(row_buffer, 0, round_up(count, LANES) * sizeof(REAL));
+    for (index_t row = largest(first, tap->row_first); row < smallest(last, tap->row_last); row++) {
+        /* With zeros after it, whole vectors do no harm to what follows in the frame. */
+        copy_row(row_buffer, column + (row - first) * width + tap->col_first, count);
+        index_t left_at = tap->top_left + row * tap->row_step, right_at = tap->top_right + row * tap->row_step;
+        if (total != NULL) {
+            /* Left and right one after the other: with stride 1 they overlap. */
+            REAL *left = total + left_at, *other = total + right_at;
+            for (index_t col = 0; col < count; col += LANES) {
+                vector value = load(row_buffer + col);
+                store(left + col, load(left + col) + w00 * value);
+                store(left + tap->below + col, load(left + tap->below + col) + w10 * value);
+            }
+            for (index_t col = 0; col < count; col += LANES) {
+                vector value = load(row_buffer + col);
+                store(other + col, load(other + col) + w01 * value);
+                store(other + tap->below + col, load(other + tap->below + col) + w11 * value);
+            }
+        }
+        if (by_shift != NULL) {
+            const REAL *left = plane + left_at, *other = plane + right_at;
+            for (index_t col = 0; col < count; col += LANES) {
+                vector v00 = load(left + col), v01 = load(other + col), value = load(row_buffer + col);
+                vector v10 = load(left + tap->below + col), v11 = load(other + tap->below + col);
+                vector left_step = v10 - v00, top_step = v01 - v00;
+                sum_down += value * (left_step + all(right) * (v11 - v01 - left_step));
+                sum_right += value * (top_step + all(down) * (v11 - v10 - top_step));
+            }
+        }
+    }
+    if (by_shift != NULL) {
+        by_shift[0] += sum_lanes(sum_down);
+        by_shift[1] += sum_lanes(sum_right);
+    }
+}
+
+/* What one part of the images gives to all gradients of a block of channels. */
+static void backward_work(const void *data, index_t unit, REAL *scratch) {
+    const call_t *call = data;
+    const columns_t *task = call->task;
+    const layout_t *layout = &call->layout;
+    index_t taps = task->taps, length = frame_length(&layout->frame), outputs = layout->group_outputs;
+    index_t blocks = layout->blocks / task->groups, block = unit % layout->blocks, part = unit / layout->blocks;
+    index_t group = block / blocks, start = block % blocks * layout->step;
+    index_t channels = smallest(layout->step, layout->group_channels - start);
+    index_t used = channels * taps, rows = round_up(used, TILE_ROWS);
+    index_t channel_first = group * layout->group_channels + start, planes = task->images * task->channels;
+    index_t cut = part % layout->cuts, parts = layout->parts / layout->cuts, image_part = part / layout->cuts;
+    index_t image_first = image_part * task->images / parts, image_last = (image_part + 1) * task->images / parts;
+    index_t band_first = cut * layout->bands / layout->cuts, band_last = (cut + 1) * layout->bands / layout->cuts;
+    const REAL *transposed = layout->packed + block * layout->rows * outputs;
+    int by_columns = task->grad_input != NULL || task->grad_shift != NULL;
+    REAL *columns = scratch, *packed = columns + rows * layout->band, *row_buffer = packed + rows * layout->band;
+    REAL *column = row_buffer + task->sizes.out_width + LANES, *totals = column + layout->band + LANES;
+    REAL *by_weight = layout->by_weight + unit * layout->rows * layout->tile_columns;
+    double *by_shift =
+        task->grad_shift == NULL ? NULL : layout->by_shift + (part * task->channels + channel_first) * taps * 2;
+    if (by_shift != NULL) memset(by_shift, 0, used * 2 * sizeof(double));
+    if (task->grad_weight != NULL) memset(by_weight, 0, rows * layout->tile_columns * sizeof(REAL));
+    memset(packed, 0, rows * layout->band * sizeof(REAL));
+    for (index_t image = image_first; image < image_last; image++) {
+        const REAL *frames = layout->frames + (image * task->channels + channel_first) * length;
+        memset(totals, 0, channels * length * sizeof(REAL));
+        for (index_t band = band_first; band < band_last; band++) {
+            index_t first = band * layout->band_rows;
+            index_t last = smallest(first + layout->band_rows, task->sizes.out_height);
+            index_t slice = (image * layout->bands + band) * task->groups + group;
+            index_t pixels = (last - first) * task->sizes.out_width;
+            if (by_columns) {
+                memset(columns, 0, rows * layout->band * sizeof(REAL));
+                multiply(rows, layout->band, outputs, transposed, layout->grads + slice * layout->band * outputs,
+                         columns);
+            }
+            for (index_t row = 0; row < used; row++) {
+                index_t index = channel_first * taps + row, channel = row / taps;
+                const REAL *plane = frames + channel * length;
+                if (by_columns)
+                    scatter_column(call, plane, index, first, last, columns + row * layout->band,
+                                   task->grad_input == NULL ? NULL : totals + channel * length, row_buffer,
+                                   by_shift == NULL ? NULL : by_shift + 2 * row);
+                if (task->grad_weight == NULL) continue;
+                make_column(call, plane, index, first, last, column);
+                REAL *to = packed + row / TILE_ROWS * TILE_ROWS * layout->band + row % TILE_ROWS;
+                for (index_t pixel = 0; pixel < pixels; pixel++) to[pixel * TILE_ROWS] = column[pixel];
+                for (index_t pixel = pixels; pixel < layout->band; pixel++) to[pixel * TILE_ROWS] = 0;
+            }
+            if (task->grad_weight != NULL)
+                multiply(rows, layout->tile_columns, layout->band, packed,
+                         layout->grads_across + slice * layout->band * layout->tile_columns, by_weight);
+        }
+        if (task->grad_input == NULL) continue;
+        for (index_t channel = 0; channel < channels; channel++) {
+            REAL unknown = 0;
+            for (index_t index = (channel_first + channel) * taps; index < (channel_first + channel + 1) * taps; index++)
+                unknown += (layout->taps[index].down + layout->taps[index].right) * 0;
+            index_t plane = cut * planes + image * task->channels + channel_first + channel;
+            REAL *to = layout->by_input + plane * layout->area;
+            read_frame(&layout->frame, totals + channel * length, to, task->sizes.height, task->sizes.width);
+            spread_unknown(unknown, to, layout->area);
+        }
+    }
+}
+
+/* Adds the parts of what a block of channels gives to a tile of outputs. */
+static void sum_weight(const call_t *call, index_t block, index_t tile) {
+    const columns_t *task = call->task;
+    const layout_t *layout = &call->layout;
+    index_t blocks = layout->blocks / task->groups, group = block / blocks, start = block % blocks * layout->step;
+    index_t used = smallest(layout->step, layout->group_channels - start) * task->taps;
+    index_t length = layout->rows * layout->tile_columns, first = tile * TILE_COLUMNS;
+    index_t count = smallest(TILE_COLUMNS, layout->group_outputs - first);
+    REAL *to = task->grad_weight +
+               ((group * layout->group_outputs + first) * layout->group_channels + start) * task->taps;
+    for (index_t row = 0; row < used; row++) {
+        vector left = all(0), right = all(0);
+        const REAL *from = layout->by_weight + block * length + row * layout->tile_columns + first;
+        for (index_t part = 0; part < layout->parts; part++, from += layout->blocks * length) {
+            left += load(from);
+            right += load(from + LANES);
+        }
+        REAL sums[TILE_COLUMNS];
+        store(sums, left);
+        store(sums + LANES, right);
+        for (index_t output = 0; output < count; output++)
+            to[output * layout->group_channels * task->taps + row] = sums[output];
+    }
+}
+
+static void sum_shift(const call_t *call, index_t channel) {
+    index_t count = call->task->taps * 2, all_count = call->task->channels * count;
+    for (index_t index = channel * count; index < (channel + 1) * count; index++) {
+        double sum = 0;
+        for (index_t part = 0; part < call->layout.parts; part++) sum += call->layout.by_shift[part * all_count + index];
+        call->task->grad_shift[index] = sum;
+    }
+}
+
+static void sum_input(const call_t *call, index_t plane) {
+    const layout_t *layout = &call->layout;
+    index_t step = call->task->images * call->task->channels * layout->area;
+    REAL *to = call->task->grad_input + plane * layout->area;
+    copy_row(to, layout->by_input + plane * layout->area, layout->area);
+    for (index_t cut = 1; cut < layout->cuts; cut++) {
+        const REAL *from = layout->by_input + cut * step + plane * layout->area;
+        for (index_t pixel = 0; pixel < layout->area; pixel++) to[pixel] += from[pixel];
+    }
+}
+
+typedef struct {
+    index_t weights, shifts, planes;
+} ends_t;
+
+static ends_t count_ends(const call_t *call) {
+    const columns_t *task = call->task;
+    const layout_t *layout = &call->layout;
+    return (ends_t){task->grad_weight == NULL ? 0 : layout->blocks * (layout->tile_columns / TILE_COLUMNS),
+                    task->grad_shift == NULL ? 0 : task->channels,
+                    task->grad_input == NULL || layout->cuts == 1 ? 0 : task->images * task->channels};
+}
+
+static void backward_end_work(const void *data, index_t unit, REAL *scratch) {
+    const call_t *call = data;
+    ends_t ends = count_ends(call);
+    index_t tiles = call->layout.tile_columns / TILE_COLUMNS;
+    (void)scratch;
+    if (unit < ends.weights) {
+        sum_weight(call, unit / tiles, unit % tiles);
+    } else if ((unit -= ends.weights) < ends.shifts) {
+        sum_shift(call, unit);
+    } else {
+        sum_input(call, unit - ends.shifts);
+    }
+}
+
+int columns_backward(parallel_t parallel, unsigned threads, const columns_t *task) {
+    call_t call = {task, make_layout(task, 1, threads)};
+    const layout_t *layout = &call.layout;
+    threads = worthwhile(&call, threads);
+    starts_t starts = count_starts(&call);
+    ends_t ends = count_ends(&call);
+    index_t length = 2 * layout->rows * layout->band + task->sizes.out_width + layout->band + 2 * LANES +
+                     layout->step * frame_length(&layout->frame);
+    return run_parallel(parallel, threads, &call, starts.planes + starts.transposed + starts.along + starts.across, 1,
+                        backward_start_work) ||
+           run_parallel(parallel, threads, &call, layout->parts * layout->blocks, length, backward_work) ||
+           run_parallel(parallel, threads, &call, ends.weights + ends.shifts + ends.planes, 1, backward_end_work);
+}
