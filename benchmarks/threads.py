@@ -1,10 +1,10 @@
-"""How the native backend's work divides among many threads: counted, modelled for up to 128, measured on the cores at hand.
+"""How the native backend's work divides among threads: counted, modelled for up to 128, measured on the cores at hand.
 
 A call's work is a few phases, each cut into units that free threads take one by one. For every number of threads the
 program makes the call with a stand-in for PyTorch's pool that runs the units one after the other and times each. The
-model is then that pool on as many idle cores: a free thread takes the next unit, a phase ends with its last one, and what
-Python does around the phases is serial. All of it is CPU time, so that a busy machine does no harm. "Imbalance" is the longest thread's time over the mean. Not in the model: memory
-bandwidth and clock rates that many busy cores share.
+model is then that pool on as many idle cores: a free thread takes the next unit, a phase ends with its last one, and
+what Python does around the phases is serial. All of it is CPU time, so that a busy machine does no harm. "Imbalance" is
+the longest thread's time over the mean. Not in the model: memory bandwidth and clock rates that busy cores share.
 
 Beside it stands the measured speed-up of the same call, for numbers of threads up to the cores of this machine.
 """
@@ -90,8 +90,8 @@ def profiled(threads: int) -> Iterator[list[Phase]]:
     callback = PARALLEL(parallel)
     address = ctypes.cast(callback, ctypes.c_void_p).value
     with (
-        mock.patch.object(build, "find_parallel", lambda: address),
-        mock.patch.object(torch, "get_num_threads", lambda: threads),
+        mock.patch.object(build, "find_parallel", return_value=address),
+        mock.patch.object(torch, "get_num_threads", return_value=threads),
     ):
         yield phases
 

@@ -107,7 +107,8 @@ def _run(compiler: list[str], *options: str) -> str:
 
 def _load_anywhere(compiler: list[str]) -> Libraries:
     """Loads the libraries of the user's cache, or of a temporary folder."""
-    parts = [*(source.read_text() for source in (*_HEADERS, *_SOURCES)), *FLAGS, *compiler, _run(compiler, "--version"), _processor()]
+    texts = [source.read_text() for source in (*_HEADERS, *_SOURCES)]
+    parts = [*texts, *FLAGS, *compiler, _run(compiler, "--version"), _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     try:
         return _load_from(_private_folder(), key, compiler)
