@@ -133,13 +133,16 @@ def _publish_options(parser: argparse.ArgumentParser) -> None:
         help="YAML with description, licence, dataset (name, split, licence, attribution) and metrics (name, protocol, "
         "value; without a value it is measured)",
     )
+    parser.add_argument("--half", action="store_true", help="store kernels in 16 bits, in half the space")
 
 
 def _publish(options: argparse.Namespace) -> None:
     """Adds the network of a run to a registry."""
     from icnn_zoo.publishing.publisher import publish
 
-    folder = publish(options.source, options.name, options.to, options.about, overrides=options.overrides)
+    folder = publish(
+        options.source, options.name, options.to, options.about, overrides=options.overrides, half=options.half
+    )
     print(f"Published: {folder}")
 
 

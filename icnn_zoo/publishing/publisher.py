@@ -40,6 +40,7 @@ def publish(
     about: str | Path | Mapping[str, Any],
     *,
     overrides: Sequence[str] = (),
+    half: bool = False,
 ) -> Path:
     """Adds the network of a run to a registry.
 
@@ -54,6 +55,9 @@ def publish(
         about: What a checkpoint does not say of itself, :class:`icnn_zoo.publishing.about.About`: a YAML file, or the
             same as a mapping.
         overrides: Arguments for measuring metrics, such as "--data.init_args.root=elsewhere".
+        half: Stores kernels in 16 bits, in half the space; displacements, biases and norm layers keep all bits. What is
+            published, and measured where ``about`` does not say a metric, is the network with rounded kernels, and
+            loads in 32 bits.
 
     Returns:
         The checkpoint's folder.
@@ -75,7 +79,11 @@ def publish(
     config = read_config(file)
     task = load_task(file)
     training = training_of(file, config, wanted)
-    data = safetensors.torch.save(_plain_tensors(task.model), metadata={"format": "pt"})
+    tensors = _plain_tensors(task.model)
+    if half:
+        tensors = {name: tensor.half() if _is_kernel(name, tensor) else tensor for name, tensor in tensors.items()}
+        task.model.load_state_dict(tensors)
+    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     card = make_card(name, task, wanted, training, data, overrides)
     folder.mkdir(parents=True, exist_ok=True)
     # The lock is freed when its process ends, however it ends.
@@ -105,6 +113,10 @@ def _read_index(folder: Path) -> Index:
 
 def _plain_tensors(model: SegmentationModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _is_kernel(name: str, tensor: torch.Tensor) -> bool:
+    return name.endswith(".weight") and tensor.dim() > 1
 
 
 def _add(

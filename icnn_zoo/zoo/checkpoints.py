@@ -14,7 +14,7 @@ from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.ops.sharing import shape_owners
 from icnn_zoo.zoo.cards import Card, Conversion
 from icnn_zoo.zoo.registry import Entry, Registry
-from icnn_zoo.zoo.weights import check_fit, parse_weights
+from icnn_zoo.zoo.weights import check_fit, parse_weights, widened
 
 _HEADER = 10_000_000  # bytes that the names of a safetensors file may take
 
@@ -45,13 +45,13 @@ def read_checkpoint(place: Registry, entry: Entry) -> Checkpoint:
     card = place.read_card(entry)
     shapes = outline(card)
     size = sum(tensor.nbytes for tensor in shapes.values())
-    if not size <= card.weights.size <= size + _HEADER:
+    if not size / 2 <= card.weights.size <= size + _HEADER:  # half of it in 16 bits
         raise ValueError(
             f"the card of {card.name} and its weights disagree: its network has {size} bytes of numbers, the file "
             f"{card.weights.size} bytes."
         )
     data = place.read_weights(entry)
-    tensors = parse_weights(data, entry.name)
+    tensors = widened(parse_weights(data, entry.name), shapes)
     check_tensors(card, tensors, shapes)
     return Checkpoint(card, data, tensors)
 

@@ -18,6 +18,7 @@ from icnn_zoo.zoo.golden import check_golden
 from icnn_zoo.zoo.pretrained import ZOO, load_pretrained
 from icnn_zoo.zoo.registry import Entry, Registries, Registry, find_checkpoint
 from icnn_zoo.zoo.segmenter import Segmenter
+from icnn_zoo.zoo.weights import widened
 
 
 def create_model(
@@ -131,7 +132,9 @@ def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
         ValueError: They do not belong together; the message names the first tensors.
     """
     where = f"the card of {card.name}"
-    check_tensors(card, dict(tensors), outline(card))
+    wanted = outline(card)
+    tensors = widened(tensors, wanted)
+    check_tensors(card, tensors, wanted)
     try:
         conversion = {} if card.conversion is None else card.conversion.model_dump()
         with torch.random.fork_rng(devices=[]):  # loading should not change what is drawn next
@@ -146,7 +149,7 @@ def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
             )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} describes no network that can be built: {error}") from error
-    model.load_state_dict(dict(tensors))
+    model.load_state_dict(tensors)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters != card.weights.parameters:
         raise ValueError(f"{where} says {card.weights.parameters} parameters; the network has {parameters}.")

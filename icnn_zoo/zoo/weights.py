@@ -65,6 +65,15 @@ def state_of(content: Mapping[str, Any], source: str) -> dict[str, Tensor]:
     return tensors
 
 
+def widened(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that a file keeps in 16 bits, in the 32 bits of the network."""
+    single = {name for name, tensor in wanted.items() if tensor.dtype == torch.float32}
+    return {
+        name: tensor.float() if name in single and tensor.dtype == torch.float16 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
     """Checks that tensors are those of a network: the same names, shapes and dtypes.
 

@@ -40,6 +40,20 @@ def test_the_network_comes_back_with_no_difference_and_without_training_state(zo
         assert file.metadata() == {"format": "pt"}
 
 
+def test_half_the_space_keeps_displacements_and_gives_the_rounded_network(zoo_run, tmp_path):
+    original = load_task(zoo_run / "checkpoints" / "best.ckpt").model
+    publish(zoo_run, NAME, tmp_path / "whole", MEASURED)
+    folder = publish(zoo_run, NAME, tmp_path / "half", MEASURED, half=True)
+    whole, half = ((tmp_path / kind / NAME / "model.safetensors").stat().st_size for kind in ("whole", "half"))
+    assert half < 0.6 * whole
+    verify_checkpoint(NAME, registry=tmp_path / "half")
+    assert str(folder).endswith(NAME)
+    loaded = icnn_zoo.load_checkpoint(NAME, registry=tmp_path / "half").state_dict()
+    for name, tensor in original.state_dict().items():
+        kernel = name.endswith(".weight") and tensor.dim() > 1
+        assert torch.equal(loaded[name], tensor.half().float() if kernel else tensor), name
+
+
 def test_the_card_holds_the_run(card, zoo_run):
     config = yaml.safe_load((zoo_run / "config.yaml").read_text())
     del config["ckpt_path"]
