@@ -23,7 +23,12 @@ PACKAGED = {
 
 
 class Backend(Protocol):
-    """What computes the operator, as :class:`icnn_zoo.ops.torch_backend.TorchBackend` does."""
+    """What computes the operator, as :class:`icnn_zoo.ops.torch_backend.TorchBackend` does.
+
+    One that computes more than bilinear interpolation says so: ``interpolations = ("bilinear", "triangle", ...)``. It
+    then gets positions with spreads [..., T, 4], see :mod:`icnn_zoo.ops.tap_reading`, and their gradients are of that
+    shape too.
+    """
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run on a device, None if it can."""
@@ -115,29 +120,31 @@ def _packaged(name: str) -> Backend:
     return backend
 
 
-def why_unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot compute on a device in a dtype, or None if it can."""
+def why_unavailable(name: str, device: torch.device, dtype: torch.dtype, interpolation: str = "bilinear") -> str | None:
+    """Why a backend cannot compute on a device in a dtype with an interpolation, or None if it can."""
     backend = get_backend(name)
+    if interpolation not in getattr(backend, "interpolations", ("bilinear",)):
+        return f"it does not compute {interpolation} interpolation"
     reason = backend.unavailable(device)
     if reason is None and not backend.supports(dtype):
         reason = f"it does not compute {dtype}"
     return reason
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, interpolation: str = "bilinear") -> str:
     """The name of the backend that computes; for "auto" that of the first one that can run.
 
     Raises:
         RuntimeError: The backend asked for cannot run; the message says why.
     """
     if name != "auto":
-        reason = why_unavailable(name, device, dtype)
+        reason = why_unavailable(name, device, dtype, interpolation)
         if reason is not None:
             raise RuntimeError(f'`backend`={name!r} cannot run: {reason}. `backend`="auto" takes one that can.')
         return name
     *preferred, last = PACKAGED
     for candidate in preferred:
-        reason = why_unavailable(candidate, device, dtype)
+        reason = why_unavailable(candidate, device, dtype, interpolation)
         if reason is None:
             return candidate
         logger.debug("`backend`=%r cannot run: %s.", candidate, reason)

@@ -7,6 +7,9 @@ import operator
 import torch
 from torch import Tensor
 
+from icnn_zoo.ops.tap_reading import INTERPOLATIONS
+from icnn_zoo.ops.wide_interpolation import NARROWEST
+
 _LARGEST_SIZE = 2**24
 
 
@@ -57,6 +60,51 @@ def check_tensors(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor
     if len(devices) > 1:
         raise ValueError(
             f"`input`, `weight`, `positions` and `bias` must be on one device; got {sorted(map(str, devices))}."
+        )
+
+
+def check_interpolation(interpolation: str, spread: Tensor | None, positions: Tensor) -> None:
+    """Checks that an interpolation is known, and that it gets a spread that fits where it has one.
+
+    Raises:
+        ValueError: It does not, or is on another device than positions.
+        TypeError: A spread in another dtype than the positions.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"`interpolation` must be one of {', '.join(INTERPOLATIONS)}; got {interpolation!r}.")
+    if (interpolation == "bilinear") != (spread is None):
+        raise ValueError(
+            "`spread` must be left out for bilinear interpolation, which has none."
+            if spread is not None
+            else f"`spread` must be given for {interpolation} interpolation, in pixels."
+        )
+    if spread is None:
+        return
+    if spread.dtype != positions.dtype:
+        raise TypeError(f"`spread` must have the dtype of `positions`, {positions.dtype}; got {spread.dtype}.")
+    if spread.device != positions.device:
+        raise ValueError(f"`spread` must be on the device of `positions`, {positions.device}; got {spread.device}.")
+    sizes = zip(reversed(spread.shape), reversed(positions.shape), strict=False)
+    if spread.dim() > positions.dim() or any(own not in (1, other) for own, other in sizes):
+        raise ValueError(
+            f"`spread` must be a number, or broadcast to `positions` {list(positions.shape)}; got {list(spread.shape)}."
+        )
+
+
+def check_spread(spread: Tensor, interpolation: str, largest: float) -> None:
+    """Checks the numbers of a spread.
+
+    Raises:
+        ValueError: One is not finite, less than the interpolation's least or more than ``largest``.
+    """
+    if spread.numel() == 0:
+        return
+    least, low, high = NARROWEST[interpolation], *map(float, spread.detach().aminmax())
+    # Of a float32 that was rounded down.
+    if not (least * (1 - 1e-6) <= low and high <= largest * (1 + 1e-6)):
+        raise ValueError(
+            f"`spread` must be {least} to {largest:g} pixels for {interpolation} interpolation (no more than half of "
+            f"the map's longer side); got {low:g} to {high:g}."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ def irregular_conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
+    interpolation: str = "bilinear",
+    spread: Tensor | float | None = None,
+    extent: int | Sequence[int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Convolves with kernels whose taps sit at real-valued positions (Eq. 2 to 4 of the paper).
@@ -49,6 +53,13 @@ def irregular_conv2d(
         dilation: Sets the origin and the output size as in ``conv2d``, an int or (rows, columns). Positions are
             absolute: they are not multiplied by it.
         groups: Number of groups, from 1 to C (depthwise).
+        interpolation: "bilinear" reads the four pixels around a position, "triangle" and "gaussian" all within the
+            reach of a spread; weights of what is read sum to one. See :mod:`icnn_zoo.ops.wide_interpolation`.
+        spread: Of a triangle (half of its base, at least 1; at 1 it is bilinear) or a gaussian (its standard deviation,
+            at least 0.2), in pixels: a number, or a tensor that broadcasts to ``positions``, in their dtype; its last
+            dimension, if not 1, is (rows, columns). At most half of the map.
+        extent: Rows and columns of pixels around the center, an int or a pair, outside of which a triangle or gaussian
+            reads nothing, as in DCLS (``dilated_kernel_size``); None for no such limit.
         backend: "auto" takes the first that can run of "triton" (CUDA), "native" (CPU; a C kernel, compiled on first
             use where there is a compiler) and "torch" (standard PyTorch operators, any device). "reference" is plain
             float64 loops: the oracle for tests, only for tiny sizes.
@@ -63,7 +74,7 @@ def irregular_conv2d(
         RuntimeError: The ``backend`` asked for cannot run here; the message says why.
 
     Note:
-        Gradients exist for ``input``, ``weight``, ``positions`` and ``bias``, of any order and in both modes (from the
+        Gradients exist for ``input``, ``weight``, ``positions``, ``spread`` and ``bias``, of any order and in both modes (from the
         second on, and in forward mode, by standard operators that hold all columns in memory). ``torch.func.vmap``
         makes one call of a batch of images or of an ensemble. ``torch.utils.flop_counter`` counts what conv2d counts
         and four multiply-adds for each interpolated value. Bilinear interpolation has kinks at integer positions,
@@ -92,26 +103,35 @@ def irregular_conv2d(
     groups = checks.check_groups(groups)
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     checks.check_tensors(input, weight, positions, bias, groups)
+    if isinstance(spread, (int, float)):
+        spread = positions.new_tensor(float(spread))
+    checks.check_interpolation(interpolation, spread, positions)
+    box = () if extent is None else pair("extent", extent, 1)
     top_bottom_left_right = resolve_padding(padding, tuple(weight.shape[-2:]), stride, dilation)
     if input.dim() == 3:
-        batch = irregular_conv2d(
-            input[None], weight, positions, bias, stride, padding, dilation, groups, backend=backend
-        )
-        return batch[0]
+        options: dict[str, Any] = {
+            "interpolation": interpolation,
+            "spread": spread,
+            "extent": extent,
+            "backend": backend,
+        }
+        return irregular_conv2d(input[None], weight, positions, bias, stride, padding, dilation, groups, **options)[0]
     checks.check_output_size(input, weight, stride, top_bottom_left_right, dilation)
     input, weight, bias = _autocast(input, weight, bias)
     checks.check_dtypes(input, weight, bias)
+    taps = positions if spread is None else torch.cat([positions, spread.expand_as(positions)], dim=-1)
     sizes = (stride, top_bottom_left_right, dilation, groups)
-    positions = expand_shapes(positions, input.shape[1])
+    taps = expand_shapes(taps, input.shape[1])
+    how = (backend, interpolation, box)
     if backend == "reference":
         if torch.is_anomaly_enabled():
             checks.check_finite(positions)
-        return reference.irregular_conv2d(input, weight, positions, bias, *sizes)
+        return reference.irregular_conv2d(input, weight, taps, bias, *sizes, interpolation, box)
     if backend == "auto" and stride != (1, 1) and not torch.compiler.is_compiling():
         geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], *sizes)
         if geometry.is_mostly_padding() and input.numel() > 0 and weight.numel() > 0:
-            return formula.irregular_conv2d(input, weight, positions, bias, *sizes)
-    return operators.differentiable(input, weight, positions, bias, sizes, backend)
+            return formula.irregular_conv2d(input, weight, taps, bias, *sizes, *how)
+    return operators.differentiable(input, weight, taps, bias, sizes, how)
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

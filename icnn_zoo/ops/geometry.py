@@ -26,6 +26,9 @@ class Geometry:
     stride: tuple[int, int]
     origin: tuple[int, int]
     groups: int
+    interpolation: str = "bilinear"
+    extent: tuple[int, int] | None = None
+    """Rows and columns of pixels, around the center, that a triangle or gaussian reads; None for as many as it does."""
 
     @staticmethod
     def of(
@@ -35,6 +38,8 @@ class Geometry:
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int,
+        interpolation: str = "bilinear",
+        extent: Sequence[int] | None = None,
     ) -> Geometry:
         """Derives the geometry of a convolution; ``padding`` is (top, bottom, left, right)."""
         top, bottom, left, right = padding
@@ -47,12 +52,20 @@ class Geometry:
             stride=(stride[0], stride[1]),
             origin=(dilation[0] * ((kernel_size[0] - 1) // 2) - top, dilation[1] * ((kernel_size[1] - 1) // 2) - left),
             groups=groups,
+            interpolation=interpolation,
+            extent=(extent[0], extent[1]) if extent else None,
         )
 
     def canonical(self) -> Geometry:
         """The same convolution with stride 1 along an axis of one output, where any stride is the same."""
         rows, cols = (1 if size == 1 else step for size, step in zip(self.output_size, self.stride, strict=True))
         return self if (rows, cols) == self.stride else replace(self, stride=(rows, cols))
+
+    @property
+    def largest_spread(self) -> float:
+        """The most that a spread may be, in pixels: half of the map that positions move over, at least one pixel."""
+        outputs = (size * step for size, step in zip(self.output_size, self.stride, strict=True))
+        return max(1.0, max(*self.input_size, *outputs) / 2)
 
     def is_mostly_padding(self) -> bool:
         """Whether the padded image, of which backends copy planes, is far larger than input and output together.

@@ -33,11 +33,16 @@ def _forward(
     dilation: Sequence[int],
     groups: int,
     backend: str,
+    interpolation: str = "bilinear",
+    extent: Sequence[int] = (),
 ) -> Tensor:
     if torch.is_anomaly_enabled():
-        checks.check_finite(positions)
-    geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups).canonical()
-    chosen = get_backend(choose_backend(backend, input.device, input.dtype))
+        checks.check_finite(positions[..., :2])
+    sizes = (input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
+    geometry = Geometry.of(*sizes, interpolation, extent).canonical()
+    chosen = get_backend(choose_backend(backend, input.device, input.dtype, interpolation))
+    if interpolation != "bilinear":
+        checks.check_spread(positions[..., 2:], interpolation, geometry.largest_spread)
     if input.numel() == 0 or weight.numel() == 0:  # a sum over nothing
         output = _forward_fake(input, weight, positions, bias, stride, padding, dilation, groups, backend).zero_()
         return output if bias is None else output.add_(bias[:, None, None])
@@ -55,6 +60,8 @@ def _forward_fake(
     dilation: Sequence[int],
     groups: int,
     backend: str,
+    interpolation: str = "bilinear",
+    extent: Sequence[int] = (),
 ) -> Tensor:
     geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
     shape = (input.shape[0], weight.shape[0], *geometry.output_size)
@@ -72,9 +79,12 @@ def _backward(
     groups: int,
     output_mask: Sequence[bool],
     backend: str,
+    interpolation: str = "bilinear",
+    extent: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = Geometry.of(input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups).canonical()
-    chosen = get_backend(choose_backend(backend, input.device, input.dtype))
+    sizes = (input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
+    geometry = Geometry.of(*sizes, interpolation, extent).canonical()
+    chosen = get_backend(choose_backend(backend, input.device, input.dtype, interpolation))
     needs = (output_mask[0], output_mask[1], output_mask[2])
     if 0 in (input.numel(), weight.numel(), grad_output.numel()):
         by_input, by_weight, by_positions = (
@@ -101,6 +111,8 @@ def _backward_fake(
     groups: int,
     output_mask: Sequence[bool],
     backend: str,
+    interpolation: str = "bilinear",
+    extent: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients_like(input, weight, positions, output_mask)
 
@@ -141,10 +153,11 @@ def _current(name: str) -> Callable[..., Any]:
 
 def _register() -> None:
     sizes = "SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, SymInt groups"
+    how = 'str backend, str interpolation="bilinear", int[] extent=[]'
     schemas = {
-        "forward": f"(Tensor input, Tensor weight, Tensor positions, Tensor? bias, {sizes}, str backend) -> Tensor",
+        "forward": f"(Tensor input, Tensor weight, Tensor positions, Tensor? bias, {sizes}, {how}) -> Tensor",
         "backward": f"(Tensor grad_output, Tensor input, Tensor weight, Tensor positions, {sizes}, "
-        "bool[3] output_mask, str backend) -> (Tensor, Tensor, Tensor)",
+        f"bool[3] output_mask, {how}) -> (Tensor, Tensor, Tensor)",
     }
     for direction, schema in schemas.items():
         name = "irregular_conv2d" if direction == "forward" else "irregular_conv2d_backward"
@@ -160,24 +173,26 @@ if not hasattr(torch.ops.icnn_zoo, "irregular_conv2d"):
 
 
 Sizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
+How = tuple[str, str, tuple[int, ...]]
+"""The name of a backend or "auto", the interpolation, and the extent that it reads, () for as many pixels as it does."""
 
 
 def differentiable(
-    input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, sizes: Sizes, backend: str
+    input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, sizes: Sizes, how: How
 ) -> Tensor:
     """The operator with its gradients, of any order and in both modes.
 
     Args:
         input: Images [B, C, H, W].
         weight: Weights [N, C / G, kh, kw].
-        positions: Positions [C, T, 2], or [N, C / G, T, 2].
+        positions: Positions [C, T, 2], or [N, C / G, T, 2]; with the spreads of a triangle or gaussian [..., T, 4].
         bias: Bias [N] or None.
         sizes: Stride, padding (top, bottom, left, right), dilation and groups.
-        backend: The name of a backend, or "auto".
+        how: The backend, the interpolation and its extent.
     """
     if _is_forward_mode():
-        return formula.irregular_conv2d(input, weight, positions, bias, *sizes)
-    output: Tensor = _Convolution.apply(input, weight, positions, bias, sizes, backend)
+        return formula.irregular_conv2d(input, weight, positions, bias, *sizes, *how)
+    output: Tensor = _Convolution.apply(input, weight, positions, bias, sizes, how)
     return output
 
 
@@ -188,14 +203,14 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, sizes: Sizes, backend: str
+        input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, sizes: Sizes, how: How
     ) -> Tensor:
-        output: Tensor = torch.ops.icnn_zoo.irregular_conv2d(input, weight, positions, bias, *sizes, backend)
+        output: Tensor = torch.ops.icnn_zoo.irregular_conv2d(input, weight, positions, bias, *sizes, *how)
         return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, positions, _, ctx.sizes, ctx.backend = inputs
+        input, weight, positions, _, ctx.sizes, ctx.how = inputs
         ctx.save_for_backward(input, weight, positions)
 
     @staticmethod
@@ -203,11 +218,11 @@ class _Convolution(torch.autograd.Function):
         input, weight, positions = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.compiler.is_compiling():  # a compiled backward is not differentiated again
-            grads = _Gradients.forward(grad_output, input, weight, positions, ctx.sizes, needs, ctx.backend)
+            grads = _Gradients.forward(grad_output, input, weight, positions, ctx.sizes, needs, ctx.how)
         elif _is_forward_mode():
-            grads = _by_formula(grad_output, input, weight, positions, ctx.sizes)
+            grads = _by_formula(grad_output, input, weight, positions, ctx.sizes, ctx.how)
         else:
-            grads = _Gradients.apply(grad_output, input, weight, positions, ctx.sizes, needs, ctx.backend)
+            grads = _Gradients.apply(grad_output, input, weight, positions, ctx.sizes, needs, ctx.how)
         by_bias = grad_output.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), by_bias, None, None)
 
@@ -225,22 +240,22 @@ class _Gradients(torch.autograd.Function):
         positions: Tensor,
         sizes: Sizes,
         needs: tuple[bool, ...],
-        backend: str,
+        how: How,
     ) -> tuple[Tensor, Tensor, Tensor]:
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.icnn_zoo.irregular_conv2d_backward(
-            grad_output, input, weight, positions, *sizes, list(needs), backend
+            grad_output, input, weight, positions, *sizes, list(needs), *how
         )
         return grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:4])
-        ctx.sizes, ctx.needs = inputs[4:6]
+        ctx.sizes, ctx.needs, ctx.how = inputs[4:]
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         def gradients(grad_output: Tensor, input: Tensor, weight: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-            grads = _by_formula(grad_output, input, weight, positions, ctx.sizes)
+            grads = _by_formula(grad_output, input, weight, positions, ctx.sizes, ctx.how)
             return tuple(grad for grad, need in zip(grads, ctx.needs, strict=True) if need)
 
         pullback: Any = torch.func.vjp(gradients, *ctx.saved_tensors)[1]
@@ -248,12 +263,12 @@ class _Gradients(torch.autograd.Function):
 
 
 def _by_formula(
-    grad_output: Tensor, input: Tensor, weight: Tensor, positions: Tensor, sizes: Sizes
+    grad_output: Tensor, input: Tensor, weight: Tensor, positions: Tensor, sizes: Sizes, how: How
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by standard operators, hence with derivatives of their own."""
 
     def convolve(input: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
-        return formula.irregular_conv2d(input, weight, positions, None, *sizes)
+        return formula.irregular_conv2d(input, weight, positions, None, *sizes, *how)
 
     pullback: Any = torch.func.vjp(convolve, input, weight, positions)[1]
     by_input, by_weight, by_positions = pullback(grad_output)

@@ -30,7 +30,7 @@ References:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -46,13 +46,13 @@ Padding: TypeAlias = tuple[int, int, int, int]  # (top, bottom, left, right)
 
 
 class _Corner(NamedTuple):
-    """A pixel that a sample reads: its share in the value and in the slopes by row and by column."""
+    """A pixel that a sample reads: its share in the value and in the slopes."""
 
     row: int
     col: int
     share: float
-    row_slope: float
-    col_slope: float
+    slopes: tuple[float, ...]
+    """By row and column, and by the spreads of both where there are any."""
 
 
 class _Tap(NamedTuple):
@@ -73,6 +73,8 @@ def irregular_conv2d_forward(
     padding: Padding,
     dilation: Pair,
     groups: int,
+    kind: str = "bilinear",
+    extent: Sequence[int] = (),
 ) -> Tensor:
     """Evaluate Eq. 2-4.
 
@@ -80,17 +82,20 @@ def irregular_conv2d_forward(
         input: [batch, in_channels, height, width].
         weight: [out_channels, in_channels / groups, kernel_height, kernel_width].
         positions: Absolute (row, col) of each tap in input pixels, origin at the centre tap:
-            [in_channels, taps, 2], or one shape per kernel: [out_channels, in_channels / groups, taps, 2].
+            [in_channels, taps, 2], or one shape per kernel: [out_channels, in_channels / groups, taps, 2]. The
+            spreads (row, col) of a triangle or gaussian follow them: [..., taps, 4].
         bias: [out_channels], or None for zero.
         stride: Vertical and horizontal.
         padding: Zeros around the input: top, bottom, left, right.
         dilation: Vertical and horizontal. Sets the origin and the output size only: positions are absolute.
         groups: Number of groups of channels.
+        kind: The interpolation.
+        extent: Rows and columns of pixels outside of which a triangle or gaussian reads nothing, or ().
 
     Returns:
         [batch, out_channels, out_height, out_width], float64, on the CPU.
     """
-    geometry = _Geometry(input, weight, positions, stride, padding, dilation, groups)
+    geometry = _Geometry(input, weight, positions, stride, padding, dilation, groups, kind, extent)
     pixels, weights = _numbers(input), _numbers(weight.flatten(2))
     biases = [0.0] * geometry.out_channels if bias is None else _numbers(bias)
     output = _zeros(geometry.output_shape)
@@ -112,6 +117,8 @@ def irregular_conv2d_backward(
     padding: Padding,
     dilation: Pair,
     groups: int,
+    kind: str = "bilinear",
+    extent: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Carry a gradient back through `irregular_conv2d_forward`: the exact derivatives of Eq. 2-4.
 
@@ -130,9 +137,9 @@ def irregular_conv2d_backward(
         The gradients towards input, weight, positions and bias (None without a bias), each of the shape of
         its argument, float64, on the CPU.
     """
-    geometry = _Geometry(input, weight, positions, stride, padding, dilation, groups)
+    geometry = _Geometry(input, weight, positions, stride, padding, dilation, groups, kind, extent)
     pixels, weights, grads = _numbers(input), _numbers(weight.flatten(2)), _numbers(grad_output)
-    full_shape = (*weight.flatten(2).shape, 2)
+    full_shape = (*weight.flatten(2).shape, positions.shape[-1])
     grad_input = _zeros(input.shape)
     grad_weight = _zeros(full_shape[:-1])
     grad_positions = _zeros(full_shape)
@@ -148,8 +155,8 @@ def irregular_conv2d_backward(
             for corner in tap.corners:
                 pixel = plane[corner.row][corner.col]
                 grad_plane[corner.row][corner.col] += grad_sample * corner.share
-                grad_position[0] += grad_sample * corner.row_slope * pixel
-                grad_position[1] += grad_sample * corner.col_slope * pixel
+                for number, slope in enumerate(corner.slopes):
+                    grad_position[number] += grad_sample * slope * pixel
     full_grad_positions = _tensor(grad_positions, full_shape)
     return (
         _tensor(grad_input, input.shape),
@@ -171,7 +178,10 @@ class _Geometry:
         padding: Padding,
         dilation: Pair,
         groups: int,
+        kind: str,
+        extent: Sequence[int],
     ) -> None:
+        self.kind, self.extent = kind, extent
         batch, self.in_channels, self.height, self.width = input.shape
         self.out_channels, self.channels_per_kernel, kernel_height, kernel_width = weight.shape
         self.kernels_per_group = self.out_channels // groups
@@ -203,31 +213,80 @@ class _Geometry:
         col = c * self.stride[1] + self.origin[1]
         for in_kernel in range(self.channels_per_kernel):
             channel = group * self.channels_per_kernel + in_kernel
-            for number, (row_position, col_position) in enumerate(self.positions[o][in_kernel]):
-                yield _Tap(in_kernel, channel, number, self._corners(row, row_position, col, col_position))
+            for number, tap in enumerate(self.positions[o][in_kernel]):
+                yield _Tap(in_kernel, channel, number, self._corners(row, col, tap))
 
-    def _corners(self, row: int, row_position: float, col: int, col_position: float) -> list[_Corner]:
-        """List the pixels with a share in the sample at (row + row_position, col + col_position)."""
-        if not (math.isfinite(row_position) and math.isfinite(col_position)):
+    def _corners(self, row: int, col: int, tap: list[float]) -> list[_Corner]:
+        """List the pixels with a share in the sample of a tap [row, col, and perhaps spreads] at (row, col)."""
+        if not all(map(math.isfinite, tap)):
             every_pixel = ((q_row, q_col) for q_row in range(self.height) for q_col in range(self.width))
-            return [_Corner(q_row, q_col, math.nan, math.nan, math.nan) for q_row, q_col in every_pixel]
+            return [_Corner(q_row, q_col, math.nan, (math.nan,) * len(tap)) for q_row, q_col in every_pixel]
         return [
-            _Corner(q_row, q_col, g_row * g_col, slope_row * g_col, g_row * slope_col)
-            for q_row, g_row, slope_row in _neighbours(row, row_position, self.height)
-            for q_col, g_col, slope_col in _neighbours(col, col_position, self.width)
+            _Corner(
+                q_row,
+                q_col,
+                g_row * g_col,
+                tuple(
+                    slope
+                    for by_row, by_col in zip(row_slopes, col_slopes, strict=True)
+                    for slope in (by_row * g_col, g_row * by_col)
+                ),
+            )
+            for q_row, g_row, row_slopes in self._neighbours(row, tap, 0)
+            for q_col, g_col, col_slopes in self._neighbours(col, tap, 1)
         ]
 
+    def _neighbours(self, origin: int, tap: list[float], axis: int) -> list[tuple[int, float, tuple[float, ...]]]:
+        """List the pixels of the input along an axis that a tap reads, with their weight and its slopes."""
+        if self.kind == "bilinear":
+            read = _bilinear(tap[axis])
+        else:
+            read = _wide(self.kind, tap[axis], tap[2 + axis], self.extent[axis] if self.extent else None)
+        size = (self.height, self.width)[axis]
+        return [(origin + k, weight, slopes) for k, weight, slopes in read if 0 <= origin + k < size]
 
-def _neighbours(origin: int, position: float, size: int) -> list[tuple[int, float, float]]:
-    """List the integers q in [0, size) next to a = origin + position, with g(a, q) and its slope dg/da.
+
+def _bilinear(position: float) -> list[tuple[int, float, tuple[float]]]:
+    """List the integers next to a position, with g(position, integer) and its slope.
 
     The origin is an integer, so the cell and the fraction are those of the position alone; adding first would
     only round.
     """
     cell, fraction = interpolation.split(position)
     read = zip(interpolation.OFFSETS, interpolation.weights(fraction), interpolation.slopes(fraction), strict=True)
-    candidates = [(origin + int(cell) + offset, weight, slope) for offset, weight, slope in read]
-    return [(q, weight, slope) for q, weight, slope in candidates if 0 <= q < size]
+    return [(int(cell) + offset, weight, (slope,)) for offset, weight, slope in read]
+
+
+def _wide(
+    kind: str, position: float, spread: float, extent: int | None
+) -> list[tuple[int, float, tuple[float, float]]]:
+    """List the integers within reach of a position, with their weight and its slopes by position and spread.
+
+    The weight is u(k) / (sum of u over all that are read), so its slopes follow by the rule of quotients.
+    """
+    reach = spread if kind == "triangle" else 5 * spread
+    pixels = [
+        k
+        for k in range(math.floor(position - reach), math.ceil(position + reach) + 1)
+        if -reach < k - position <= reach
+    ]
+    if extent is not None:
+        pixels = [k for k in pixels if 0 <= k + (extent - 1) // 2 < extent]
+    raw = []
+    for k in pixels:
+        distance = k - position
+        if kind == "triangle":
+            raw.append((spread - abs(distance), 1.0 if distance > 0 else -1.0, 1.0))
+        else:
+            value = math.exp(-(distance**2) / (2 * spread**2))
+            raw.append((value, value * distance / spread**2, value * distance**2 / spread**3))
+    total, by_position, by_spread = (sum(column) for column in zip(*raw, strict=True)) if raw else (0.0, 0.0, 0.0)
+    if total <= 0:
+        return []
+    return [
+        (k, u / total, ((p - u / total * by_position) / total, (s - u / total * by_spread) / total))
+        for k, (u, p, s) in zip(pixels, raw, strict=True)
+    ]
 
 
 def _sample(plane: Plane, corners: list[_Corner]) -> float:
@@ -289,8 +348,12 @@ class _IrregularConv2d(torch.autograd.Function):
         padding: Padding,
         dilation: Pair,
         groups: int,
+        kind: str,
+        extent: Sequence[int],
     ) -> Tensor:
-        output = irregular_conv2d_forward(input, weight, positions, bias, stride, padding, dilation, groups)
+        output = irregular_conv2d_forward(
+            input, weight, positions, bias, stride, padding, dilation, groups, kind, extent
+        )
         return _like(output, input)
 
     @staticmethod
@@ -301,7 +364,7 @@ class _IrregularConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grads: tuple[Tensor | None, ...] = _Gradients.apply(grad_output, *ctx.saved_tensors, *ctx.geometry)
-        return (*grads, None, None, None, None)
+        return (*grads, None, None, None, None, None, None)
 
 
 class _Gradients(torch.autograd.Function):
@@ -321,9 +384,11 @@ class _Gradients(torch.autograd.Function):
         padding: Padding,
         dilation: Pair,
         groups: int,
+        kind: str,
+        extent: Sequence[int],
     ) -> tuple[Tensor | None, ...]:
         arguments = (input, weight, positions, bias)
-        grads = irregular_conv2d_backward(grad_output, *arguments, stride, padding, dilation, groups)
+        grads = irregular_conv2d_backward(grad_output, *arguments, stride, padding, dilation, groups, kind, extent)
         pairs = zip(grads, arguments, strict=True)
         return tuple(None if grad is None or like is None else _like(grad, like) for grad, like in pairs)
 
@@ -348,6 +413,8 @@ def irregular_conv2d(
     padding: Padding,
     dilation: Pair,
     groups: int,
+    kind: str = "bilinear",
+    extent: Sequence[int] = (),
 ) -> Tensor:
     """Evaluate Eq. 2-4 with gradients attached: the backend named "reference".
 
@@ -360,11 +427,13 @@ def irregular_conv2d(
         padding: See `input`.
         dilation: See `input`.
         groups: See `input`.
+        kind: See `input`.
+        extent: See `input`.
 
     Returns:
         As `irregular_conv2d_forward`, computed in float64 and given as `input` is: in its dtype, on its device. It can
         be differentiated once; a second derivative raises RuntimeError.
     """
-    arguments = (input, weight, positions, bias, stride, padding, dilation, groups)
+    arguments = (input, weight, positions, bias, stride, padding, dilation, groups, kind, extent)
     output: Tensor = _IrregularConv2d.apply(*arguments)
     return output

@@ -24,7 +24,7 @@ def forward(
     *options: Any,
 ) -> Rule:
     """The rule of ``irregular_conv2d``."""
-    members, (stride, padding, dilation, groups, backend) = info.batch_size, options
+    members, (stride, padding, dilation, groups, *how) = info.batch_size, options
     if in_dims[1:4] == (None, None, None):
         images = input.movedim(in_dims[0], 0)
         output = torch.ops.icnn_zoo.irregular_conv2d(images.flatten(0, 1), weight, positions, bias, *options)
@@ -39,7 +39,7 @@ def forward(
         padding,
         dilation,
         members * groups,
-        backend,
+        *how,
     )
     return output.unflatten(1, stacked.shape[:2]), 1
 
@@ -54,7 +54,7 @@ def backward(
     *options: Any,
 ) -> Rule:
     """The rule of ``irregular_conv2d_backward``."""
-    members, (stride, padding, dilation, groups, mask, backend) = info.batch_size, options
+    members, (stride, padding, dilation, groups, mask, *how) = info.batch_size, options
     stacked = [_stack(tensor, dim, members) for tensor, dim in zip((weight, positions), in_dims[2:4], strict=True)]
     grads = torch.ops.icnn_zoo.irregular_conv2d_backward(
         _as_channels(grad_output, in_dims[0], members),
@@ -65,7 +65,7 @@ def backward(
         dilation,
         members * groups,
         mask,
-        backend,
+        *how,
     )
     outputs, dims = [], []
     for grad, wanted, axis in zip(grads, mask, (1, 0, 0), strict=True):

@@ -9,14 +9,17 @@ so nothing is scattered. Depthwise layers and the full version are drawn as dens
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
+from icnn_zoo.ops.tap_reading import INTERPOLATIONS
 from icnn_zoo.ops.torch_backend import columns, dense
 from icnn_zoo.ops.torch_backend.columns import Gradients
 from icnn_zoo.ops.torch_backend.limits import Limits
+from icnn_zoo.ops.torch_backend.wide import WideColumns
 from icnn_zoo.ops.torch_backend.windows import WindowColumns, compute_dtype
 
 
@@ -26,6 +29,8 @@ class TorchBackend:
     Args:
         limits: Sizes to work in.
     """
+
+    interpolations = INTERPOLATIONS
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
@@ -46,7 +51,8 @@ class TorchBackend:
         Args:
             input: Images [B, C, H, W].
             weight: Weights [N, C / G, T].
-            positions: Absolute positions in pixels [C, T, 2], or [N, C / G, T, 2] for the full version.
+            positions: Absolute positions in pixels [C, T, 2], or [N, C / G, T, 2] for the full version; with spreads
+                [..., T, 4].
             bias: Bias [N] or None.
             geometry: Sizes of the call.
 
@@ -62,11 +68,11 @@ class TorchBackend:
             output = wide.to(input.dtype)
         elif positions.dim() == 3:
             return columns.forward(
-                WindowColumns(input, positions, geometry), input, weight, bias, geometry, self.limits
+                _make_columns(input, positions, geometry), input, weight, bias, geometry, self.limits
             )
         else:
             parts = [
-                columns.forward(WindowColumns(part, moved, grouped), part, weight[span], None, grouped, self.limits)
+                columns.forward(_make_columns(part, moved, grouped), part, weight[span], None, grouped, self.limits)
                 for span, part, moved, grouped in self._copies(input, positions, geometry)
             ]
             output = torch.cat(parts, dim=1)
@@ -94,14 +100,14 @@ class TorchBackend:
                 by_positions,
             )
         if positions.dim() == 3:
-            maker = WindowColumns(input, positions, geometry)
+            maker = _make_columns(input, positions, geometry)
             return columns.backward(maker, grad_output, input, weight, positions, geometry, self.limits, needs)
         grad_input = torch.zeros_like(input, dtype=compute_dtype(input.dtype)) if needs[0] else None
         grad_weight = torch.zeros_like(weight) if needs[1] else None
         grad_positions = torch.zeros_like(positions) if needs[2] else None
         group_channels, outputs_per_group = weight.shape[1], weight.shape[0] // geometry.groups
         for span, part, moved, grouped in self._copies(input, positions, geometry):
-            maker = WindowColumns(part, moved, grouped)
+            maker = _make_columns(part, moved, grouped)
             grads = columns.backward(
                 maker, grad_output[:, span], part, weight[span], moved, grouped, self.limits, needs
             )
@@ -140,7 +146,10 @@ class TorchBackend:
             for first in range(group * outputs_per_group, last_of_group, chunk):
                 span = slice(first, min(first + chunk, last_of_group))
                 outputs = span.stop - span.start
-                grouped = Geometry(
-                    geometry.input_size, geometry.output_size, geometry.stride, geometry.origin, groups=outputs
-                )
+                grouped = replace(geometry, groups=outputs)
                 yield span, members.repeat(1, outputs, 1, 1), positions[span].flatten(0, 1), grouped
+
+
+def _make_columns(input: Tensor, positions: Tensor, geometry: Geometry) -> WindowColumns | WideColumns:
+    maker = WindowColumns if geometry.interpolation == "bilinear" else WideColumns
+    return maker(input, positions, geometry)

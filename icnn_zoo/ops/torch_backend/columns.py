@@ -18,8 +18,10 @@ from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
 from icnn_zoo.ops.torch_backend.limits import Limits
+from icnn_zoo.ops.torch_backend.wide import WideColumns
 from icnn_zoo.ops.torch_backend.windows import Block, WindowColumns
 
+Columns = WindowColumns | WideColumns
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -44,7 +46,7 @@ def _blocks(geometry: Geometry, output: Tensor, group_channels: int, column: int
 
 
 def forward(
-    maker: WindowColumns, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, limits: Limits
+    maker: Columns, input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, limits: Limits
 ) -> Tensor:
     """Computes the convolution with a shape per input channel.
 
@@ -82,7 +84,7 @@ def forward(
     return output.contiguous(memory_format=memory_format(input))
 
 
-def _write_slab(output: Tensor, slab: slice, total: Tensor, maker: WindowColumns) -> None:
+def _write_slab(output: Tensor, slab: slice, total: Tensor, maker: Columns) -> None:
     """Copies the flat rows of a slab [G, N / G, L] to its images of the output."""
     images = slab.stop - slab.start
     if images > 0:
@@ -110,7 +112,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def backward(
-    maker: WindowColumns,
+    maker: Columns,
     grad_output: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -126,7 +128,7 @@ def backward(
         grad_output: Gradient of the output [B, N, Ho, Wo].
         input: Images [B, C, H, W].
         weight: Weights [N, C / G, T].
-        positions: Positions [C, T, 2].
+        positions: Positions [C, T, 2], with spreads [C, T, 4].
         geometry: Sizes of the call.
         limits: Sizes to work in.
         needs: Whether the gradients of input, weight and positions are wanted.
@@ -142,7 +144,11 @@ def backward(
     if needs_weight:
         like = weight.new_empty(0, dtype=maker.dtype)
         grad_weight = _zeros(geometry.groups, grouped.shape[1], group_channels * taps, like, limits.many_outputs)
-    grad_shift = positions.new_zeros(positions.shape[0] * taps, 2, dtype=maker.dtype) if needs_positions else None
+    grad_shift = (
+        positions.new_zeros(positions.shape[0] * taps, positions.shape[2], dtype=maker.dtype)
+        if needs_positions
+        else None
+    )
     height, width = geometry.output_size
     slab, grad_rows = slice(0, 0), grad_output
     for block in _blocks(geometry, grad_output, group_channels, maker.rows * maker.pitch * taps, limits):

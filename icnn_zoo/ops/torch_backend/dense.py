@@ -1,14 +1,14 @@
 """The irregular convolution as one ordinary convolution: every kernel drawn into the box that holds its taps.
 
-Bilinear interpolation is linear in the input, so a kernel of T taps at real positions equals a dense kernel with up to
-four cells a tap. The cost is that of a convolution with the box's kernel size, hence grows with the spread of the
+Interpolation is linear in the input, so a kernel of T taps at real positions equals a dense kernel, with up to four
+cells a tap where it is bilinear. The cost is that of a convolution with the box's kernel size, hence grows with the spread of the
 positions: cheap for depthwise layers, the only shared computation there is in the full version, too dear for wide boxes
 (:mod:`icnn_zoo.ops.torch_backend` then takes columns).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
-from icnn_zoo.ops.interpolation import reach, weigh_pixels
+from icnn_zoo.ops.tap_reading import reach, weigh_pixels
 from icnn_zoo.ops.torch_backend.limits import Limits
 
 
@@ -42,55 +42,64 @@ def measure_box(positions: Tensor, geometry: Geometry) -> Box | None:
     """
     if positions.device.type != "cpu" or positions.numel() == 0:
         return None
-    low, high = (end.nan_to_num(0.0).clamp(-(2.0**30), 2.0**30).flatten(0, -2) for end in reach(positions))
-    lows, highs = low.amin(0).tolist(), high.amax(0).tolist()
     first, size = [], []
     for axis in range(2):
+        low, high = (end.nan_to_num(0.0).clamp(-(2.0**30), 2.0**30) for end in reach(positions, axis, geometry))
         # Cells below `bottom` or above `top` are outside the input for every output.
         bottom, top = -(geometry.output_size[axis] - 1) * geometry.stride[axis], geometry.input_size[axis] - 1
-        lowest = min(max(int(lows[axis]) + geometry.origin[axis], bottom), top)
-        highest = max(min(int(highs[axis]) + geometry.origin[axis], top), lowest)
+        lowest = min(max(int(low.amin()) + geometry.origin[axis], bottom), top)
+        highest = max(min(int(high.amax()) + geometry.origin[axis], top), lowest)
         first.append(lowest)
         size.append(highest - lowest + 1)
     return Box(first[0], first[1], size[0], size[1])
 
 
-def draw_kernels(weight: Tensor, positions: Tensor, box: Box, origin: Sequence[int]) -> Tensor:
+def draw_kernels(weight: Tensor, positions: Tensor, box: Box, geometry: Geometry) -> Tensor:
     """Draws taps into dense kernels, without scattering.
 
-    The interpolation weights of a tap are the outer product of a row and a column vector with two cells each, so the
-    sum over taps is a matrix product.
+    The interpolation weights of a tap are the outer product of a row and a column vector, so the sum over taps is a
+    matrix product.
 
     Args:
         weight: Weights [..., T].
-        positions: Absolute positions [..., T, 2], in pixels, batch dimensions as ``weight``.
+        positions: Absolute positions [..., T, 2] in pixels, or with spreads [..., T, 4]; batch dimensions as ``weight``.
         box: The cells to draw.
-        origin: Offset (rows, columns) of the kernel's centre from the input pixel at (r * stride, c * stride).
+        geometry: Sizes of the call.
 
     Returns:
         Kernels [..., box.height, box.width] in the dtype of ``weight``; what lies outside the box is not drawn.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    rows, _ = weigh_pixels(positions[..., 0], box.row - origin[0], box.height, dtype)
-    cols, _ = weigh_pixels(positions[..., 1], box.col - origin[1], box.width, dtype)
+    (rows, _), (cols, _) = _weigh(positions, box, geometry, dtype)
     return ((rows * weight.to(dtype)[..., None]).transpose(-1, -2) @ cols).to(weight.dtype)
 
 
 def drawn_gradients(
-    grad_kernels: Tensor, weight: Tensor, positions: Tensor, box: Box, origin: Sequence[int]
+    grad_kernels: Tensor, weight: Tensor, positions: Tensor, box: Box, geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of :func:`draw_kernels` by weight and positions.
+    """The gradients of :func:`draw_kernels` by weight and positions, spreads included.
 
     At integer positions the derivative is that of the cell to the right/below.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    rows, rows_slope = weigh_pixels(positions[..., 0], box.row - origin[0], box.height, dtype)
-    cols, cols_slope = weigh_pixels(positions[..., 1], box.col - origin[1], box.width, dtype)
+    (rows, row_slopes), (cols, col_slopes) = _weigh(positions, box, geometry, dtype)
     by_rows = cols @ grad_kernels.to(dtype).transpose(-1, -2)  # [..., T, box.height]
     by_cols = rows @ grad_kernels.to(dtype)
     scale = weight.to(dtype)
-    by_positions = torch.stack([scale * (by_rows * rows_slope).sum(-1), scale * (by_cols * cols_slope).sum(-1)], dim=-1)
-    return (by_rows * rows).sum(-1).to(weight.dtype), by_positions.to(positions.dtype)
+    by_positions = [
+        scale * (grad * slope).sum(-1)
+        for slopes in zip(row_slopes, col_slopes, strict=True)
+        for grad, slope in zip((by_rows, by_cols), slopes, strict=True)
+    ]
+    return (by_rows * rows).sum(-1).to(weight.dtype), torch.stack(by_positions, dim=-1).to(positions.dtype)
+
+
+def _weigh(
+    positions: Tensor, box: Box, geometry: Geometry, dtype: torch.dtype
+) -> tuple[tuple[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]:
+    """Weights and slopes of the box's rows and of its columns."""
+    rows = weigh_pixels(positions, 0, box.row - geometry.origin[0], box.height, geometry, dtype)
+    return rows, weigh_pixels(positions, 1, box.col - geometry.origin[1], box.width, geometry, dtype)
 
 
 def forward(
@@ -119,7 +128,7 @@ def forward(
     padded = _pad(input, box, geometry)
     parts = []
     for part in _parts(weight, positions, box, geometry, limits):
-        kernels = draw_kernels(weight[part.outputs], part.positions, box, geometry.origin)
+        kernels = draw_kernels(weight[part.outputs], part.positions, box, geometry)
         part_bias = None if bias is None else bias[part.outputs]
         parts.append(F.conv2d(padded[:, part.channels], kernels, part_bias, geometry.stride, groups=part.groups))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -142,7 +151,7 @@ def backward(
     grad_positions = torch.zeros_like(positions) if needs[1] or needs[2] else None
     for part in _parts(weight, positions, box, geometry, limits):
         part_weight = weight[part.outputs]
-        kernels = draw_kernels(part_weight, part.positions, box, geometry.origin)
+        kernels = draw_kernels(part_weight, part.positions, box, geometry)
         by_input, by_kernels, _ = torch.ops.aten.convolution_backward(
             grad_output[:, part.outputs],
             padded[:, part.channels],
@@ -159,7 +168,7 @@ def backward(
         if grad_padded is not None:
             grad_padded[:, part.channels] += by_input
         if grad_weight is not None and grad_positions is not None:
-            by_weight, by_positions = drawn_gradients(by_kernels, part_weight, part.positions, box, geometry.origin)
+            by_weight, by_positions = drawn_gradients(by_kernels, part_weight, part.positions, box, geometry)
             grad_weight[part.outputs] = by_weight
             if positions.dim() == 4:
                 grad_positions[part.outputs] = by_positions
