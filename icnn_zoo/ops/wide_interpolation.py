@@ -62,6 +62,25 @@ def weigh_windows(axis: Axis, first: Tensor, size: int, dtype: torch.dtype) -> W
     return _normalized(run, run)
 
 
+def carry_back(by_cells: Tensor, rows: Weighing, cols: Weighing) -> tuple[Tensor, Tensor]:
+    """The gradients by a factor of each tap's weights [..., T] and by taps [..., T, 4] from that of its pixels.
+
+    Args:
+        by_cells: The gradient of the pixels of each window [..., T, Rr, Rc].
+        rows: Weights [..., T, Rr] of the windows' rows.
+        cols: Weights [..., T, Rc] of their columns.
+    """
+    by_rows = (by_cells @ cols.weight[..., None])[..., 0]
+    by_cols = (rows.weight[..., None, :] @ by_cells)[..., 0, :]
+    slopes = (
+        (by_rows, rows.by_position),
+        (by_cols, cols.by_position),
+        (by_rows, rows.by_spread),
+        (by_cols, cols.by_spread),
+    )
+    return (by_rows * rows.weight).sum(-1), torch.stack([(by * slope).sum(-1) for by, slope in slopes], dim=-1)
+
+
 def weigh_run(axis: Axis, first: int, size: int, dtype: torch.dtype) -> Weighing:
     """Weighs one run of pixels for all taps; those outside of it count in the sum too."""
     start, count = start_window(axis)
@@ -99,7 +118,8 @@ def _profile(axis: Axis, pixels: Tensor, dtype: torch.dtype) -> Weighing:
     inside = read.to(dtype)
     if axis.kind == "gaussian":
         scaled = distance / spread
-        weight = torch.exp(-0.5 * scaled.square()) * inside
+        # Where nothing is read, numbers too small to be computed fast are avoided.
+        weight = torch.exp((-0.5 * scaled.square()).clamp(min=-13.0)) * inside
         return Weighing(weight, weight * scaled / spread, weight * scaled.square() / spread)
     rises = distance.detach() > 0
     weight = torch.where(rises, spread - distance, spread + distance) * inside

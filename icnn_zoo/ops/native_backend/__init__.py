@@ -19,6 +19,9 @@ from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
 from icnn_zoo.ops.native_backend import build
+from icnn_zoo.ops.native_backend.drawn import draw_cells, plain
+from icnn_zoo.ops.tap_reading import INTERPOLATIONS
+from icnn_zoo.ops.torch_backend import TorchBackend
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,11 @@ class NativeBackend:
         limits: Sizes to work in.
     """
 
+    interpolations = INTERPOLATIONS
+
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
+        self._torch = TorchBackend()
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on a device, or None; the first call for a CPU compiles the kernel."""
@@ -66,6 +72,11 @@ class NativeBackend:
         Returns:
             Output [B, N, Ho, Wo] in the memory format of ``input``.
         """
+        if geometry.interpolation != "bilinear":
+            if weight.shape[1] > 1:
+                return self._torch.forward(input, weight, positions, bias, geometry)
+            weight, positions, _ = draw_cells(weight, positions, geometry)
+            return self.forward(input, weight, positions, bias, plain(geometry))
         call = _Call(input, weight, positions, geometry, self.limits)
         output = torch.empty(input.shape[0], weight.shape[0], *geometry.output_size, dtype=call.dtype)
         if output.numel() > 0:
@@ -82,6 +93,19 @@ class NativeBackend:
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
+        if geometry.interpolation != "bilinear":
+            if weight.shape[1] > 1:
+                return self._torch.backward(grad_output, input, weight, positions, geometry, needs)
+            cells, places, carry_back = draw_cells(weight, positions, geometry)
+            learns = needs[1] or needs[2]
+            grads = self.backward(grad_output, input, cells, places, plain(geometry), (needs[0], learns, False))
+            if grads[1] is None:
+                return grads
+            by_weight, by_taps = carry_back(grads[1])
+            if positions.dim() == 3:  # the outputs of a channel share its shape
+                by_taps = by_taps.unflatten(0, (positions.shape[0], -1)).sum((1, 2))
+            by_taps = by_taps.to(positions.dtype) + positions * 0
+            return grads[0], by_weight.to(weight.dtype) if needs[1] else None, by_taps if needs[2] else None
         call = _Call(input, weight, positions, geometry, self.limits)
         # C writes every number, on its threads.
         make = torch.empty if grad_output.numel() > 0 else torch.zeros

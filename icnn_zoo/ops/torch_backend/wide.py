@@ -13,7 +13,7 @@ from torch import Tensor
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.tap_reading import read_axis
 from icnn_zoo.ops.torch_backend.windows import Block, compute_dtype, gap_columns, read_windows
-from icnn_zoo.ops.wide_interpolation import Weighing, start_window, weigh_windows
+from icnn_zoo.ops.wide_interpolation import Weighing, carry_back, start_window, weigh_windows
 
 
 class WideColumns:
@@ -119,15 +119,7 @@ class WideColumns:
             (False, True, False),
         )
         by_kernels = by_kernels.reshape(-1, images, *shape[2:]).sum(1)  # [c * T, Rr, Rc]
-        by_rows = torch.bmm(by_kernels, cols.weight[:, :, None])[..., 0]
-        by_cols = torch.bmm(rows.weight[:, None, :], by_kernels)[:, 0]
-        pairs = (
-            (by_rows, rows.by_position),
-            (by_cols, cols.by_position),
-            (by_rows, rows.by_spread),
-            (by_cols, cols.by_spread),
-        )
-        return torch.stack([(grad * slope).sum(-1) for grad, slope in pairs], dim=-1)
+        return carry_back(by_kernels, rows, cols)[1]
 
     def _input_gradient(self, grad: Tensor, kernels: Tensor, span: slice) -> Tensor:
         """Gathers the gradient of the planes [c, S, H, W] from that of their columns [c * T, S, Ho, Wo].
