@@ -27,6 +27,7 @@ def parameter_groups(
     head: str | None = "classifier",
     head_lr_factor: float = 10.0,
     head_bias_lr_factor: float = 20.0,
+    spread_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Splits a network's trainable parameters as the paper trains them.
 
@@ -40,33 +41,39 @@ def parameter_groups(
             torch.compile); None for no such submodule. Its displacement belongs to the positions like any other.
         head_lr_factor: Rate of the head's weights over ``lr`` (DeepLab's 10).
         head_bias_lr_factor: Rate of the head's biases over ``lr`` (DeepLab's 20).
+        spread_lr: Rate of the spreads of triangle and gaussian interpolation, in pixels per unit of gradient; None for
+            ``lr``. They have no decay.
 
     Returns:
         Groups for any torch optimizer, empty ones left out, each with a "name": "backbone", "backbone_no_decay" (biases
-        and norm parameters), "head", "head_bias", "positions". The latter holds the displacements, or what their
-        parametrizations compute them from; its ``use_muon`` False keeps Muon from orthogonalizing them.
+        and norm parameters), "head", "head_bias", "positions", "spreads". The last two hold the displacements and
+        the widenings, or what their parametrizations compute them from; their ``use_muon`` False keeps Muon from
+        orthogonalizing them.
 
     Raises:
         ValueError: ``head`` names no submodule, or a rate or decay is negative.
     """
-    for name, value in {"lr": lr, "position_lr": position_lr, "weight_decay": weight_decay}.items():
+    rates = {"lr": lr, "position_lr": position_lr, "spread_lr": lr if spread_lr is None else spread_lr}
+    for name, value in {**rates, "weight_decay": weight_decay}.items():
         if value < 0:
             raise ValueError(f"`{name}` must not be negative; got {value}.")
     if head is not None:
         names = [name for name, _ in model.named_modules(remove_duplicate=False)]
         head = find_name(head, names, argument="head", what="submodule (None is for no head)")
     members: dict[str, list[Tensor]] = {
-        name: [] for name in ("backbone", "backbone_no_decay", "head", "head_bias", "positions")
+        name: [] for name in ("backbone", "backbone_no_decay", "head", "head_bias", "positions", "spreads")
     }
-    displacements = {
-        id(parameter) for layer in irregular_layers(model).values() for parameter in layer.displacement_parameters()
-    }
+    layers = irregular_layers(model).values()
+    displacements = {id(parameter) for layer in layers for parameter in layer.displacement_parameters()}
+    widenings = {id(parameter) for layer in layers for parameter in layer.spread_parameters()}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         in_head = head is not None and name.startswith(f"{head}.")
         if id(parameter) in displacements:
             group = "positions"
+        elif id(parameter) in widenings:
+            group = "spreads"
         elif parameter.dim() > 1:
             group = "head" if in_head else "backbone"
         else:
@@ -78,6 +85,7 @@ def parameter_groups(
         "head": lr * head_lr_factor,
         "head_bias": lr * head_bias_lr_factor,
         "positions": position_lr,
+        "spreads": rates["spread_lr"],
     }
     decayed = ("backbone", "head")
     groups: list[dict[str, Any]] = [
@@ -86,7 +94,7 @@ def parameter_groups(
         if params
     ]
     for named in groups:
-        if named["name"] == "positions":
+        if named["name"] in ("positions", "spreads"):
             named["use_muon"] = False
     return groups
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,6 +13,7 @@ from icnn_zoo.conversion.start import Order, modules_from
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
 from icnn_zoo.nn.modules import ExampleInput, replace_modules
 from icnn_zoo.nn.references import UnreachableError
+from icnn_zoo.nn.spreads import Interpolation, SpreadPer
 from icnn_zoo.ops.sharing import Shapes
 
 # Wrappers that took stock of the parameters when they were made, and would not know the new ones.
@@ -29,6 +32,9 @@ def convert(
     filter: Filter | None = None,
     epsilon: float = 1e-3,
     shapes: Shapes = "channel",
+    interpolation: Interpolation = "bilinear",
+    spread: float | None = None,
+    spread_per: SpreadPer = "tap",
     order: Order = "registration",
     example_input: ExampleInput | None = None,
 ) -> nn.Module:
@@ -58,6 +64,11 @@ def convert(
         epsilon: Initial displacement of every tap in pixels.
         shapes: Who shares a shape: "channel" for one per input channel, shared by all kernels, "layer" for one of all,
             "group" for one per group, "kernel" for the full version.
+        interpolation: What a tap reads: "bilinear" four pixels, "triangle" and "gaussian" all within reach of a spread
+            that is learned; see :class:`icnn_zoo.IrregularConv2d`, also for what follows. A gaussian blurs unless its
+            spread is 0.2.
+        spread: Initial spread in pixels; None for 1 (triangle) or 0.5 (gaussian).
+        spread_per: Who has a spread of its own: each "tap", each "channel" (each shape), or the "layer".
         order: What "from ``start`` on" means, ``start`` itself included. "registration", the order of
             ``model.named_modules()``, is nearly always that of the forward; timm's twins, coat, fasternet,
             efficientvim, ghostnetv2 and hrnet with its classification head register some modules earlier or later than
@@ -83,7 +94,8 @@ def convert(
         ['layer4.0.conv1', 'layer4.0.conv2', 'layer4.1.conv1', 'layer4.1.conv2']
     """
     _refuse_wrapped(model)
-    decided = plan(model, start, filter=filter, shapes=shapes, order=order, example_input=example_input)
+    reading: dict[str, Any] = {"shapes": shapes, "interpolation": interpolation, "spread_per": spread_per}
+    decided = plan(model, start, filter=filter, order=order, example_input=example_input, **reading)
     if decided.refused:
         refused = decided.refused[0]
         more = f" (and {len(decided.refused) - 1} more, see icnn_zoo.plan)" if len(decided.refused) > 1 else ""
@@ -100,7 +112,7 @@ def convert(
                 "on meta."
             )
     layers: dict[str, IrregularConv2d] = {
-        name: IrregularConv2d.from_conv2d(conv, epsilon=epsilon, shapes=shapes)  # type: ignore[arg-type]
+        name: IrregularConv2d.from_conv2d(conv, epsilon=epsilon, spread=spread, **reading)  # type: ignore[arg-type]
         for name, conv in convs.items()
     }
     if "" in layers:

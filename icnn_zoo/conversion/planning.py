@@ -15,6 +15,7 @@ from icnn_zoo.io.tables import text_table
 from icnn_zoo.nn.conv_rules import find_rules, reason_to_refuse
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
 from icnn_zoo.nn.modules import ExampleInput
+from icnn_zoo.nn.spreads import Interpolation, SpreadPer, initial_spread, spread_shape
 from icnn_zoo.ops.sharing import SHAPES, Shapes, shape_owners
 
 Filter = Callable[[nn.Module, str], bool]
@@ -32,7 +33,7 @@ class ConvertedLayer:
     """Class of the module."""
     kernel_size: tuple[int, int]
     added_parameters: int
-    """Numbers in the new ``displacement`` parameter."""
+    """Numbers in the new parameters, ``displacement`` and perhaps ``widening``."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def plan(
     *,
     filter: Filter | None = None,
     shapes: Shapes = "channel",
+    interpolation: Interpolation = "bilinear",
+    spread_per: SpreadPer = "tap",
     order: Order = "registration",
     example_input: ExampleInput | None = None,
 ) -> ConversionPlan:
@@ -102,7 +105,9 @@ def plan(
         model: Any network.
         start: As in :func:`convert`.
         filter: As in :func:`convert`.
-        shapes: As in :func:`convert`; only the number of parameters depends on it.
+        shapes: As in :func:`convert`; only the number of parameters depends on it, and on what follows.
+        interpolation: As in :func:`convert`.
+        spread_per: As in :func:`convert`.
         order: As in :func:`convert`.
         example_input: As in :func:`convert`.
 
@@ -123,6 +128,7 @@ def plan(
     """
     if filter is not None and not callable(filter):
         raise TypeError(f"`filter` must be a function of (module, dotted name); got {filter!r}.")
+    initial_spread(interpolation, None)  # which checks it
     if shapes not in SHAPES:
         raise ValueError(f"`shapes` must be one of {', '.join(SHAPES)}; got {shapes!r}.")
     first = resolve_start(model, start)
@@ -152,9 +158,11 @@ def plan(
             continue
         conv: Any = module
         rows, cols = conv.kernel_size
-        owners = math.prod(shape_owners(shapes, conv))
-        names = tuple(aliases[id(module)])
-        converted.append(ConvertedLayer(name, names, kind, (rows, cols), 2 * rows * cols * owners))
+        displacement = (*shape_owners(shapes, conv), rows * cols, 2)
+        added = math.prod(displacement)
+        if interpolation != "bilinear":
+            added += math.prod(spread_shape(spread_per, displacement))
+        converted.append(ConvertedLayer(name, tuple(aliases[id(module)]), kind, (rows, cols), added))
     parameters = sum(parameter.numel() for parameter in model.parameters() if not nn.parameter.is_lazy(parameter))
     return ConversionPlan(first, order, tuple(converted), tuple(skipped), tuple(refused), parameters)
 

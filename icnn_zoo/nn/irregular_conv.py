@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from icnn_zoo.nn.conv_rules import ConvRules, find_rules, plain_weight, reason_to_refuse, static_padding
+from icnn_zoo.nn.spreads import Interpolation, SpreadPer, initial_spread, spread_of, spread_shape
 from icnn_zoo.nn.step_watch import StepWatch
 from icnn_zoo.ops.functional import irregular_conv2d
 from icnn_zoo.ops.geometry import pad_with_mode, pair
+from icnn_zoo.ops.interpolation import smooth_interval
 from icnn_zoo.ops.sharing import Shapes, rename_per_kernel, shape_owners
+from icnn_zoo.ops.wide_interpolation import NARROWEST
 
 _EXACT = (torch.float32, torch.float64)
+_LEARNED = ("displacement", "widening")  # in pixels: never in half precision
 _SMALLEST = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 
 
@@ -31,7 +35,10 @@ class IrregularConv2d(nn.Module):
     learning the positions; a recipe that decays every parameter then pulls towards the regular shape and not into the
     center, and a checkpoint survives a change of dilation. ``displacement`` stays float32 after ``.half()``,
     ``.bfloat16()`` and under autocast (bfloat16 has a spacing of 0.0625 px at 8 to 16 px), and follows ``.double()``;
-    so do the tensors of a parametrization of it (``torch.nn.utils.parametrize``).
+    so do the tensors of a parametrization of it (``torch.nn.utils.parametrize``), and ``widening``.
+
+    A layer with triangle or gaussian interpolation learns spreads too: the parameter ``widening`` is what they have
+    over the narrowest one, 1 pixel of a triangle and 0.2 of a gaussian. Its sign does not matter: none gets narrower.
 
     Args:
         in_channels: Channels C of the input.
@@ -50,6 +57,10 @@ class IrregularConv2d(nn.Module):
         shapes: "channel" for the paper's shape per input channel, shared by all kernels: displacement [C, kh * kw, 2].
             "layer" for one shape of all (ACU): [1, kh * kw, 2]. "group" for one per group: [groups, kh * kw, 2].
             "kernel" for the full version, one shape per kernel: [N, C / groups, kh * kw, 2].
+        interpolation: "bilinear" reads four pixels, "triangle" and "gaussian" all within reach of a learned spread.
+        spread: Initial spread in pixels; None for 1 (triangle: bilinear interpolation) or 0.5 (gaussian). A gaussian of
+            0.2 on the regular grid is ``nn.Conv2d`` within 2e-5 of its input's size; wider ones blur, and move further.
+        spread_per: Who has a spread of its own: each "tap", each "channel" (each shape), or the "layer".
 
     Attributes:
         backend: What computes it, "auto" at first; see :func:`icnn_zoo.irregular_conv2d`.
@@ -79,6 +90,7 @@ class IrregularConv2d(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     displacement: Tensor
+    widening: Tensor | None
     step_watch: StepWatch | None
     _grid: Tensor
 
@@ -98,6 +110,9 @@ class IrregularConv2d(nn.Module):
         *,
         epsilon: float = 1e-3,
         shapes: Shapes = "channel",
+        interpolation: Interpolation = "bilinear",
+        spread: float | None = None,
+        spread_per: SpreadPer = "tap",
     ) -> None:
         super().__init__()
         device = torch.get_default_device() if device is None else device
@@ -115,14 +130,23 @@ class IrregularConv2d(nn.Module):
             device="meta",
             dtype=dtype,
         )
-        self._adopt(regular, ConvRules(), epsilon, shapes)
+        self._adopt(regular, ConvRules(), epsilon, shapes, interpolation, spread, spread_per)
         self.weight = nn.Parameter(torch.empty_like(regular.weight, device=device))
         self.bias = None if regular.bias is None else nn.Parameter(torch.empty_like(regular.bias, device=device))
         self._add_displacement(self.weight)
         self.reset_parameters()
 
     @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d, *, epsilon: float = 1e-3, shapes: Shapes = "channel") -> IrregularConv2d:
+    def from_conv2d(
+        cls,
+        conv: nn.Conv2d,
+        *,
+        epsilon: float = 1e-3,
+        shapes: Shapes = "channel",
+        interpolation: Interpolation = "bilinear",
+        spread: float | None = None,
+        spread_per: SpreadPer = "tap",
+    ) -> IrregularConv2d:
         """Makes an irregular layer of a regular one, with everything it holds.
 
         Weight, bias and other parameters are the same Parameter objects; buffers, hooks (their handles stay valid),
@@ -133,7 +157,10 @@ class IrregularConv2d(nn.Module):
                 these without a forward of its own, or a class given to :func:`icnn_zoo.register_conv_rules`; of any
                 kernel size.
             epsilon: Initial displacement in pixels.
-            shapes: Who shares a shape; see the class.
+            shapes: Who shares a shape; see the class, also for what follows.
+            interpolation: What a tap reads.
+            spread: Initial spread in pixels.
+            spread_per: Who has a spread.
 
         Returns:
             A layer in the training mode, dtype and device of ``conv``, whose displacement is trainable if the weight
@@ -151,15 +178,28 @@ class IrregularConv2d(nn.Module):
             raise ValueError(f"`conv`: {reason}.")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt(conv, rules, epsilon, shapes)
+        layer._adopt(conv, rules, epsilon, shapes, interpolation, spread, spread_per)
         layer._add_displacement(conv.weight)
-        layer.displacement.requires_grad_(conv.weight.requires_grad)
+        for name in _LEARNED:
+            if getattr(layer, name) is not None:
+                getattr(layer, name).requires_grad_(conv.weight.requires_grad)
         return layer
 
-    def _adopt(self, conv: nn.Conv2d, rules: ConvRules, epsilon: float, shapes: Shapes) -> None:
+    def _adopt(
+        self,
+        conv: nn.Conv2d,
+        rules: ConvRules,
+        epsilon: float,
+        shapes: Shapes,
+        interpolation: Interpolation,
+        spread: float | None,
+        spread_per: SpreadPer,
+    ) -> None:
         if not (isinstance(epsilon, SupportsFloat) and math.isfinite(epsilon)):
             raise ValueError(f"`epsilon` must be a finite number of pixels; got {epsilon!r}.")
         shape_owners(shapes, conv)  # which checks it
+        spread = initial_spread(interpolation, spread)
+        spread_shape(spread_per, (1, 1, 2))
         # Hooks stay the very same dictionaries, which their handles point to; what gets new members is copied.
         vars(self).update(vars(conv))
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -172,6 +212,9 @@ class IrregularConv2d(nn.Module):
             setattr(self, name, operator.index(getattr(conv, name)))
         self.epsilon = float(epsilon)
         self.shapes: Shapes = shapes
+        self.interpolation: Interpolation = interpolation
+        self.initial_spread = spread
+        self.spread_per: SpreadPer = spread_per
         self.backend = "auto"
         self.step_watch = None
 
@@ -183,6 +226,15 @@ class IrregularConv2d(nn.Module):
             torch.full((*owners, taps, 2), self.epsilon, dtype=dtype, device=weight.device)
         )
         self.register_buffer("_grid", self._make_grid(), persistent=False)
+        self.register_parameter("widening", None)
+        if self.initial_spread is not None:
+            widening = self.displacement.new_empty(spread_shape(self.spread_per, self.displacement.shape))
+            self.widening = nn.Parameter(widening)
+            self._reset_widening()
+
+    def _reset_widening(self) -> None:
+        if self.widening is not None and self.initial_spread is not None:
+            nn.init.constant_(self.widening, self.initial_spread - NARROWEST[self.interpolation])
 
     @property
     def regular_grid(self) -> Tensor:
@@ -209,15 +261,18 @@ class IrregularConv2d(nn.Module):
             self._grid = self._make_grid()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(rename_per_kernel(state))
+        state = {"interpolation": "bilinear", "initial_spread": None, "spread_per": "tap", **rename_per_kernel(state)}
+        state["_parameters"].setdefault("widening", None)
+        super().__setstate__(state)
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias as nn.Conv2d does and puts every tap epsilon off the regular grid."""
+        """Draws weight and bias as nn.Conv2d does, puts every tap epsilon off the regular grid, resets spreads."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(max(self.weight[0].numel(), 1))  # 0 without input channels
             nn.init.uniform_(self.bias, -bound, bound)
         nn.init.constant_(self.displacement, self.epsilon)
+        self._reset_widening()
 
     @property
     def positions(self) -> Tensor:
@@ -230,6 +285,21 @@ class IrregularConv2d(nn.Module):
             )
         return self.regular_grid + displacement
 
+    @property
+    def spread(self) -> Tensor | None:
+        """Spreads (rows, columns) in pixels: the narrowest plus the size of ``widening``; None where there are none."""
+        return None if self.widening is None else spread_of(self.widening, self.interpolation)
+
+    def smooth_interval(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """The ends of the interval around coordinates, in the shape of ``displacement``, in which gradients hold.
+
+        That is the cell of pixels, but for a gaussian, which has no kinks: its gradient reaches as far as its spread.
+        """
+        if self.interpolation == "gaussian":
+            spread = self.spread.detach() if self.spread is not None else 0
+            return coordinates - spread, coordinates + spread
+        return smooth_interval(coordinates)
+
     def forward(self, input: Tensor) -> Tensor:
         """Convolves [B, C, H, W] or [C, H, W] to the size nn.Conv2d gives."""
         traced: Any = input
@@ -237,7 +307,7 @@ class IrregularConv2d(nn.Module):
             tracer: Any = traced.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
         if self.step_watch is not None and self.training and not torch.compiler.is_compiling():
-            self.step_watch.check(self.displacement)
+            self.step_watch.check(self.displacement, self.smooth_interval)
         padding: int | Sequence[int] | str = self.padding
         if self.padding_rule is not static_padding or self.padding_mode != "zeros":
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
@@ -252,22 +322,28 @@ class IrregularConv2d(nn.Module):
             padding,
             self.dilation,
             self.groups,
+            interpolation=self.interpolation,
+            spread=self.spread,
             backend=self.backend,
         )
 
-    def _displacement_tensors(self) -> list[Tensor]:
+    def _tensors_of(self, name: str) -> list[Tensor]:
         parametrizations: Any = self._modules.get("parametrizations", {})
-        if "displacement" not in parametrizations:
-            return [self.displacement]
-        return [*parametrizations["displacement"].parameters(), *parametrizations["displacement"].buffers()]
+        if name not in parametrizations:
+            return [] if getattr(self, name) is None else [getattr(self, name)]
+        return [*parametrizations[name].parameters(), *parametrizations[name].buffers()]
 
     def displacement_parameters(self) -> list[nn.Parameter]:
         """The displacement, or what a parametrization (``torch.nn.utils.parametrize``) computes it from."""
-        return [tensor for tensor in self._displacement_tensors() if isinstance(tensor, nn.Parameter)]
+        return [tensor for tensor in self._tensors_of("displacement") if isinstance(tensor, nn.Parameter)]
+
+    def spread_parameters(self) -> list[nn.Parameter]:
+        """The widening, or what a parametrization computes it from; empty for bilinear interpolation."""
+        return [tensor for tensor in self._tensors_of("widening") if isinstance(tensor, nn.Parameter)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IrregularConv2d:
         # Module.half() and friends end here. Positions must not be rounded to half precision, not even on the way.
-        exact = self._displacement_tensors()
+        exact = [tensor for name in _LEARNED for tensor in self._tensors_of(name)]
         exact += [tensor.grad for tensor in exact if tensor.is_leaf and tensor.grad is not None]
         ids = {id(tensor) for tensor in exact}
 
@@ -283,9 +359,11 @@ class IrregularConv2d(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.displacement.dtype not in _EXACT and isinstance(self.displacement, nn.Parameter):
-            # load_state_dict(assign=True) takes the dtype of what is loaded.
-            self.displacement = nn.Parameter(self.displacement.float(), self.displacement.requires_grad)
+        for name in _LEARNED:
+            loaded = getattr(self, name)
+            if isinstance(loaded, nn.Parameter) and loaded.dtype not in _EXACT:
+                # load_state_dict(assign=True) takes the dtype of what is loaded.
+                setattr(self, name, nn.Parameter(loaded.float(), loaded.requires_grad))
         self._grid = self.regular_grid
         if self.step_watch is not None:
             self.step_watch.forget()
@@ -293,6 +371,7 @@ class IrregularConv2d(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros", "shapes": "channel"}
+        defaults |= {"interpolation": "bilinear", "spread_per": "tap"}
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"

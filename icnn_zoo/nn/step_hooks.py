@@ -12,7 +12,6 @@ from torch.utils.hooks import RemovableHandle
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 from icnn_zoo.nn.modules import some_of
 from icnn_zoo.nn.step_watch import StepWatch
-from icnn_zoo.ops.interpolation import smooth_interval
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 Rule = Callable[[torch.optim.Optimizer, Tensor], Tensor | float]
@@ -159,7 +158,7 @@ class StepHooks:
             now, grid = local_part(layer.displacement), layer.regular_grid
             if self.rule is not None:  # only now, as a closure makes the gradients within the step
                 now.copy_(displacement - self.rule(optimizer, layer.displacement))
-            low, high = smooth_interval(positions)
+            low, high = layer.smooth_interval(positions)
             bounded = (grid + now).clamp(low - self.bound_epsilon, high + self.bound_epsilon)
             bounded = torch.where(bounded == grid + now, now, bounded - grid)
             if isinstance(layer.displacement, nn.Parameter):

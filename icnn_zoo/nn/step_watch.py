@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from icnn_zoo.ops.interpolation import smooth_interval
+
+Interval = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 # A step that is seen is longer than this beyond the cell's border, in pixels: SAM moves parameters a little on purpose.
 MARGIN = 0.5
@@ -42,8 +45,13 @@ class StepWatch:
         self.seen = None
 
     @torch.no_grad()
-    def check(self, displacement: Tensor) -> None:
-        """Warns if positions are further than one bounded step from where they were."""
+    def check(self, displacement: Tensor, smooth_interval: Interval = smooth_interval) -> None:
+        """Warns if positions are further than one bounded step from where they were.
+
+        Args:
+            displacement: The displacement.
+            smooth_interval: The layer's own, from where a step begins to where it may end.
+        """
         if not _is_plain(displacement) or (self.seen is not None and displacement._version == self.version):
             return
         if self.seen is not None and self.seen.shape == displacement.shape:

@@ -42,7 +42,7 @@ def irregular_conv2d(
 
 
 def _wide_columns(input: Tensor, weight: Tensor, taps: Tensor, geometry: Geometry) -> Tensor:
-    """What each tap of each owner reads [B, owners, C / G, T, Ho, Wo], by a matrix for its rows and one for its columns.
+    """What each tap of each owner reads [B, owners, C / G, T, Ho, Wo]: by a matrix of rows and one of columns.
 
     Owners are the outputs in the full version, else the groups.
     """

@@ -74,8 +74,9 @@ def irregular_conv2d(
         RuntimeError: The ``backend`` asked for cannot run here; the message says why.
 
     Note:
-        Gradients exist for ``input``, ``weight``, ``positions``, ``spread`` and ``bias``, of any order and in both modes (from the
-        second on, and in forward mode, by standard operators that hold all columns in memory). ``torch.func.vmap``
+        Gradients exist for ``input``, ``weight``, ``positions``, ``spread`` and ``bias``, of any order and in both
+        modes (from the second on, and in forward mode, by standard operators that hold all columns in memory).
+        ``torch.func.vmap``
         makes one call of a batch of images or of an ensemble. ``torch.utils.flop_counter`` counts what conv2d counts
         and four multiply-adds for each interpolated value. Bilinear interpolation has kinks at integer positions,
         where the derivative of the cell to the right/below is taken. A NaN or infinite position gives NaN outputs, and

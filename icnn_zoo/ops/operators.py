@@ -174,7 +174,7 @@ if not hasattr(torch.ops.icnn_zoo, "irregular_conv2d"):
 
 Sizes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 How = tuple[str, str, tuple[int, ...]]
-"""The name of a backend or "auto", the interpolation, and the extent that it reads, () for as many pixels as it does."""
+"""The name of a backend or "auto", the interpolation, and the extent that it reads in, () for no such limit."""
 
 
 def differentiable(

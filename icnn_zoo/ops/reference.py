@@ -132,6 +132,8 @@ def irregular_conv2d_backward(
         padding: See `input`.
         dilation: See `input`.
         groups: See `input`.
+        kind: See `input`.
+        extent: See `input`.
 
     Returns:
         The gradients towards input, weight, positions and bias (None without a bias), each of the shape of

@@ -28,7 +28,7 @@ def read_axis(taps: Tensor, axis: int, geometry: Geometry) -> Axis:
 def weigh_pixels(
     taps: Tensor, axis: int, first: int, size: int, geometry: Geometry, dtype: torch.dtype
 ) -> tuple[Tensor, list[Tensor]]:
-    """Weights [..., T, size] of a run of pixels, and their derivatives by the position and, if there is one, the spread.
+    """Weights [..., T, size] of a run of pixels, and their derivatives by position and, if there is one, spread.
 
     Args:
         taps: Taps [..., T, 2] or [..., T, 4].

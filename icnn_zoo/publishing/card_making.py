@@ -126,7 +126,7 @@ def make_card(
             network=network,
             conversion=None
             if start is None
-            else Conversion(start=start, epsilon=options["epsilon"], shapes=options["shapes"]),
+            else Conversion(**{name: options[name] for name in Conversion.model_fields}),
             classes=task.class_names,
             palette=tuple(palette),
             mean=_channels(model.mean),

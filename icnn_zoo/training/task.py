@@ -19,6 +19,7 @@ from icnn_zoo.conversion.converter import convert
 from icnn_zoo.io.label_pictures import check_classes
 from icnn_zoo.models.segmentation import SegmentationModel, shrink_labels
 from icnn_zoo.nn.irregular_conv import irregular_layers
+from icnn_zoo.nn.spreads import Interpolation, SpreadPer
 from icnn_zoo.ops.sharing import Shapes, rename_per_kernel
 from icnn_zoo.optim import bound_positions, keep_options, move_positions, parameter_groups, poly_policy
 from icnn_zoo.training.callbacks.monitors import DisplacementMonitor
@@ -93,6 +94,11 @@ class SegmentationTask(pl.LightningModule):
         scales: Factors of image size in evaluation, probabilities averaged; [1.0] for none.
         channels_last: Runs the network in the channels_last memory format.
         compile: Compiles the network with torch.compile.
+        interpolation: What a tap reads: "bilinear" four pixels, "triangle" and "gaussian" all within reach of a spread
+            that is learned, as in DCLS.
+        spread: Initial spread in pixels; None for 1 (triangle: bilinear) or 0.5 (gaussian).
+        spread_per: Who has a spread of its own: each "tap", each "channel" (each shape), or the "layer".
+        spread_lr: Rate of the spreads, in pixels with adamw; None for ``lr``.
         per_kernel: What says ``shapes`` in configurations and checkpoints of version 0.1: true is "kernel".
 
     Raises:
@@ -104,6 +110,8 @@ class SegmentationTask(pl.LightningModule):
         "num_classes",
         "start",
         "shapes",
+        "interpolation",
+        "spread_per",
         "output_stride",
         "head",
         "head_dilation",
@@ -120,6 +128,10 @@ class SegmentationTask(pl.LightningModule):
         start: str | None = None,
         epsilon: float = 1e-3,
         shapes: Shapes = "channel",
+        interpolation: Interpolation = "bilinear",
+        spread: float | None = None,
+        spread_per: SpreadPer = "tap",
+        spread_lr: float | None = None,
         output_stride: int = 8,
         head: str = "largefov",
         head_dilation: int | None = None,
@@ -174,6 +186,7 @@ class SegmentationTask(pl.LightningModule):
         self.lr = lr
         self.head_lr_factor = head_lr_factor
         self.position_lr = position_lr
+        self.spread_lr = spread_lr
         self.position_rule = position_rule
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -200,7 +213,8 @@ class SegmentationTask(pl.LightningModule):
             std=std,
         )
         if start is not None:
-            convert(self.model, start, epsilon=epsilon, shapes=shapes)
+            reading: dict[str, Any] = {"interpolation": interpolation, "spread": spread, "spread_per": spread_per}
+            convert(self.model, start, epsilon=epsilon, shapes=shapes, **reading)
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index)
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -280,6 +294,7 @@ class SegmentationTask(pl.LightningModule):
             head="classifier",
             head_lr_factor=self.head_lr_factor,
             head_bias_lr_factor=2 * self.head_lr_factor,
+            spread_lr=self.spread_lr,
         )
         optimizer: torch.optim.Optimizer
         if self.optimizer_name == "sgd":

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from icnn_zoo.models.backbones import check_backbone_args
+from icnn_zoo.nn.spreads import Interpolation, SpreadPer
 from icnn_zoo.ops.sharing import Shapes, rename_per_kernel
 
 FORMAT: Final = 1
@@ -42,6 +43,8 @@ class Conversion(Record):
     start: Module
     epsilon: Annotated[float, Field(ge=-16, le=16)]
     shapes: Shapes
+    interpolation: Interpolation = "bilinear"
+    spread_per: SpreadPer = "tap"
 
     @model_validator(mode="before")
     @classmethod

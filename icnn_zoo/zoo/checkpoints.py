@@ -11,6 +11,7 @@ from torch import Tensor
 
 from icnn_zoo.conversion.planning import plan
 from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.nn.spreads import spread_shape
 from icnn_zoo.ops.sharing import shape_owners
 from icnn_zoo.zoo.cards import Card, Conversion
 from icnn_zoo.zoo.registry import Entry, Registry
@@ -91,7 +92,11 @@ def _displacements(model: SegmentationModel, conversion: Conversion) -> dict[str
     for layer in plan(model, conversion.start).converted:
         owners = shape_owners(conversion.shapes, model.get_submodule(layer.name))
         taps = math.prod(layer.kernel_size)
-        found[f"{layer.name}.displacement"] = torch.empty(*owners, taps, 2, device="meta")
+        displacement = (*owners, taps, 2)
+        found[f"{layer.name}.displacement"] = torch.empty(displacement, device="meta")
+        if conversion.interpolation != "bilinear":
+            widening = spread_shape(conversion.spread_per, displacement)
+            found[f"{layer.name}.widening"] = torch.empty(widening, device="meta")
     return found
 
 

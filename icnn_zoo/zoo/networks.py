@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.conversion.converter import convert
+from icnn_zoo.nn.spreads import Interpolation, SpreadPer
 from icnn_zoo.ops.sharing import Shapes
 from icnn_zoo.zoo.cards import Card
 from icnn_zoo.zoo.checkpoints import check_tensors, network_arguments, outline, read_checkpoint
@@ -28,6 +29,9 @@ def create_model(
     start: str | None = None,
     epsilon: float = 1e-3,
     shapes: Shapes = "channel",
+    interpolation: Interpolation = "bilinear",
+    spread: float | None = None,
+    spread_per: SpreadPer = "tap",
     pretrained: bool | str | Path = False,
     pretrained_partial: bool = False,
     classes: Sequence[str] | None = None,
@@ -42,7 +46,10 @@ def create_model(
         start: First module to make irregular: a backbone module ("layer3.11"), "classifier" for the head alone, None
             for a regular network.
         epsilon: Initial displacement of every tap in pixels.
-        shapes: Who shares a shape, as in :func:`icnn_zoo.convert`.
+        shapes: Who shares a shape, as in :func:`icnn_zoo.convert`, also for what follows.
+        interpolation: What a tap reads.
+        spread: Initial spread in pixels.
+        spread_per: Who has a spread of its own.
         pretrained: True for timm's weights of the backbone, a file, ``"zoo:NAME"`` for a checkpoint of the zoo (see
             :func:`icnn_zoo.zoo.pretrained.load_pretrained`), False for random weights.
         pretrained_partial: Accepts a file that lacks tensors of the backbone, which is refused otherwise.
@@ -69,7 +76,8 @@ def create_model(
     _check_arguments(network)
     model = Segmenter(backbone, num_classes, classes=classes, palette=palette, **network)
     if start is not None:
-        convert(model, start, epsilon=epsilon, shapes=shapes)
+        reading: dict[str, Any] = {"interpolation": interpolation, "spread": spread, "spread_per": spread_per}
+        convert(model, start, epsilon=epsilon, shapes=shapes, **reading)
     if pretrained:
         load_pretrained(model, pretrained, classes, partial=pretrained_partial)
     return model

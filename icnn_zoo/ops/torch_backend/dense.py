@@ -1,9 +1,9 @@
 """The irregular convolution as one ordinary convolution: every kernel drawn into the box that holds its taps.
 
 Interpolation is linear in the input, so a kernel of T taps at real positions equals a dense kernel, with up to four
-cells a tap where it is bilinear. The cost is that of a convolution with the box's kernel size, hence grows with the spread of the
-positions: cheap for depthwise layers, the only shared computation there is in the full version, too dear for wide boxes
-(:mod:`icnn_zoo.ops.torch_backend` then takes columns).
+cells a tap where it is bilinear. The cost is that of a convolution with the box's kernel size, hence grows with how far
+positions lie apart: cheap for depthwise layers, the only shared computation there is in the full version, too dear for
+wide boxes (:mod:`icnn_zoo.ops.torch_backend` then takes columns).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def draw_kernels(weight: Tensor, positions: Tensor, box: Box, geometry: Geometry
 
     Args:
         weight: Weights [..., T].
-        positions: Absolute positions [..., T, 2] in pixels, or with spreads [..., T, 4]; batch dimensions as ``weight``.
+        positions: Absolute positions [..., T, 2] in pixels, with spreads [..., T, 4]; batch dimensions as ``weight``.
         box: The cells to draw.
         geometry: Sizes of the call.
 
