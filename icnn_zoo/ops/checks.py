@@ -103,8 +103,8 @@ def check_spread(spread: Tensor, interpolation: str, largest: float) -> None:
     # Of a float32 that was rounded down.
     if not (least * (1 - 1e-6) <= low and high <= largest * (1 + 1e-6)):
         raise ValueError(
-            f"`spread` must be {least} to {largest:g} pixels for {interpolation} interpolation (no more than half of "
-            f"the map's longer side); got {low:g} to {high:g}."
+            f"`spread` must be {least} to {largest:g} pixels for {interpolation} interpolation (no more than the "
+            f"map's longer side); got {low:g} to {high:g}."
         )
 
 

@@ -57,7 +57,7 @@ def irregular_conv2d(
             reach of a spread; weights of what is read sum to one. See :mod:`icnn_zoo.ops.wide_interpolation`.
         spread: Of a triangle (half of its base, at least 1; at 1 it is bilinear) or a gaussian (its standard deviation,
             at least 0.2), in pixels: a number, or a tensor that broadcasts to ``positions``, in their dtype; its last
-            dimension, if not 1, is (rows, columns). At most half of the map.
+            dimension, if not 1, is (rows, columns). At most the map's longer side.
         extent: Rows and columns of pixels around the center, an int or a pair, outside of which a triangle or gaussian
             reads nothing, as in DCLS (``dilated_kernel_size``); None for no such limit.
         backend: "auto" takes the first that can run of "triton" (CUDA), "native" (CPU; a C kernel, compiled on first

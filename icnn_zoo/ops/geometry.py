@@ -63,9 +63,9 @@ class Geometry:
 
     @property
     def largest_spread(self) -> float:
-        """The most that a spread may be, in pixels: half of the map that positions move over, at least one pixel."""
+        """The most that a spread may be, in pixels: the longer side of the map that positions move over."""
         outputs = (size * step for size, step in zip(self.output_size, self.stride, strict=True))
-        return max(1.0, max(*self.input_size, *outputs) / 2)
+        return float(max(*self.input_size, *outputs))
 
     def is_mostly_padding(self) -> bool:
         """Whether the padded image, of which backends copy planes, is far larger than input and output together.

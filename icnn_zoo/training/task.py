@@ -21,12 +21,13 @@ from icnn_zoo.models.segmentation import SegmentationModel, shrink_labels
 from icnn_zoo.nn.irregular_conv import irregular_layers
 from icnn_zoo.nn.spreads import Interpolation, SpreadPer
 from icnn_zoo.ops.sharing import Shapes, rename_per_kernel
-from icnn_zoo.optim import bound_positions, keep_options, move_positions, parameter_groups, poly_policy
+from icnn_zoo.optim import poly_policy
 from icnn_zoo.training.callbacks.monitors import DisplacementMonitor
 from icnn_zoo.training.callbacks.resuming import GeneratorStates
 from icnn_zoo.training.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits
 from icnn_zoo.training.finiteness import all_finite, find_nonfinite
 from icnn_zoo.training.given_options import check_agreement
+from icnn_zoo.training.optimizers import make_optimizer
 from icnn_zoo.training.provenance import find_provenance
 from icnn_zoo.training.scores import background_miou, iou_and_accuracy, iou_names
 from icnn_zoo.training.strategies import check_strategy
@@ -94,10 +95,9 @@ class SegmentationTask(pl.LightningModule):
         scales: Factors of image size in evaluation, probabilities averaged; [1.0] for none.
         channels_last: Runs the network in the channels_last memory format.
         compile: Compiles the network with torch.compile.
-        interpolation: What a tap reads: "bilinear" four pixels, "triangle" and "gaussian" all within reach of a spread
-            that is learned, as in DCLS.
+        interpolation: What a tap reads: "bilinear", or "triangle" and "gaussian" with a learned spread, as in DCLS.
         spread: Initial spread in pixels; None for 1 (triangle: bilinear) or 0.5 (gaussian).
-        spread_per: Who has a spread of its own: each "tap", each "channel" (each shape), or the "layer".
+        spread_per: Who has a spread of its own: each "tap", "channel" (shape), or the "layer".
         spread_lr: Rate of the spreads, in pixels with adamw; None for ``lr``.
         per_kernel: What says ``shapes`` in configurations and checkpoints of version 0.1: true is "kernel".
 
@@ -186,10 +186,7 @@ class SegmentationTask(pl.LightningModule):
         self.lr = lr
         self.head_lr_factor = head_lr_factor
         self.position_lr = position_lr
-        self.spread_lr = spread_lr
         self.position_rule = position_rule
-        self.momentum = momentum
-        self.weight_decay = weight_decay
         self.poly_power = poly_power
         self.bound_epsilon = bound_epsilon
         self.loss_resolution = loss_resolution
@@ -213,7 +210,7 @@ class SegmentationTask(pl.LightningModule):
             std=std,
         )
         if start is not None:
-            reading: dict[str, Any] = {"interpolation": interpolation, "spread": spread, "spread_per": spread_per}
+            reading: Any = {"interpolation": interpolation, "spread": spread, "spread_per": spread_per}
             convert(self.model, start, epsilon=epsilon, shapes=shapes, **reading)
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index)
 
@@ -281,33 +278,21 @@ class SegmentationTask(pl.LightningModule):
             self._has_weights = True
 
     def configure_optimizers(self) -> Any:
-        if self.start is not None and self.position_rule == "layer" and self.position_lr > 1:
-            raise ValueError(
-                f"`position_lr` is in pixels with position_rule layer, 0.1 to begin with; got {self.position_lr}."
-                " Rates per unit of gradient, such as the paper's 50, go with position_rule optimizer."
-            )
-        groups = parameter_groups(
-            self.model,
-            lr=self.lr,
-            position_lr=self.position_lr,
-            weight_decay=self.weight_decay,
-            head="classifier",
-            head_lr_factor=self.head_lr_factor,
-            head_bias_lr_factor=2 * self.head_lr_factor,
-            spread_lr=self.spread_lr,
-        )
-        optimizer: torch.optim.Optimizer
-        if self.optimizer_name == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        if self.start is not None:
-            hook = move_positions if self.position_rule == "layer" else bound_positions
-            hook(optimizer, self.model, bound_epsilon=self.bound_epsilon)
-        keep_options(optimizer)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("The poly policy needs the run's length: set trainer.max_steps or trainer.max_epochs.")
+        optimizer = make_optimizer(
+            self.model,
+            self.optimizer_name,
+            self.position_rule if self.start is not None else None,
+            lr=self.lr,
+            head_lr_factor=self.head_lr_factor,
+            position_lr=self.position_lr,
+            momentum=self.hparams["momentum"],
+            weight_decay=self.hparams["weight_decay"],
+            bound_epsilon=self.bound_epsilon,
+            spread_lr=self.hparams["spread_lr"],
+        )
         scheduler = poly_policy(optimizer, int(steps), self.poly_power)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -1,0 +1,147 @@
+"""Triangle and gaussian interpolation: against the reference, written formulas, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import icnn_zoo
+from icnn_zoo.ops import formula
+
+KINDS = ["triangle", "gaussian"]
+LAYOUTS = {  # groups, whether each kernel has its shape
+    "channel": (2, False),
+    "depthwise": (4, False),
+    "kernel": (2, True),
+    "kernel, depthwise": (4, True),
+}
+
+
+def arguments(kind: str, layout: str, far: float = 0.0) -> list[Tensor]:
+    """Input, weight, positions, spread and bias in float64, as leaves."""
+    groups, per_kernel = LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(3)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.rand(*shape, dtype=torch.float64, generator=generator) * 2 - 1
+
+    owners = (4, 4 // groups) if per_kernel else (4,)
+    positions = rand(*owners, 6, 2) * 2
+    positions[..., 0, :] += far
+    least = {"triangle": 1.05, "gaussian": 0.3}[kind]
+    tensors = [rand(2, 4, 4, 5), rand(4, 4 // groups, 2, 3), positions, least + rand(*owners, 6, 2).abs(), rand(4)]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def run(tensors: list[Tensor], kind: str, layout: str, stride: int, extent: object, backend: str) -> Tensor:
+    input, weight, positions, spread, bias = tensors
+    options = {"interpolation": kind, "spread": spread, "extent": extent, "backend": backend}
+    return icnn_zoo.irregular_conv2d(input, weight, positions, bias, stride, 1, 1, LAYOUTS[layout][0], **options)
+
+
+@pytest.mark.parametrize("far", [0.0, 30.0], ids=["near", "one tap far away"])
+@pytest.mark.parametrize(("stride", "extent"), [(1, None), (2, (3, 5))])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_and_gradients_equal_the_reference(kind, layout, stride, extent, far):
+    tensors = arguments(kind, layout, far)
+    expected = run(tensors, kind, layout, stride, extent, "reference")
+    cotangent = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).reshape(expected.shape)
+    grads = torch.autograd.grad(expected, tensors, cotangent)
+    for backend in ("auto", "torch"):
+        output = run(tensors, kind, layout, stride, extent, backend)
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(torch.autograd.grad(output, tensors, cotangent), grads)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_and_the_formula_of_higher_derivatives(kind):
+    tensors = [tensor.detach()[:1, :2, :3, :4].requires_grad_() for tensor in arguments(kind, "channel")[:1]]
+    _, weight, positions, spread, bias = arguments(kind, "depthwise")
+    tensors += [t.detach()[:2].requires_grad_() for t in (weight, positions, spread, bias)]
+
+    def call(*tensors: Tensor) -> Tensor:
+        input, weight, positions, spread, bias = tensors
+        return icnn_zoo.irregular_conv2d(
+            input, weight, positions, bias, 1, 1, groups=2, interpolation=kind, spread=spread
+        )
+
+    assert torch.autograd.gradcheck(call, tensors)
+    taps = torch.cat([tensors[2], tensors[3]], dim=-1)
+    sizes = ((1, 1), (1, 1, 1, 1), (1, 1), 2)
+    by_formula = formula.irregular_conv2d(tensors[0], tensors[1], taps, tensors[4], *sizes, "auto", kind)
+    torch.testing.assert_close(by_formula, call(*tensors))
+    assert torch.autograd.gradgradcheck(call, tensors, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pixel_is_read_with_the_written_weight(kind):
+    impulse = torch.zeros(1, 1, 9, 9, dtype=torch.float64)
+    impulse[..., 4, 4] = 1
+    spread, row, col = 1.3, 0.4, -0.7
+    positions = torch.tensor([[[row, col]]], dtype=torch.float64)
+    output = icnn_zoo.irregular_conv2d(
+        impulse, torch.ones(1, 1, 1, 1).double(), positions, interpolation=kind, spread=spread
+    )
+
+    def weights(position: float) -> list[float]:
+        raw = [
+            max(0.0, spread - abs(k - position))
+            if kind == "triangle"
+            else math.exp(-(((k - position) / spread) ** 2) / 2)
+            for k in range(-7, 8)
+        ]
+        return [value / sum(raw) for value in raw]
+
+    expected = torch.tensor([[a * b for b in weights(col)] for a in weights(row)])
+    torch.testing.assert_close(output[0, 0].flip(0, 1).float(), expected[3:12, 3:12].float(), atol=2e-6, rtol=1e-5)
+
+
+def test_a_triangle_of_one_pixel_is_bilinear_also_in_its_gradients_at_integers():
+    input, weight, positions, _, bias = arguments("triangle", "channel")
+    positions = positions.detach().round().requires_grad_()
+    results = []
+    for options in ({}, {"interpolation": "triangle", "spread": 1.0}):
+        output = icnn_zoo.irregular_conv2d(input, weight, positions, bias, 1, 1, 1, 2, **options)
+        results.append((output, *torch.autograd.grad(output.square().sum(), [input, weight, positions])))
+    torch.testing.assert_close(*results)
+
+
+def test_a_narrow_gaussian_on_the_grid_is_conv2d_and_its_gradient_reaches_as_far_as_it_is_wide():
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(3, 4, 3, padding=1)
+    image = torch.rand(1, 3, 7, 8)
+    layer = icnn_zoo.IrregularConv2d.from_conv2d(conv, epsilon=0.0, interpolation="gaussian", spread=0.2)
+    torch.testing.assert_close(layer(image), conv(image), atol=2e-5 * 27, rtol=0)
+    far = torch.zeros(1, 1, 1, 9, dtype=torch.float64)
+    far[..., 7] = 1  # three pixels from the tap
+    for spread, reaches in ((0.2, False), (1.5, True)):
+        position = torch.zeros(1, 1, 2, dtype=torch.float64, requires_grad=True)
+        output = icnn_zoo.irregular_conv2d(
+            far, torch.ones(1, 1, 1, 1).double(), position, interpolation="gaussian", spread=spread
+        )
+        (by_position,) = torch.autograd.grad(output[..., 4].sum(), position)
+        assert bool(by_position[0, 0, 1] > 0.01) == reaches
+
+
+REFUSED = {
+    "unknown": ({"interpolation": "cubic"}, "`interpolation` must be one of bilinear, triangle, gaussian; got 'cubic'"),
+    "bilinear with a spread": ({"spread": 1.0}, "`spread` must be left out"),
+    "none": ({"interpolation": "gaussian"}, "`spread` must be given for gaussian"),
+    "zero": ({"interpolation": "gaussian", "spread": 0.0}, "`spread` must be 0.2 to 5 pixels .* got 0 to 0"),
+    "negative": ({"interpolation": "gaussian", "spread": -1.0}, "`spread` must be 0.2 to 5"),
+    "narrow triangle": ({"interpolation": "triangle", "spread": 0.5}, "`spread` must be 1.0 to 5"),
+    "no number": ({"interpolation": "gaussian", "spread": math.nan}, "`spread` must be .* got nan"),
+    "beyond the map": ({"interpolation": "gaussian", "spread": 9.0}, "`spread` must be 0.2 to 5 .* got 9"),
+    "shape": ({"interpolation": "gaussian", "spread": torch.ones(3, 1, 2)}, "broadcast to `positions` .* got .3, 1, 2"),
+    "extent": ({"interpolation": "gaussian", "spread": 1.0, "extent": 0}, "`extent` must be"),
+    "backend": ({"interpolation": "gaussian", "spread": 1.0, "backend": "triton"}, "does not compute gaussian"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused_by_name(name):
+    options, message = REFUSED[name]
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        icnn_zoo.irregular_conv2d(torch.zeros(1, 2, 4, 5), torch.ones(1, 2, 1, 1), torch.zeros(2, 1, 2), **options)
