@@ -8,12 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from icnn_zoo.ops.interpolation import support
 
 # Costs are in multiply-adds of a wide convolution, for one output pixel. The constants lie between what PyTorch 2.15
 # and onnxruntime 1.32 take for the forms of eleven layers (64 to 2048 channels, float32, one core of an AMD EPYC).
@@ -46,6 +44,44 @@ class Box(NamedTuple):
     width: int
 
 
+class Reads(NamedTuple):
+    """What taps [...] read: runs of pixels from a first one on, and the weights of their rows and columns."""
+
+    first: Tensor
+    """[..., 2], offsets from the input pixel at (r * stride, c * stride)."""
+    rows: Tensor
+    """[..., Rr]."""
+    cols: Tensor
+    """[..., Rc]."""
+
+    def moved(self, by: Tensor) -> Reads:
+        return self._replace(first=self.first + by)
+
+    def select(self, index: Any) -> Reads:
+        return Reads(*(values[index] for values in self))
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The first and the last pixel [..., 2] whose weight is not zero."""
+        low, high = [], []
+        for axis, weights in enumerate((self.rows, self.cols)):
+            order = torch.arange(weights.shape[-1], dtype=self.first.dtype)
+            read = weights != 0
+            # What reads nothing, beyond an extent, is a cell of no weight.
+            low.append(self.first[..., axis] + torch.where(read, order, order[-1]).amin(-1))
+            high.append(self.first[..., axis] + torch.where(read, order, order[0]).amax(-1))
+        bottom, top = torch.stack(low, dim=-1), torch.stack(high, dim=-1)
+        return bottom, torch.maximum(bottom, top)
+
+    def draw(self, box: Box) -> tuple[Tensor, Tensor]:
+        """The weights of a box's rows [..., height] and columns [..., width]."""
+        drawn = []
+        for axis, (weights, size) in enumerate(((self.rows, box.height), (self.cols, box.width))):
+            place = torch.arange(size) + box[axis] - self.first[..., axis, None]
+            inside = (place >= 0) & (place < weights.shape[-1])
+            drawn.append(weights.gather(-1, place.clamp(0, weights.shape[-1] - 1).long()) * inside)
+        return drawn[0], drawn[1]
+
+
 @dataclass(frozen=True)
 class Layout:
     """A layer without its padding: output (r, c) reads taps at (r * stride, c * stride) + offset, zeros outside."""
@@ -55,6 +91,8 @@ class Layout:
     bias: Tensor | None
     offsets: Tensor
     """[G, 1 or n, c, T, 2] in float64."""
+    reads: Reads
+    """What the taps at ``offsets`` read."""
     first: tuple[int, int]
     """Offset of the regular kernel's first tap."""
     surplus: tuple[int, int]
@@ -136,19 +174,22 @@ def plans(layout: Layout) -> list[tuple[str, Plan]]:
         mixed = conv_cost(outputs, inputs, 1) + outputs * COPY_COST
         return TAPS_FACTOR * (crop + conv_cost(layout.num_inputs, 1, cells) + mixed) + 4 * NODE_COST
 
-    def single(cost: Callable[[int], float], offsets: Tensor) -> Plan:
-        box, outliers = _choose_box(
-            offsets, far, lambda cells, count: cost(cells) + _outlier_cost(layout, count, digits)
-        )
+    def single(cost: Callable[[int], float], reads: Reads) -> Plan:
+        box, outliers = _choose_box(reads, far, lambda cells, count: cost(cells) + _outlier_cost(layout, count, digits))
         total = cost(box.height * box.width) + _outlier_cost(layout, int(outliers.sum()), digits)
         return Plan([box], outliers, total)
 
-    found = [("dense", single(dense_cost, offsets)), ("stacked", single(stacked_cost, offsets - layout.grid()))]
+    displaced = layout.reads.moved(-layout.grid())
+    found = [("dense", single(dense_cost, layout.reads)), ("stacked", single(stacked_cost, displaced))]
     if layout.is_shared and inputs > 1:
         # Outliers of different taps share a branch: its fixed costs are counted once, below.
         per_pair = _outlier_cost(layout, 1024, digits) / 1024
         chosen = [
-            _choose_box(offsets[..., tap, :], far[..., tap], lambda cells, count: tap_cost(cells) + per_pair * count)
+            _choose_box(
+                layout.reads.select((..., tap, slice(None))),
+                far[..., tap],
+                lambda cells, count: tap_cost(cells) + per_pair * count,
+            )
             for tap in range(layout.taps)
         ]
         boxes, outliers = [box for box, _ in chosen], torch.stack([mask for _, mask in chosen], dim=-1)
@@ -162,21 +203,21 @@ def count_digits(offsets: Tensor) -> int:
     return int(offsets.abs().max().clamp(max=MAX_DISTANCE).ceil()).bit_length()
 
 
-def _choose_box(offsets: Tensor, far: Tensor, cost: Callable[[int, int], float]) -> tuple[Box, Tensor]:
+def _choose_box(reads: Reads, far: Tensor, cost: Callable[[int, int], float]) -> tuple[Box, Tensor]:
     """Finds the box that makes ``cost(cells, pairs outside)`` least.
 
     Starting from the box around all near pairs, the side whose removal frees most cells for a lost pair is moved
     inwards, down to one cell; the best box on the way is taken.
 
     Args:
-        offsets: Offsets [..., 2].
+        reads: What taps [...] read.
         far: Pairs that have to stay outside [...].
         cost: Cost of a box and of the pairs outside.
 
     Returns:
         The box, and which pairs are outside [...].
     """
-    low, high = support(offsets)
+    low, high = reads.ends()
     bounds = torch.cat([low, -high], dim=-1).flatten(0, -2)[~far.flatten()].long()
     if len(bounds) == 0:
         return Box(0, 0, 1, 1), far

@@ -1,6 +1,6 @@
 """One irregular layer in standard convolutions: the forms there are, what they cost, and the choice.
 
-Bilinear interpolation is linear in the input, so a layer equals ordinary convolutions with drawn kernels. Three forms:
+Interpolation is linear in the input, so a layer equals ordinary convolutions with drawn kernels. Three forms:
 
 - *dense*: one convolution with the box around all taps. Best for small boxes and for depthwise layers.
 - *taps*: for every tap a depthwise convolution with the tap's own box, then a 1x1 convolution; summed. Its cost does
@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from icnn_zoo.deployment.form_costs import MAX_DISTANCE, Box, Layout, Plan, conv_cost, count_digits, plans
+from icnn_zoo.deployment.form_costs import MAX_DISTANCE, Box, Layout, Plan, Reads, conv_cost, count_digits, plans
 from icnn_zoo.nn.conv_rules import dynamic_same_padding, static_padding
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
-from icnn_zoo.ops.geometry import resolve_padding
-from icnn_zoo.ops.interpolation import weigh_pixels
+from icnn_zoo.ops.geometry import Geometry, resolve_padding
 from icnn_zoo.ops.sharing import expand_shapes
+from icnn_zoo.ops.tap_reading import tabulate
 
 # Larger depthwise kernels get their zeros from a module of its own: PyTorch 2.15 takes 10 times longer on a CPU
 # when the convolution pads (measured from 15x15 on).
@@ -77,14 +77,20 @@ def standard_form(layer: IrregularConv2d, weight: Tensor, bias: Tensor | None) -
         step * ((size - 1) // 2) - before
         for step, size, before in zip(layer.dilation, layer.kernel_size, padding[::2], strict=True)
     ]
-    positions = expand_shapes(layer.positions.detach(), layer.in_channels)
-    offsets = positions.cpu().double() + torch.tensor(origin)
+    positions = layer.positions.detach()
+    taps = positions if layer.spread is None else torch.cat([positions, layer.spread.expand_as(positions)], dim=-1)
+    taps = expand_shapes(taps, layer.in_channels).detach().cpu().double()
     per_group = layer.out_channels // layer.groups
-    shape = (layer.groups, per_group if positions.dim() == 4 else 1, layer.in_channels // layer.groups)
+    shape = (layer.groups, per_group if taps.dim() == 4 else 1, layer.in_channels // layer.groups)
+    taps = taps.reshape(*shape, -1, taps.shape[-1])
+    geometry = Geometry((1, 1), (1, 1), layer.stride, (0, 0), layer.groups, layer.interpolation)
+    (first_row, rows), (first_col, cols) = (tabulate(taps, axis, geometry) for axis in range(2))
+    reads = Reads(torch.stack([first_row, first_col], dim=-1), rows, cols)
     layout = Layout(
         weight=weight.detach().cpu().double().reshape(layer.groups, per_group, shape[2], -1),
         bias=None if bias is None else bias.detach().cpu().double(),
-        offsets=offsets.reshape(*shape, -1, 2),
+        offsets=taps[..., :2] + torch.tensor(origin),
+        reads=reads.moved(torch.tensor(origin)),
         first=(-padding[0], -padding[2]),
         surplus=(padding[0] + padding[1] - reach[0] - 1, padding[2] + padding[3] - reach[1] - 1),
         kernel_size=layer.kernel_size,
@@ -99,13 +105,6 @@ def standard_form(layer: IrregularConv2d, weight: Tensor, bias: Tensor | None) -
     regular = conv_cost(layout.num_outputs, layout.group_inputs, layout.taps)
     module = _with_attributes(_join(layer, main, outliers), layer)
     return StandardForm(module, form, box, int(plan.outliers.sum()), plan.cost / regular)
-
-
-def _interpolation(offsets: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-    """Weights of a box's rows [..., height] and columns [..., width] for each offset."""
-    rows, _ = weigh_pixels(offsets[..., 0], box.row, box.height, offsets.dtype)
-    cols, _ = weigh_pixels(offsets[..., 1], box.col, box.width, offsets.dtype)
-    return rows, cols
 
 
 def _convolution(
@@ -157,7 +156,7 @@ def _margins(layout: Layout, box: Box) -> tuple[int, int, int, int]:
 
 def _dense(layout: Layout, plan: Plan) -> nn.Module:
     (box,) = plan.boxes
-    rows, cols = _interpolation(layout.offsets, box)
+    rows, cols = layout.reads.draw(box)
     weight = layout.weight * ~plan.outliers
     shared = layout.is_shared
     kernels = [  # of one output of each group at a time, which bounds the memory
@@ -177,7 +176,7 @@ def _taps(layout: Layout, plan: Plan) -> nn.Module:
     common = margins.amax(0).clamp(min=0)
     branches: list[nn.Module] = []
     for tap, own in zip(used, margins, strict=True):
-        rows, cols = _interpolation(layout.offsets[:, 0, :, tap], plan.boxes[tap])
+        rows, cols = layout.reads.select((slice(None), 0, slice(None), tap)).draw(plan.boxes[tap])
         kernels = (rows[..., None] * cols[..., None, :]).flatten(0, 1)[:, None]
         weight = (layout.weight * ~plan.outliers)[..., tap].flatten(0, 1)[..., None, None]
         branches.append(
@@ -192,7 +191,7 @@ def _taps(layout: Layout, plan: Plan) -> nn.Module:
 
 def _stacked(layout: Layout, plan: Plan) -> nn.Module:
     (box,) = plan.boxes
-    rows, cols = _interpolation(layout.offsets - layout.grid(), box)
+    rows, cols = layout.reads.moved(-layout.grid()).draw(box)
     weight = layout.weight * ~plan.outliers
     # Outputs of the first convolution are ordered (group, output, tap), those of one output side by side.
     kernels = weight[..., None, None] * rows[..., None] * cols[..., None, :]  # [G, n, c, T, height, width]
@@ -238,31 +237,33 @@ def _outlier_branch(layout: Layout, outliers: Tensor) -> list[nn.Module]:
         mix[group, :, order] = layout.weight[group, :, channel, tap]
     else:
         mix[group, output, order] = layout.weight[group, output, channel, tap]
-    offsets = layout.offsets[pairs]
-    # Shifts go towards zero, so what a plane loses at its edge is never needed again: the rest, in [-1, 1), reads on
-    # the side where the input has ended.
-    shift = torch.where(offsets < 0, offsets.floor() + 1, offsets.floor())
+    reads = layout.reads.select(pairs)
+    low, high = reads.ends()
+    # Shifts go towards zero, so what a plane loses at its edge is never needed again: what is left to read lies on the
+    # side where the input has ended, or on both sides of a plane that was not shifted.
+    shift = low.clamp(min=0) + high.clamp(max=0)
     # Maps grow where the layer's output is larger than its input.
     rows, cols = (max(0, surplus + 1) for surplus in layout.surplus)
     parts = _convolution(layout, F.one_hot(plane, layout.num_inputs).double()[..., None, None])
     parts += _padding((0, cols, 0, rows))
     for digit in range(count_digits(shift)):
-        step = shift.sign() * (shift.abs().long() >> digit & 1)
+        step = shift.sign().long() * (shift.abs().long() >> digit & 1)
         if step.any():
-            kernels = _interpolation(step, Box(-1, -1, 3, 3))
+            one = F.one_hot(step + 1, 3).double()  # [count, 2, 3]
             width = 2**digit
             parts += _convolution(
                 layout,
-                (kernels[0][:, :, None] * kernels[1][:, None])[:, None],
+                (one[:, 0, :, None] * one[:, 1, None])[:, None],
                 margins=(width, width, width, width),
                 dilation=(width, width),
                 groups=count,
             )
-    kernels = _interpolation(offsets - shift, Box(-1, -1, 3, 3))
+    down, right = reads.rows.shape[-1] - 1, reads.cols.shape[-1] - 1
+    kernels = reads.moved(-shift).draw(Box(-down, -right, 2 * down + 1, 2 * right + 1))
     parts += _convolution(
         layout,
         (kernels[0][:, :, None] * kernels[1][:, None])[:, None],
-        margins=(1, layout.surplus[1] + 2 - cols, 1, layout.surplus[0] + 2 - rows),
+        margins=(right, layout.surplus[1] + 1 + right - cols, down, layout.surplus[0] + 1 + down - rows),
         stride=layout.stride,
         groups=count,
     )

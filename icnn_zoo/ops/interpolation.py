@@ -75,11 +75,6 @@ def reach(coordinates: Tensor) -> tuple[Tensor, Tensor]:
     return cell + OFFSETS[0], cell + OFFSETS[-1]
 
 
-def support(coordinates: Tensor) -> tuple[Tensor, Tensor]:
-    """The first and the last pixel whose weight is not zero: one pixel at an integer."""
-    return coordinates.floor(), coordinates.ceil()
-
-
 def smooth_interval(coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """The ends of the interval around a coordinate in which the same pixels are read: there its gradient holds."""
     return coordinates.floor(), coordinates.ceil()

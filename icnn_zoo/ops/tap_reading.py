@@ -25,6 +25,16 @@ def read_axis(taps: Tensor, axis: int, geometry: Geometry) -> Axis:
     return Axis(geometry.interpolation, taps[..., axis], taps[..., 2 + axis], limits)
 
 
+def tabulate(taps: Tensor, axis: int, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """The first pixel [...] that each tap may read along an axis, and the weights [..., R] of the R from there on."""
+    if geometry.interpolation == "bilinear":
+        cell, fraction = interpolation.split(taps[..., axis])
+        return cell + interpolation.OFFSETS[0], torch.stack(interpolation.weights(fraction), dim=-1)
+    read = read_axis(taps, axis, geometry)
+    first, size = wide_interpolation.start_window(read)
+    return first, wide_interpolation.weigh_windows(read, first, size, taps.dtype).weight
+
+
 def weigh_pixels(
     taps: Tensor, axis: int, first: int, size: int, geometry: Geometry, dtype: torch.dtype
 ) -> tuple[Tensor, list[Tensor]]:
