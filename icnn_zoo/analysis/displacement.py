@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
-from icnn_zoo.ops.interpolation import reach
+from icnn_zoo.ops.tap_reading import reach
 
 
 class InputSizes:
@@ -50,8 +50,8 @@ def displacement_statistics(
     Returns:
         For each layer name: "mean", "p95" and "max" of the taps' Euclidean displacement in pixels; "std_row" and
         "std_col", the standard deviations of all of the layer's positions, 0.82 each for regular 3x3 kernels; and
-        "dead", the share of taps (channel by channel) whose 2x2 cell meets the input at no output position. A dead tap
-        has no gradient.
+        "dead", the share of taps (channel by channel) that at no output position read a pixel of the input (of their
+        2x2 cell, if they are bilinear). A dead tap has no gradient.
     """
     statistics = {}
     for name, layer in irregular_layers(model).items():
@@ -70,7 +70,8 @@ def displacement_statistics(
 def dead_taps(layer: IrregularConv2d, input_size: tuple[int, int]) -> Tensor:
     """Which taps read nothing but zeros.
 
-    A tap lives if for some output position its cell (floor and floor + 1, both axes) overlaps the input.
+    A tap lives if for some output position what it reads, its cell (floor and floor + 1, both axes) if it is bilinear,
+    overlaps the input.
 
     Args:
         layer: The layer.
@@ -89,7 +90,7 @@ def dead_taps(layer: IrregularConv2d, input_size: tuple[int, int]) -> Tensor:
         extent = input_size[axis] + (0 if layer.padding_mode == "zeros" else before + after)
         outputs = (input_size[axis] + before + after - dilation * (kernel - 1) - 1) // stride + 1
         origin = dilation * ((kernel - 1) // 2) - before + outside
-        first_pixel, last_pixel = (pixel + origin for pixel in reach(layer.positions[..., axis]))
+        first_pixel, last_pixel = (pixel + origin for pixel in reach(layer.taps, axis, layer.reading))
         first = torch.ceil(-last_pixel / stride).clamp(min=0)  # first output that reads not only above the input
         dead |= (first > outputs - 1) | (first * stride + first_pixel > extent - 1)
     return dead

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from icnn_zoo.deployment.form_costs import MAX_DISTANCE, Box, Layout, Plan, Reads, conv_cost, count_digits, plans
 from icnn_zoo.nn.conv_rules import dynamic_same_padding, static_padding
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
-from icnn_zoo.ops.geometry import Geometry, resolve_padding
+from icnn_zoo.ops.geometry import resolve_padding
 from icnn_zoo.ops.sharing import expand_shapes
 from icnn_zoo.ops.tap_reading import tabulate
 
@@ -77,14 +77,11 @@ def standard_form(layer: IrregularConv2d, weight: Tensor, bias: Tensor | None) -
         step * ((size - 1) // 2) - before
         for step, size, before in zip(layer.dilation, layer.kernel_size, padding[::2], strict=True)
     ]
-    positions = layer.positions.detach()
-    taps = positions if layer.spread is None else torch.cat([positions, layer.spread.expand_as(positions)], dim=-1)
-    taps = expand_shapes(taps, layer.in_channels).detach().cpu().double()
+    taps = expand_shapes(layer.taps.detach(), layer.in_channels).cpu().double()
     per_group = layer.out_channels // layer.groups
     shape = (layer.groups, per_group if taps.dim() == 4 else 1, layer.in_channels // layer.groups)
     taps = taps.reshape(*shape, -1, taps.shape[-1])
-    geometry = Geometry((1, 1), (1, 1), layer.stride, (0, 0), layer.groups, layer.interpolation)
-    (first_row, rows), (first_col, cols) = (tabulate(taps, axis, geometry) for axis in range(2))
+    (first_row, rows), (first_col, cols) = (tabulate(taps, axis, layer.reading) for axis in range(2))
     reads = Reads(torch.stack([first_row, first_col], dim=-1), rows, cols)
     layout = Layout(
         weight=weight.detach().cpu().double().reshape(layer.groups, per_group, shape[2], -1),

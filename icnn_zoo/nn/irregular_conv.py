@@ -17,6 +17,7 @@ from icnn_zoo.ops.functional import irregular_conv2d
 from icnn_zoo.ops.geometry import pad_with_mode, pair
 from icnn_zoo.ops.interpolation import smooth_interval
 from icnn_zoo.ops.sharing import Shapes, rename_per_kernel, shape_owners
+from icnn_zoo.ops.tap_reading import Reading
 from icnn_zoo.ops.wide_interpolation import NARROWEST
 
 _EXACT = (torch.float32, torch.float64)
@@ -289,6 +290,17 @@ class IrregularConv2d(nn.Module):
     def spread(self) -> Tensor | None:
         """Spreads (rows, columns) in pixels: the narrowest plus the size of ``widening``; None where there are none."""
         return None if self.widening is None else spread_of(self.widening, self.interpolation)
+
+    @property
+    def taps(self) -> Tensor:
+        """Positions [..., T, 2], with spreads [..., T, 4] where there are any: what ``reading`` says how to read."""
+        positions, spread = self.positions, self.spread
+        return positions if spread is None else torch.cat([positions, spread.expand_as(positions)], dim=-1)
+
+    @property
+    def reading(self) -> Reading:
+        """How taps read."""
+        return Reading(self.interpolation)
 
     def smooth_interval(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """The ends of the interval around coordinates, in the shape of ``displacement``, in which gradients hold.

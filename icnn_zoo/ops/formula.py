@@ -58,8 +58,8 @@ def _wide_columns(input: Tensor, weight: Tensor, taps: Tensor, geometry: Geometr
         outputs = torch.arange(geometry.output_size[axis], device=input.device) * geometry.stride[axis]
         pixels = torch.arange(geometry.input_size[axis], device=input.device)
         read = pixels - (outputs + geometry.origin[axis])[:, None]  # [outputs, pixels]
-        bound = int(reach_of(geometry.interpolation, geometry.largest_spread)) + 1
-        matrices.append(weigh_differentiably(read_axis(owners, axis, geometry), read, bound, dtype))
+        bound = int(reach_of(geometry.reading.interpolation, geometry.largest_spread)) + 1
+        matrices.append(weigh_differentiably(read_axis(owners, axis, geometry.reading), read, bound, dtype))
     rows, cols = matrices  # [owners, C / G, T, outputs, pixels]
     planes = grouped.to(dtype)[:, :, :, None]
     return (rows @ planes @ cols.transpose(-1, -2)).to(input.dtype)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icnn_zoo.ops.tap_reading import BILINEAR, Reading
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -26,9 +28,7 @@ class Geometry:
     stride: tuple[int, int]
     origin: tuple[int, int]
     groups: int
-    interpolation: str = "bilinear"
-    extent: tuple[int, int] | None = None
-    """Rows and columns of pixels, around the center, that a triangle or gaussian reads; None for as many as it does."""
+    reading: Reading = BILINEAR
 
     @staticmethod
     def of(
@@ -52,8 +52,7 @@ class Geometry:
             stride=(stride[0], stride[1]),
             origin=(dilation[0] * ((kernel_size[0] - 1) // 2) - top, dilation[1] * ((kernel_size[1] - 1) // 2) - left),
             groups=groups,
-            interpolation=interpolation,
-            extent=(extent[0], extent[1]) if extent else None,
+            reading=Reading(interpolation, (extent[0], extent[1]) if extent else None),
         )
 
     def canonical(self) -> Geometry:

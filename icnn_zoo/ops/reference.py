@@ -36,7 +36,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from icnn_zoo.ops import interpolation
+from icnn_zoo.ops import literal_weights
 
 __all__ = ["irregular_conv2d", "irregular_conv2d_backward", "irregular_conv2d_forward"]
 
@@ -241,54 +241,11 @@ class _Geometry:
     def _neighbours(self, origin: int, tap: list[float], axis: int) -> list[tuple[int, float, tuple[float, ...]]]:
         """List the pixels of the input along an axis that a tap reads, with their weight and its slopes."""
         if self.kind == "bilinear":
-            read = _bilinear(tap[axis])
+            read = literal_weights.bilinear(tap[axis])
         else:
-            read = _wide(self.kind, tap[axis], tap[2 + axis], self.extent[axis] if self.extent else None)
+            read = literal_weights.wide(self.kind, tap[axis], tap[2 + axis], self.extent[axis] if self.extent else None)
         size = (self.height, self.width)[axis]
         return [(origin + k, weight, slopes) for k, weight, slopes in read if 0 <= origin + k < size]
-
-
-def _bilinear(position: float) -> list[tuple[int, float, tuple[float]]]:
-    """List the integers next to a position, with g(position, integer) and its slope.
-
-    The origin is an integer, so the cell and the fraction are those of the position alone; adding first would
-    only round.
-    """
-    cell, fraction = interpolation.split(position)
-    read = zip(interpolation.OFFSETS, interpolation.weights(fraction), interpolation.slopes(fraction), strict=True)
-    return [(int(cell) + offset, weight, (slope,)) for offset, weight, slope in read]
-
-
-def _wide(
-    kind: str, position: float, spread: float, extent: int | None
-) -> list[tuple[int, float, tuple[float, float]]]:
-    """List the integers within reach of a position, with their weight and its slopes by position and spread.
-
-    The weight is u(k) / (sum of u over all that are read), so its slopes follow by the rule of quotients.
-    """
-    reach = spread if kind == "triangle" else 5 * spread
-    pixels = [
-        k
-        for k in range(math.floor(position - reach), math.ceil(position + reach) + 1)
-        if -reach < k - position <= reach
-    ]
-    if extent is not None:
-        pixels = [k for k in pixels if 0 <= k + (extent - 1) // 2 < extent]
-    raw = []
-    for k in pixels:
-        distance = k - position
-        if kind == "triangle":
-            raw.append((spread - abs(distance), 1.0 if distance > 0 else -1.0, 1.0))
-        else:
-            value = math.exp(-(distance**2) / (2 * spread**2))
-            raw.append((value, value * distance / spread**2, value * distance**2 / spread**3))
-    total, by_position, by_spread = (sum(column) for column in zip(*raw, strict=True)) if raw else (0.0, 0.0, 0.0)
-    if total <= 0:
-        return []
-    return [
-        (k, u / total, ((p - u / total * by_position) / total, (s - u / total * by_spread) / total))
-        for k, (u, p, s) in zip(pixels, raw, strict=True)
-    ]
 
 
 def _sample(plane: Plane, corners: list[_Corner]) -> float:

@@ -72,7 +72,7 @@ class NativeBackend:
         Returns:
             Output [B, N, Ho, Wo] in the memory format of ``input``.
         """
-        if geometry.interpolation != "bilinear":
+        if geometry.reading.is_wide:
             if weight.shape[1] > 1:
                 return self._torch.forward(input, weight, positions, bias, geometry)
             weight, positions, _ = draw_cells(weight, positions, geometry)
@@ -93,7 +93,7 @@ class NativeBackend:
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
-        if geometry.interpolation != "bilinear":
+        if geometry.reading.is_wide:
             if weight.shape[1] > 1:
                 return self._torch.backward(grad_output, input, weight, positions, geometry, needs)
             cells, places, carry_back = draw_cells(weight, positions, geometry)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry
-from icnn_zoo.ops.tap_reading import read_axis
+from icnn_zoo.ops.tap_reading import BILINEAR, read_axis
 from icnn_zoo.ops.torch_backend.dense import Box, draw_kernels, drawn_gradients, measure_box
 from icnn_zoo.ops.wide_interpolation import carry_back, start_window, weigh_windows
 
@@ -36,7 +36,7 @@ def draw_cells(weight: Tensor, taps: Tensor, geometry: Geometry) -> tuple[Tensor
     """
     own = taps if taps.dim() == 4 else taps.repeat_interleave(weight.shape[0] // taps.shape[0], dim=0)[:, None]
     box = measure_box(taps, geometry)
-    windows = [(axis, *start_window(axis)) for axis in (read_axis(own, axis, geometry) for axis in range(2))]
+    windows = [(axis, *start_window(axis)) for axis in (read_axis(own, axis, geometry.reading) for axis in range(2))]
     if box is not None and box.cells <= weight.shape[-1] * math.prod(size for _, _, size in windows):
         return _draw_box(weight, own, taps.shape[:-2], box, geometry)
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -72,4 +72,4 @@ def _draw_box(
 
 def plain(geometry: Geometry) -> Geometry:
     """The geometry of the cells: bilinear interpolation at whole pixels reads just these."""
-    return replace(geometry, interpolation="bilinear", extent=None)
+    return replace(geometry, reading=BILINEAR)

@@ -151,5 +151,5 @@ class TorchBackend:
 
 
 def _make_columns(input: Tensor, positions: Tensor, geometry: Geometry) -> WindowColumns | WideColumns:
-    maker = WindowColumns if geometry.interpolation == "bilinear" else WideColumns
+    maker = WideColumns if geometry.reading.is_wide else WindowColumns
     return maker(input, positions, geometry)

@@ -44,7 +44,7 @@ def measure_box(positions: Tensor, geometry: Geometry) -> Box | None:
         return None
     first, size = [], []
     for axis in range(2):
-        low, high = (end.nan_to_num(0.0).clamp(-(2.0**30), 2.0**30) for end in reach(positions, axis, geometry))
+        low, high = (end.nan_to_num(0.0).clamp(-(2.0**30), 2.0**30) for end in reach(positions, axis, geometry.reading))
         # Cells below `bottom` or above `top` are outside the input for every output.
         bottom, top = -(geometry.output_size[axis] - 1) * geometry.stride[axis], geometry.input_size[axis] - 1
         lowest = min(max(int(low.amin()) + geometry.origin[axis], bottom), top)
@@ -98,8 +98,8 @@ def _weigh(
     positions: Tensor, box: Box, geometry: Geometry, dtype: torch.dtype
 ) -> tuple[tuple[Tensor, list[Tensor]], tuple[Tensor, list[Tensor]]]:
     """Weights and slopes of the box's rows and of its columns."""
-    rows = weigh_pixels(positions, 0, box.row - geometry.origin[0], box.height, geometry, dtype)
-    return rows, weigh_pixels(positions, 1, box.col - geometry.origin[1], box.width, geometry, dtype)
+    rows = weigh_pixels(positions, 0, box.row - geometry.origin[0], box.height, geometry.reading, dtype)
+    return rows, weigh_pixels(positions, 1, box.col - geometry.origin[1], box.width, geometry.reading, dtype)
 
 
 def forward(

@@ -33,7 +33,7 @@ class WideColumns:
         self.first: list[Tensor] = []  # the first row and column [C * T] of what output pixel (0, 0) reads
         self.weighings: list[Weighing] = []  # of rows [C * T, Rr] and of columns [C * T, Rc]
         for axis in range(2):
-            read = read_axis(taps, axis, geometry)
+            read = read_axis(taps, axis, geometry.reading)
             first, size = start_window(read)
             weighing = weigh_windows(read, first, size, self.dtype)
             self.weighings.append(Weighing(*(values.flatten(0, 1) for values in weighing)))
