@@ -1,9 +1,9 @@
 """Bilinear interpolation: which pixels a position reads, with which weights and slopes.
 
-Triangle and gaussian are in :mod:`icnn_zoo.ops.wide_interpolation`; what they share with this, in
-:mod:`icnn_zoo.ops.tap_reading`. The axes are separate: a pixel's weight is that of its row times that of its column, so everything here is about one
-axis. Whoever needs to know what a position reads asks this module: the reference, the formula, the torch backend, the
-standard forms of :mod:`icnn_zoo.deployment`, the bound of :mod:`icnn_zoo.optim` and the count of dead taps.
+The axes are separate: a pixel's weight is that of its row times that of its column, so everything here is about one
+axis. Whoever needs to know what a position reads asks this module, or, for whichever interpolation,
+:mod:`icnn_zoo.ops.tap_reading`: the reference, the formula, the torch backend, the standard forms of
+:mod:`icnn_zoo.deployment`, the bound of :mod:`icnn_zoo.optim` and the count of dead taps.
 
 Inner loops repeat the same rule for speed, and change with it: in ``native_backend/csrc`` ``split``, ``make_column``,
 ``scatter_column`` and ``fill_list``; in ``triton_backend`` ``split_position``, ``blend``, ``slopes`` and the gathers of
