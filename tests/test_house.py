@@ -25,7 +25,7 @@ def test_importing_the_package_does_not_load(library):
 def test_the_package_holds_rooms_and_few_files():
     entries = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
     files = {name for name in entries if (PACKAGE / name).is_file()}
-    assert files == {"__init__.py", "_version.py", "optim.py", "py.typed"}
+    assert files == {"__init__.py", "__main__.py", "_version.py", "optim.py", "py.typed"}
 
 
 def test_the_package_reads_nothing_outside_of_itself():

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from icnn_zoo.cli import export, pictures, plan, prepare, reproduce, segment, zoo
+from icnn_zoo.cli import doctor, export, pictures, plan, prepare, reproduce, segment, zoo
 from icnn_zoo.cli.options import Command
 from icnn_zoo.io.console import replace_unprintable
 
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Command] = {
     **reproduce.COMMANDS,
     **zoo.COMMANDS,
     **segment.COMMANDS,
+    **doctor.COMMANDS,
 }
 
 # What bad input raises, at the latest in the library that meets it.

@@ -1,4 +1,4 @@
-"""The C kernel as a loaded library: compiled on the first use, kept in the user's cache, checked before it is loaded.
+"""The C kernel as a loaded library: the wheel's, else compiled on the first use and kept in the user's cache.
 
 What is loaded runs, so the folder and the file must belong to the user (or root) and be writable by nobody else, and a
 file ends with the SHA-256 of what precedes it: one that is damaged, truncated or not the user's is compiled anew. Where
@@ -21,29 +21,27 @@ import time
 import warnings
 from pathlib import Path
 
-import torch
-
 from icnn_zoo.io.files import replacing
+from icnn_zoo.ops.native_backend import wheel
 
-FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
-REALS = {torch.float32: "float", torch.float64: "double"}
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread")
+# For this processor; where a compiler does not know the option, code for all processors of its kind.
+_TUNED = ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",)
+SYSTEMS = ("linux", "darwin")
 _FOLDER = Path(__file__).with_name("csrc")
 _HEADERS = [_FOLDER / name for name in ("plane.h", "columns.h")]
 _SOURCES = [_FOLDER / name for name in ("columns_forward.c", "columns_backward.c", "stencil.c")]
 _DIGEST_LENGTH = 64
 _STALE_SECONDS = 3600
 
-Libraries = dict[torch.dtype, ctypes.CDLL]
-
 
 @functools.cache
-def load() -> tuple[Libraries, str | None]:
+def load() -> tuple[wheel.Libraries, str | None]:
     """The kernel's libraries by dtype, and why there are none; warns once of what a user can change."""
-    if sys.platform != "linux":
-        return {}, f"it was made for Linux; this is {sys.platform}"
+    if sys.platform not in SYSTEMS:
+        return {}, f"it was made for Linux and macOS; on {sys.platform} the backend torch computes"
     try:
-        find_parallel()
-        return _load_anywhere(_find_compiler()), None
+        return wheel.load() or _load_anywhere(_find_compiler()), None
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error)
     warnings.warn(
@@ -55,22 +53,17 @@ def load() -> tuple[Libraries, str | None]:
 
 
 @functools.cache
-def find_parallel() -> int:
-    """Address of what starts work on the threads of PyTorch's pool.
+def find_parallel() -> int | None:
+    """Address of what starts work on the threads of PyTorch's pool: GNU's OpenMP and what is compatible has it.
 
-    Raises:
-        OSError: The library that PyTorch has loaded cannot be found.
-        RuntimeError: It has no such function.
+    None where there is none, as on macOS; the kernel then starts threads of its own for each call.
     """
+    maps = Path("/proc/self/maps")
     # Where the process has it: packagers move it away from the Python files.
-    mapped = [line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines()] if maps.is_file() else []
     path = next((path for path in mapped if Path(path).name.startswith("libtorch_cpu.so")), None)
-    if path is None:
-        raise FileNotFoundError("PyTorch's library libtorch_cpu.so is not loaded")
-    address = getattr(ctypes.CDLL(path), "GOMP_parallel", None)
-    if address is None:
-        raise RuntimeError("PyTorch's OpenMP library offers no GOMP_parallel")
-    return ctypes.cast(address, ctypes.c_void_p).value or 0
+    address = None if path is None else getattr(ctypes.CDLL(path), "GOMP_parallel", None)
+    return None if address is None else ctypes.cast(address, ctypes.c_void_p).value
 
 
 def _find_compiler() -> list[str]:
@@ -105,13 +98,13 @@ def _run(compiler: list[str], *options: str) -> str:
     return done.stdout
 
 
-def _load_anywhere(compiler: list[str]) -> Libraries:
+def _load_anywhere(compiler: list[str]) -> wheel.Libraries:
     """Loads the libraries of the user's cache, or of a temporary folder."""
     texts = [source.read_text() for source in (*_HEADERS, *_SOURCES)]
-    parts = [*texts, *FLAGS, *compiler, _run(compiler, "--version"), _processor()]
+    parts = [*texts, *FLAGS, *_TUNED, *compiler, _run(compiler, "--version"), _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     try:
-        return _load_from(_private_folder(), key, compiler)
+        return _load_from(private_folder(), key, compiler)
     except OSError as error:
         warnings.warn(
             f"`irregular_conv2d` compiles its C kernel in a temporary folder, for this process only: {error}. Set "
@@ -123,7 +116,7 @@ def _load_anywhere(compiler: list[str]) -> Libraries:
         return _load_from(Path(folder), key, compiler)
 
 
-def _private_folder() -> Path:
+def private_folder() -> Path:
     """The folder of compiled kernels, which nobody else can write to.
 
     Raises:
@@ -144,15 +137,13 @@ def _is_private(status: os.stat_result) -> bool:
     return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
 
 
-def _load_from(folder: Path, key: str, compiler: list[str]) -> Libraries:
+def _load_from(folder: Path, key: str, compiler: list[str]) -> wheel.Libraries:
     libraries = {}
-    for dtype, real in REALS.items():
+    for dtype, real in wheel.REALS.items():
         target = folder / f"native-{real}-{key}.so"
         if not _is_intact(target):
             _compile(compiler, real, target)
-        libraries[dtype] = ctypes.CDLL(str(target))
-        for name in ("workspace_length", "moments_length"):
-            libraries[dtype][name].restype = ctypes.c_int64
+        libraries[dtype] = wheel.open_library(target)
     return libraries
 
 
@@ -173,7 +164,11 @@ def _compile(compiler: list[str], real: str, target: Path) -> None:
         if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
             leftover.unlink(missing_ok=True)
     with replacing(target) as partial:
-        _run(compiler, *FLAGS, f"-DREAL={real}", *map(str, _SOURCES), "-o", str(partial))
+        task = (*FLAGS, f"-DREAL={real}", *map(str, _SOURCES), "-o", str(partial))
+        try:
+            _run(compiler, *_TUNED, *task)
+        except RuntimeError:
+            _run(compiler, *task)
         digest = hashlib.sha256(partial.read_bytes()).hexdigest()
         with partial.open("ab") as file:
             file.write(digest.encode())
@@ -181,7 +176,5 @@ def _compile(compiler: list[str], real: str, target: Path) -> None:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a cache may be shared by several machines."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(wanted)}))
+    """What tuning for this processor depends on: a cache may be shared by several machines."""
+    return "".join([platform.machine(), platform.processor(), *sorted(wheel.processor_lines())])

@@ -9,6 +9,7 @@
  * so that neighbouring outputs always read neighbouring addresses.
  */
 
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,7 +27,8 @@ enum { LANES = BYTES / sizeof(REAL), TILE_COLUMNS = 2 * LANES };
 typedef REAL vector __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 typedef int64_t index_t;
 
-/* What PyTorch's own OpenMP runtime offers: runs body(data) on each of `threads` threads of its pool. */
+/* What GNU's OpenMP runtime, PyTorch's own on Linux, offers: runs body(data) on each of `threads` threads of its pool.
+ * NULL where there is none: then the kernel starts threads of its own. */
 typedef void (*parallel_t)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 
 typedef struct {
@@ -143,7 +145,7 @@ static inline void read_frame(const frame_t *frame, const REAL *buffer, REAL *pl
     }
 }
 
-/* ---- running on PyTorch's threads -------------------------------------------------------------------------------- */
+/* ---- running on threads ------------------------------------------------------------------------------------------ */
 
 typedef struct {
     void (*work)(const void *task, index_t unit, REAL *scratch);
@@ -168,12 +170,29 @@ static inline void run_body(void *data) {
     free(scratch);
 }
 
+static void *run_thread(void *data) {
+    run_body(data);
+    return NULL;
+}
+
+/* As parallel_t does, with threads that live as long as the call. Fewer do where the system gives no more. */
+static inline void run_own_threads(run_t *run, unsigned threads) {
+    enum { MOST = 256 };
+    pthread_t started[MOST];
+    unsigned count = 0;
+    while (count + 1 < threads && count < MOST && pthread_create(&started[count], NULL, run_thread, run) == 0) count++;
+    run_body(run);
+    while (count > 0) pthread_join(started[--count], NULL);
+}
+
 static inline int run_parallel(parallel_t parallel, unsigned threads, const void *task, index_t units, index_t scratch_length,
                         void (*work)(const void *, index_t, REAL *)) {
     run_t run = {work, task, units, scratch_length, 0, 0};
     if (threads > units) threads = units > 0 ? (unsigned)units : 1;
-    if (threads > 1) {
+    if (threads > 1 && parallel != NULL) {
         parallel(run_body, &run, threads, 0);
+    } else if (threads > 1) {
+        run_own_threads(&run, threads);
     } else {
         run_body(&run);
     }
