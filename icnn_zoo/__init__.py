@@ -16,6 +16,7 @@ from icnn_zoo.nn.conv_rules import ConvRules, register_conv_rules
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 from icnn_zoo.nn.norms import freeze_norm
 from icnn_zoo.nn.sharding import whole_displacements
+from icnn_zoo.nn.tying import tie_shapes
 from icnn_zoo.ops import irregular_conv2d
 from icnn_zoo.optim import bound_positions, check_gradients, move_positions, parameter_groups, poly_policy
 
@@ -49,6 +50,7 @@ __all__ = [
     "plan",
     "poly_policy",
     "register_conv_rules",
+    "tie_shapes",
     "whole_displacements",
 ]
 

@@ -133,7 +133,7 @@ class StepHooks:
         self.bound_epsilon = bound_epsilon
         self.rule = rule
         self.running: torch.optim.Optimizer | None = None
-        self.last: list[tuple[IrregularConv2d, Tensor, Tensor]] = []
+        self.last: list[tuple[list[IrregularConv2d], Tensor, Tensor]] = []
 
     @torch.no_grad()
     def remember(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -143,18 +143,23 @@ class StepHooks:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         # The very float32 positions that the forward used: floor(grid + displacement) differs from
         # grid + floor(displacement) by rounding.
+        tied: dict[tuple[int, ...], list[IrregularConv2d]] = {}  # layers that share one displacement are bounded once
+        for layer in irregular_layers(self.model).values():
+            parameters = tuple(map(id, layer.displacement_parameters()))
+            if held & set(parameters):
+                tied.setdefault(parameters, []).append(layer)
         self.last = [
-            (layer, local.detach().clone(), layer.regular_grid + local.detach())
-            for layer in irregular_layers(self.model).values()
-            if any(id(parameter) in held for parameter in layer.displacement_parameters())
-            for local in [local_part(layer.displacement)]
+            (layers, local.detach().clone(), layers[0].regular_grid + local.detach())
+            for layers in tied.values()
+            for local in [local_part(layers[0].displacement)]
         ]
 
     @torch.no_grad()
     def bound(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if optimizer is not self.running:
             return
-        for layer, displacement, positions in self.last:
+        for layers, displacement, positions in self.last:
+            layer = layers[0]
             now, grid = local_part(layer.displacement), layer.regular_grid
             if self.rule is not None:  # only now, as a closure makes the gradients within the step
                 now.copy_(displacement - self.rule(optimizer, layer.displacement))
@@ -165,8 +170,9 @@ class StepHooks:
                 now.copy_(bounded)
             elif not torch.equal(bounded, now):
                 layer.displacement = bounded  # by the parametrization's right inverse, which rounds
-            if layer.step_watch is not None:
-                layer.step_watch.see(layer.displacement)
+            for watch in (layer.step_watch for layer in layers):
+                if watch is not None:
+                    watch.see(layer.displacement)
         self.running, self.last = None, []
 
 

@@ -112,7 +112,9 @@ def _read_index(folder: Path) -> Index:
 
 
 def _plain_tensors(model: SegmentationModel) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # Copies: safetensors refuses tied shapes, which share memory.
+    state = model.state_dict()
+    return {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 def _is_kernel(name: str, tensor: torch.Tensor) -> bool:

@@ -20,6 +20,7 @@ from icnn_zoo.io.label_pictures import check_classes
 from icnn_zoo.models.segmentation import SegmentationModel, shrink_labels
 from icnn_zoo.nn.irregular_conv import irregular_layers
 from icnn_zoo.nn.spreads import Interpolation, SpreadPer
+from icnn_zoo.nn.tying import tie_by_name
 from icnn_zoo.ops.sharing import Shapes, rename_per_kernel
 from icnn_zoo.optim import poly_policy
 from icnn_zoo.training.callbacks.monitors import DisplacementMonitor
@@ -59,6 +60,7 @@ class SegmentationTask(pl.LightningModule):
         epsilon: Initial displacement in pixels.
         shapes: Who shares a shape: "channel" for one per input channel, shared by all kernels, "layer" for one of all,
             "group" for one per group, "kernel" for the full version.
+        tied: Groups of irregular layers, by name, that share one displacement (:func:`icnn_zoo.tie_shapes`).
         output_stride: Input pixels per logit: 8, 16, or what else the backbone can.
         head: "largefov".
         head_dilation: Dilation of the head; None for 12 at output stride 8 and 6 at 16. Smaller for feature maps that
@@ -112,6 +114,7 @@ class SegmentationTask(pl.LightningModule):
         "shapes",
         "interpolation",
         "spread_per",
+        "tied",
         "output_stride",
         "head",
         "head_dilation",
@@ -132,6 +135,7 @@ class SegmentationTask(pl.LightningModule):
         spread: float | None = None,
         spread_per: SpreadPer = "tap",
         spread_lr: float | None = None,
+        tied: Sequence[Sequence[str]] = (),
         output_stride: int = 8,
         head: str = "largefov",
         head_dilation: int | None = None,
@@ -164,7 +168,7 @@ class SegmentationTask(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore="per_kernel")
         shapes = rename_per_kernel({"shapes": shapes, "per_kernel": per_kernel})["shapes"]
-        self.hparams["shapes"] = shapes
+        self.hparams.update(shapes=shapes, tied=[list(names) for names in tied])
         if optimizer not in ("sgd", "adamw"):
             raise ValueError(f"`optimizer` must be sgd or adamw; got {optimizer!r}.")
         if position_rule not in ("layer", "optimizer"):
@@ -212,6 +216,7 @@ class SegmentationTask(pl.LightningModule):
         if start is not None:
             reading: Any = {"interpolation": interpolation, "spread": spread, "spread_per": spread_per}
             convert(self.model, start, epsilon=epsilon, shapes=shapes, **reading)
+            tie_by_name(self.model, tied)
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index)
 
     def configure_callbacks(self) -> list[pl.Callback]:

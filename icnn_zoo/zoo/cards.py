@@ -38,13 +38,14 @@ class Record(BaseModel):
 
 
 class Conversion(Record):
-    """The arguments of :func:`icnn_zoo.convert`."""
+    """The arguments of :func:`icnn_zoo.convert`, and which layers share a shape (:func:`icnn_zoo.tie_shapes`)."""
 
     start: Module
     epsilon: Annotated[float, Field(ge=-16, le=16)]
     shapes: Shapes
     interpolation: Interpolation = "bilinear"
     spread_per: SpreadPer = "tap"
+    tied: list[list[Module]] = Field(default_factory=list)
 
     @model_validator(mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icnn_zoo.conversion.converter import convert
 from icnn_zoo.nn.spreads import Interpolation, SpreadPer
+from icnn_zoo.nn.tying import tie_by_name
 from icnn_zoo.ops.sharing import Shapes
 from icnn_zoo.zoo.cards import Card
 from icnn_zoo.zoo.checkpoints import check_tensors, network_arguments, outline, read_checkpoint
@@ -32,6 +33,7 @@ def create_model(
     interpolation: Interpolation = "bilinear",
     spread: float | None = None,
     spread_per: SpreadPer = "tap",
+    tied: Sequence[Sequence[str]] = (),
     pretrained: bool | str | Path = False,
     pretrained_partial: bool = False,
     classes: Sequence[str] | None = None,
@@ -50,6 +52,7 @@ def create_model(
         interpolation: What a tap reads.
         spread: Initial spread in pixels.
         spread_per: Who has a spread of its own.
+        tied: Groups of irregular layers, by name, that share one displacement (:func:`icnn_zoo.tie_shapes`).
         pretrained: True for timm's weights of the backbone, a file, ``"zoo:NAME"`` for a checkpoint of the zoo (see
             :func:`icnn_zoo.zoo.pretrained.load_pretrained`), False for random weights.
         pretrained_partial: Accepts a file that lacks tensors of the backbone, which is refused otherwise.
@@ -78,6 +81,7 @@ def create_model(
     if start is not None:
         reading: dict[str, Any] = {"interpolation": interpolation, "spread": spread, "spread_per": spread_per}
         convert(model, start, epsilon=epsilon, shapes=shapes, **reading)
+        tie_by_name(model, tied)
     if pretrained:
         load_pretrained(model, pretrained, classes, partial=pretrained_partial)
     return model

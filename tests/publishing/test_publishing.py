@@ -6,18 +6,22 @@ import signal
 from importlib import metadata
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from safetensors import safe_open
 from zoo_cases import ABOUT, NAME, files, interpreter
 
 import icnn_zoo
+from icnn_zoo import irregular_layers
 from icnn_zoo.cli.programs import lightning_main, zoo_main
+from icnn_zoo.nn.tying import tie_by_name, tied_names
 from icnn_zoo.publishing import publisher
-from icnn_zoo.publishing.publisher import publish
+from icnn_zoo.publishing.publisher import _plain_tensors, publish
 from icnn_zoo.training.network_sources import load_task
 from icnn_zoo.zoo.cards import Card, parse
-from icnn_zoo.zoo.networks import verify_checkpoint
+from icnn_zoo.zoo.networks import assemble, rebuild, verify_checkpoint
+from icnn_zoo.zoo.registry import find_checkpoint
 
 # Lightning's own warnings on short CPU runs say nothing about the package.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -234,3 +238,20 @@ def test_a_card_names_no_folder_of_the_machine_that_trained(zoo_folder, zoo_run)
     assert str(zoo_run.parents[1]) not in json.dumps(config)
     assert "ckpt_path" not in config
     assert config["trainer"]["logger"]["init_args"]["save_dir"] == "runs"
+
+
+def test_tied_shapes_are_published_and_come_back_tied(zoo_folder):
+    model, card = rebuild(*find_checkpoint(NAME, registry=zoo_folder))
+    sizes = {}
+    for name, layer in irregular_layers(model).items():
+        sizes.setdefault(layer.displacement.shape, []).append(name)
+    names = next(names for names in sizes.values() if len(names) > 1)
+    tie_by_name(model, [names])
+    tensors = safetensors.torch.load(safetensors.torch.save(_plain_tensors(model)))
+    update = {
+        "conversion": card.conversion.model_copy(update={"tied": [names]}),
+        "weights": card.weights.model_copy(update={"parameters": sum(it.numel() for it in model.parameters())}),
+    }
+    loaded = assemble(card.model_copy(update=update), tensors)
+    assert tied_names(loaded) == tied_names(model) == [names]
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
