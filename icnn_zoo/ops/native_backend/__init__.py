@@ -1,7 +1,8 @@
 """The irregular convolution on CPUs by a small C kernel, compiled on first use where a C compiler is found.
 
 The C code (``csrc``) makes columns where the matrix product wants them, in the cache, and walks depthwise layers and
-the full version as stencils of at most four cells a tap, so that no cost depends on how far positions moved. It runs on
+the full version as stencils of at most four cells a tap, so that no cost depends on how far positions moved. What lies
+close together in the full version and in small groups is drawn into dense kernels (:mod:`.boxes`). It runs on
 PyTorch's own threads (``torch.set_num_threads``). Without a compiler the torch backend does the same, slower.
 
 The compiled library is kept in ``$XDG_CACHE_HOME/icnn_zoo/native`` (``~/.cache/icnn_zoo/native``), named after its
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
 from icnn_zoo.ops.native_backend import build
+from icnn_zoo.ops.native_backend.addresses import address_of
+from icnn_zoo.ops.native_backend.boxes import Box, choose_box
 from icnn_zoo.ops.native_backend.drawn import draw_cells, plain
 from icnn_zoo.ops.tap_reading import INTERPOLATIONS
 from icnn_zoo.ops.torch_backend import TorchBackend
@@ -32,6 +35,8 @@ class Limits:
     """Rows of columns that a product takes at once: a tile's worth of both factors stays in the nearest cache."""
     band: int = 384
     """Output pixels of a band, about: with ``depth`` rows of columns it stays in the second cache."""
+    draw: bool = True
+    """Draws kernels that share no columns into a box, where that is cheaper."""
 
 
 class NativeBackend:
@@ -78,9 +83,16 @@ class NativeBackend:
             weight, positions, _ = draw_cells(weight, positions, geometry)
             return self.forward(input, weight, positions, bias, plain(geometry))
         call = _Call(input, weight, positions, geometry, self.limits)
+        bias = None if bias is None else bias.to(call.dtype).contiguous()
+        box = self._choose_box(call, geometry)
+        if box is not None:
+            output = box.forward(call.arguments["input"], bias)
+            if box.num_outliers:
+                self._outliers(call, box).run("forward", output=output)
+            return output.to(input.dtype).contiguous(memory_format=memory_format(input))
         output = torch.empty(input.shape[0], weight.shape[0], *geometry.output_size, dtype=call.dtype)
         if output.numel() > 0:
-            call.run("forward", bias=None if bias is None else bias.to(call.dtype).contiguous(), output=output)
+            call.run("forward", bias=bias, output=output)
         return output.to(input.dtype).contiguous(memory_format=memory_format(input))
 
     def backward(
@@ -98,15 +110,25 @@ class NativeBackend:
                 return self._torch.backward(grad_output, input, weight, positions, geometry, needs)
             cells, places, carry_back = draw_cells(weight, positions, geometry)
             learns = needs[1] or needs[2]
-            grads = self.backward(grad_output, input, cells, places, plain(geometry), (needs[0], learns, False))
-            if grads[1] is None:
-                return grads
-            by_weight, by_taps = carry_back(grads[1])
+            found = self.backward(grad_output, input, cells, places, plain(geometry), (needs[0], learns, False))
+            if found[1] is None:
+                return found
+            by_weight, by_taps = carry_back(found[1])
             if positions.dim() == 3:  # the outputs of a channel share its shape
                 by_taps = by_taps.unflatten(0, (positions.shape[0], -1)).sum((1, 2))
             by_taps = by_taps.to(positions.dtype) + positions * 0
-            return grads[0], by_weight.to(weight.dtype) if needs[1] else None, by_taps if needs[2] else None
+            return found[0], by_weight.to(weight.dtype) if needs[1] else None, by_taps if needs[2] else None
         call = _Call(input, weight, positions, geometry, self.limits)
+        grads: dict[str, Tensor | None]
+        box = self._choose_box(call, geometry) if grad_output.numel() > 0 else None
+        if box is not None:
+            wide = grad_output.to(call.dtype).contiguous()
+            wanted = (needs[0], needs[1] or needs[2])
+            names = ("grad_input", "grad_weight", "grad_shift")
+            grads = dict(zip(names, box.backward(wide, call.arguments["input"], wanted), strict=True))
+            if box.num_outliers:
+                self._outliers(call, box).run("backward", grad_output=wide, **grads)
+            return _in_types_of(grads, input, weight, positions, geometry, needs)
         # C writes every number, on its threads.
         make = torch.empty if grad_output.numel() > 0 else torch.zeros
         grad_input = make(input.shape, dtype=call.dtype) if needs[0] else None
@@ -115,25 +137,43 @@ class NativeBackend:
         grad_weight = make(weight.shape, dtype=call.dtype) if needs[1] or (stencil and needs[2]) else None
         shape = weight.shape if stencil else positions.shape[:2]
         grad_shift = make(*shape, 2, dtype=torch.float64) if needs[2] or (stencil and needs[1]) else None
+        grads = {"grad_input": grad_input, "grad_weight": grad_weight, "grad_shift": grad_shift}
         if grad_output.numel() > 0:
-            call.run(
-                "backward",
-                grad_output=grad_output.to(call.dtype).contiguous(),
-                grad_input=grad_input,
-                grad_weight=grad_weight,
-                grad_shift=grad_shift,
-            )
-        by_input = by_weight = by_positions = None
-        if grad_input is not None:
-            by_input = grad_input.to(input.dtype).contiguous(memory_format=memory_format(input))
-        if needs[1] and grad_weight is not None:
-            by_weight = grad_weight.to(weight.dtype)
-        if needs[2] and grad_shift is not None:
-            if stencil and positions.dim() == 3:
-                grad_shift = grad_shift.unflatten(0, (geometry.groups, -1)).sum(1)
-            unknown = positions * 0  # a position that is no number may have met no pixel
-            by_positions = grad_shift.reshape(positions.shape).to(positions.dtype) + unknown
-        return by_input, by_weight, by_positions
+            call.run("backward", grad_output=grad_output.to(call.dtype).contiguous(), **grads)
+        return _in_types_of(grads, input, weight, positions, geometry, needs)
+
+    def _choose_box(self, call: _Call, geometry: Geometry) -> Box | None:
+        return choose_box(call.arguments["weight"], call.arguments["positions"], geometry) if self.limits.draw else None
+
+    def _outliers(self, call: _Call, box: Box) -> _Call:
+        """The taps that are not in the box, as stencils that add to what the box gave."""
+        arguments = call.arguments
+        stencils = _Call(arguments["input"], arguments["weight"], box.positions, box.geometry, self.limits)
+        stencils.task.drawn = box.drawn.data_ptr()  # one for each weight, as choose_box has made it
+        return stencils
+
+
+def _in_types_of(
+    grads: dict[str, Tensor | None],
+    input: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What C gave, in the types and layouts of the arguments, shifts summed over those who share one."""
+    grad_input, grad_weight, grad_shift = grads["grad_input"], grads["grad_weight"], grads["grad_shift"]
+    by_input = by_weight = by_positions = None
+    if grad_input is not None:
+        by_input = grad_input.to(input.dtype).contiguous(memory_format=memory_format(input))
+    if needs[1] and grad_weight is not None:
+        by_weight = grad_weight.to(weight.dtype)
+    if needs[2] and grad_shift is not None:
+        if grad_shift.dim() == 4 and positions.dim() == 3:
+            grad_shift = grad_shift.unflatten(0, (geometry.groups, -1)).sum(1)
+        unknown = positions * 0  # a position that is no number may have met no pixel
+        by_positions = grad_shift.reshape(positions.shape).to(positions.dtype) + unknown
+    return by_input, by_weight, by_positions
 
 
 def _integers(*names: str) -> list[tuple[str, type]]:
@@ -172,7 +212,7 @@ class _Stencil(ctypes.Structure):
         *_integers("images", "channels", "outputs", "groups", "taps"),
         ("per_kernel", ctypes.c_int),
         *_pointers("input", "weight", "positions", "bias", "output"),
-        *_pointers("grad_output", "grad_input", "grad_weight", "grad_shift", "workspace"),
+        *_pointers("grad_output", "grad_input", "grad_weight", "grad_shift", "workspace", "drawn"),
     ]
 
 
@@ -254,11 +294,5 @@ class _Call:
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
-            dtype, length = torch.float64 if name in ("positions", "grad_shift") else self.dtype, lengths[name]
-            plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg()
-            if tensor.dtype != dtype or tensor.numel() != length or not plain:
-                raise ValueError(
-                    f"`{name}` must be {length} contiguous numbers of {dtype} on a CPU for the native backend; got "
-                    f"{list(tensor.shape)} of {tensor.dtype} with strides {tensor.stride()} on {tensor.device}."
-                )
-            setattr(self.task, name, tensor.data_ptr())
+            dtype = torch.float64 if name in ("positions", "grad_shift") else self.dtype
+            setattr(self.task, name, address_of(name, tensor, dtype, lengths[name]))

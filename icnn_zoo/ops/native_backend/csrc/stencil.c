@@ -24,6 +24,9 @@ typedef struct {
     REAL *grad_weight;   /* [outputs, channels / groups, taps], with grad_shift, or NULL */
     double *grad_shift;  /* [outputs, channels / groups, taps, 2] */
     double *workspace;   /* of the backward: what moments_length says */
+    /* [outputs, channels / groups, taps], taps that others computed: what is left is added to their output and input's
+     * gradient. Or NULL. */
+    const uint8_t *drawn;
 } stencil_t;
 
 typedef struct {
@@ -55,28 +58,33 @@ static index_t owner_of(const stencil_t *task, index_t output, index_t member) {
     return output / (task->outputs / task->groups) * group_channels + member;
 }
 
-/* Collects the cells of one kernel; neighbouring taps share cells, which are merged. */
-static void fill_list(const stencil_t *task, index_t output, index_t member, list_t *list) {
+/* Collects the cells of one kernel; neighbouring taps share cells, which are merged. False if others computed all that read anything. */
+static int fill_list(const stencil_t *task, index_t output, index_t member, list_t *list) {
     const sizes_t *sizes = &task->sizes;
     index_t owner = owner_of(task, output, member), taps = task->taps;
     shift_t *shift = list->shift;
-    const REAL *weight = task->weight + (output * (task->channels / task->groups) + member) * taps;
+    index_t kernel = output * (task->channels / task->groups) + member;
+    const REAL *weight = task->weight + kernel * taps;
+    const uint8_t *drawn = task->drawn == NULL ? NULL : task->drawn + kernel * taps;
     enum { MAP = 1024 };
     int16_t map[MAP];
     index_t row_first = INT64_MAX, row_last = INT64_MIN, col_first = INT64_MAX, col_last = INT64_MIN;
+    list->count = 0;
+    list->unknown = 0;
     for (index_t tap = 0; tap < taps; tap++) {
+        if (drawn != NULL && drawn[tap]) continue;
         shift[tap] = make_shift(sizes, task->positions + (owner * taps + tap) * 2);
         row_first = smallest(row_first, shift[tap].row);
         row_last = largest(row_last, shift[tap].row + 1);
         col_first = smallest(col_first, shift[tap].col);
         col_last = largest(col_last, shift[tap].col + 1);
     }
+    if (row_first > row_last) return 0;
     index_t map_width = col_last - col_first + 1, map_size = (row_last - row_first + 1) * map_width;
     int merge = map_size <= MAP;
     if (merge) memset(map, -1, map_size * sizeof(int16_t));
-    list->count = 0;
-    list->unknown = 0;
     for (index_t tap = 0; tap < taps; tap++) {
+        if (drawn != NULL && drawn[tap]) continue;
         REAL down = shift[tap].down, right = shift[tap].right;
         list->unknown += (down + right) * 0;
         for (int corner = 0; corner < 4; corner++) {
@@ -100,6 +108,7 @@ static void fill_list(const stencil_t *task, index_t output, index_t member, lis
             list->cell[4 * tap + corner] = cell;
         }
     }
+    return drawn == NULL || list->count > 0 || list->unknown != 0;
 }
 
 /* What a stencil reads and writes: to[r, c] (+)= start + sum over cells of weight * from[r * step + c + offset]. */
@@ -259,14 +268,14 @@ static void stencil_work(const void *data, index_t unit, REAL *scratch) {
     REAL bias = task->bias == NULL ? 0 : task->bias[output];
     for (index_t member = 0; member < group_channels; member++) {
         index_t channel = output / (task->outputs / task->groups) * group_channels + member;
-        fill_list(task, output, member, &list);
+        if (!fill_list(task, output, member, &list)) continue;
         set_offsets(&call->input, &list);
         for (index_t image = image_first; image < image_last; image++) {
             fill_frame(&call->input, plane, task->input + (image * task->channels + channel) * in_area, sizes->height,
                        sizes->width);
             apply(&(apply_t){plane, sizes->stride_row * call->input.pitch, list.offset, list.weight, list.count,
                              to + image * image_step, sizes->out_height, sizes->out_width, member == 0 ? bias : 0,
-                             member > 0});
+                             member > 0 || task->drawn != NULL});
             spread_unknown(list.unknown, to + image * image_step, out_area);
         }
     }
@@ -286,11 +295,11 @@ static void stencil_input_work(const void *data, index_t unit, REAL *scratch) {
     list_t list = make_list(task, scratch);
     REAL *plane = scratch + list_length(task), *phase = plane + frame_length(&call->grad);
     REAL *selected = phase + in_area;
-    int several = group_outputs > 1;
-    for (index_t image = image_first; image < image_last && (strided || several); image++)
+    int several = group_outputs > 1 || task->drawn != NULL;
+    for (index_t image = image_first; image < image_last && (strided || several) && task->drawn == NULL; image++)
         memset(task->grad_input + (image * task->channels + channel) * in_area, 0, in_area * sizeof(REAL));
     for (index_t output = group * group_outputs; output < (group + 1) * group_outputs; output++) {
-        fill_list(task, output, member, &list);
+        if (!fill_list(task, output, member, &list)) continue;
         for (index_t image = image_first; image < image_last; image++) {
             REAL *to = task->grad_input + (image * task->channels + channel) * in_area;
             fill_frame(&call->grad, plane, task->grad_output + (image * task->outputs + output) * out_area,
@@ -329,6 +338,7 @@ static void stencil_input_work(const void *data, index_t unit, REAL *scratch) {
 static void finish_kernel(const stencil_t *task, index_t kernel, const list_t *list) {
     const REAL *weight = task->weight + kernel * task->taps;
     for (index_t tap = 0; tap < task->taps; tap++) {
+        if (task->drawn != NULL && task->drawn[kernel * task->taps + tap]) continue;
         double down = list->shift[tap].down, right = list->shift[tap].right;
         double m[4];
         for (int corner = 0; corner < 4; corner++) {
@@ -357,7 +367,7 @@ static void stencil_weight_work(const void *data, index_t unit, REAL *scratch) {
     frame_t frame = call->input;
     index_t padded = round_up(sizes->out_width, LANES);
     REAL *plane = scratch + list_length(task), *grad = plane + frame_length(&frame);
-    fill_list(task, output, member, &list);
+    if (!fill_list(task, output, member, &list)) return;
     set_offsets(&frame, &list);
     for (index_t cell = 0; cell < list.count; cell++) list.moment[cell] = 0;
     memset(grad, 0, sizes->out_height * padded * sizeof(REAL));
@@ -396,7 +406,7 @@ static void stencil_sum_work(const void *data, index_t kernel, REAL *scratch) {
     const stencil_t *task = call->task;
     index_t group_channels = task->channels / task->groups, length = 4 * task->taps;
     list_t list = make_list(task, scratch);
-    fill_list(task, kernel / group_channels, kernel % group_channels, &list);
+    if (!fill_list(task, kernel / group_channels, kernel % group_channels, &list)) return;
     for (index_t cell = 0; cell < list.count; cell++) {
         list.moment[cell] = 0;
         for (index_t part = 0; part < call->parts; part++)

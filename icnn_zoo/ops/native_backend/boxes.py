@@ -1,0 +1,168 @@
+"""Kernels that share no columns, drawn into one small box: then they are one dense convolution of PyTorch's.
+
+That is the full version, and layers of many groups, while taps are about as close as in a regular kernel. Taps that ran
+away are not drawn: they stay stencils, and do not widen the box of the others.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icnn_zoo.ops.geometry import Geometry
+from icnn_zoo.ops.native_backend import build
+from icnn_zoo.ops.native_backend.addresses import address_of
+
+# Costs in multiply-adds of a dense convolution, for a kernel and an output pixel. A tap as a stencil, all taps being
+# some; one alone, whose plane is copied for it; and a tap of columns that FEW_OUTPUTS share.
+STENCIL_COST = 8.0
+OUTLIER_COST = 20.0
+COLUMNS_COST = 3.0
+FEW_OUTPUTS = 8
+
+
+class _Drawing(ctypes.Structure):
+    """``drawing_t`` of csrc/drawing.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("kernels", "taps")),
+        *((name, ctypes.c_int64 * 2) for name in ("least", "most", "first", "size")),
+        ("outside", ctypes.c_int64),
+        ("outlier_cost", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("weight", "positions", "drawn", "cells")),
+        *((name, ctypes.c_void_p) for name in ("grad_cells", "grad_weight", "grad_shift")),
+    ]
+
+
+@dataclass
+class Box:
+    """The taps of a call that lie in the box, as a dense convolution.
+
+    Attributes:
+        geometry: Sizes of the call.
+        weight: Weights [N, C / G, T], of which the outliers' are not drawn.
+        positions: Positions [N, C / G, T, 2] in float64.
+        drawn: Which taps are in the box [N, C / G, T], 1 or 0.
+        num_outliers: How many are not.
+    """
+
+    geometry: Geometry
+    weight: Tensor
+    positions: Tensor
+    drawn: Tensor
+    task: Any
+    num_outliers: int = field(init=False)
+    size: tuple[int, int] = field(init=False)
+    margins: tuple[int, int, int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        geometry = self.geometry
+        self.num_outliers, self.size = self.task.outside, tuple(self.task.size)
+        before = [-(self.task.first[axis] + geometry.origin[axis]) for axis in range(2)]
+        after = [
+            (geometry.output_size[axis] - 1) * geometry.stride[axis]
+            + self.size[axis]
+            - geometry.input_size[axis]
+            - before[axis]
+            for axis in range(2)
+        ]
+        self.margins = (before[1], after[1], before[0], after[0])
+
+    def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """The output [B, N, Ho, Wo] of the drawn taps."""
+        input, padding = self._padded(input)
+        stride, groups = self.geometry.stride, self.geometry.groups
+        return F.conv2d(input, self._draw(), bias, stride, padding, groups=groups).contiguous()
+
+    def backward(
+        self, grad_output: Tensor, input: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of :func:`forward` for input, weight and shifts [N, C / G, T, 2], zero for other taps.
+
+        Args:
+            grad_output: The output's gradient.
+            input: The input.
+            needs: Whether that of the input, and those of weight and shifts are wanted; None stands for the others.
+        """
+        padded, padding = self._padded(input)
+        by_input, by_cells, _ = torch.ops.aten.convolution_backward(
+            grad_output,
+            padded,
+            self._draw(),
+            None,
+            self.geometry.stride,
+            padding,
+            (1, 1),
+            False,
+            (0, 0),
+            self.geometry.groups,
+            (*needs, False),
+        )
+        if by_input is not None:
+            if padded is not input:
+                by_input = F.pad(by_input, [-margin for margin in self.margins])
+            by_input = by_input.contiguous()
+        if by_cells is None:
+            return by_input, None, None
+        by_cells, by_weight = by_cells.contiguous(), torch.empty_like(self.weight)
+        by_shift = torch.empty_like(self.positions)
+        self._run("gradients", grad_cells=by_cells, grad_weight=by_weight, grad_shift=by_shift)
+        return by_input, by_weight, by_shift
+
+    def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        left, right, top, bottom = self.margins
+        if left == right >= 0 and top == bottom >= 0:
+            return input, (top, left)
+        return F.pad(input, self.margins), (0, 0)
+
+    def _draw(self) -> Tensor:
+        cells = self.weight.new_empty(*self.weight.shape[:2], *self.size)
+        self._run("draw", cells=cells)
+        return cells
+
+    def _run(self, what: str, **tensors: Tensor) -> None:
+        lengths = {"cells": math.prod(self.size) * self.task.kernels, "grad_shift": self.positions.numel()}
+        lengths |= {"grad_cells": lengths["cells"], "grad_weight": self.weight.numel()}
+        for name, tensor in tensors.items():
+            dtype = self.positions.dtype if name == "grad_shift" else self.weight.dtype
+            setattr(self.task, name, address_of(name, tensor, dtype, lengths[name]))
+        function = getattr(build.load()[0][self.weight.dtype], f"drawing_{what}")
+        threads = ctypes.c_uint(torch.get_num_threads())
+        if function(ctypes.c_void_p(build.find_parallel()), threads, ctypes.byref(self.task)):
+            raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
+
+
+def choose_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> Box | None:
+    """The box to draw kernels into; None where stencils or columns are cheaper.
+
+    Args:
+        weight: Weights [N, C / G, T], contiguous.
+        positions: Positions [C, T, 2] or [N, C / G, T, 2] in float64, contiguous.
+        geometry: Sizes of the call.
+    """
+    outputs, members, taps = weight.shape
+    per_kernel, per_group = positions.dim() == 4, outputs // geometry.groups
+    if members == 1 or not (per_kernel or per_group <= FEW_OUTPUTS):
+        return None
+    if not per_kernel:
+        positions = positions.unflatten(0, (-1, 1, members)).expand(-1, per_group, -1, -1, -1).flatten(0, 1)
+    task = _Drawing(kernels=outputs * members, taps=taps, outlier_cost=OUTLIER_COST)
+    for axis in range(2):
+        # A cell reads its pixel and the next one.
+        task.least[axis] = -geometry.origin[axis] - (geometry.output_size[axis] - 1) * geometry.stride[axis] - 1
+        task.most[axis] = geometry.input_size[axis] - 1 - geometry.origin[axis]
+    drawn = torch.empty(weight.shape, dtype=torch.uint8)
+    task.weight = address_of("weight", weight, weight.dtype, outputs * members * taps)
+    task.positions = address_of("positions", positions, torch.float64, 2 * outputs * members * taps)
+    task.drawn = address_of("drawn", drawn, torch.uint8, outputs * members * taps)
+    build.load()[0][weight.dtype].drawing_choose(ctypes.byref(task))
+    cost = math.prod(task.size) + OUTLIER_COST * task.outside / task.kernels
+    if task.outside == drawn.numel() or cost > taps * (STENCIL_COST if per_kernel else COLUMNS_COST):
+        return None
+    return Box(geometry, weight, positions, drawn, task)

@@ -1,0 +1,136 @@
+/* Kernels drawn into one box of whole pixels by bilinear interpolation, and the gradients of what was drawn.
+ *
+ * Where outputs share no columns, most taps lie close together, and a box around them is a small dense kernel for
+ * PyTorch's convolution. Taps outside of it are marked, and left to the stencils.
+ */
+
+#include "plane.h"
+
+typedef struct {
+    index_t kernels, taps;
+    index_t least[2], most[2];   /* cells (row, col) outside of these never meet the input */
+    index_t first[2], size[2];   /* of the box, in pixels from position 0: what drawing_choose says */
+    index_t outside;             /* taps that are not drawn, likewise */
+    double outlier_cost;         /* of such a tap, in cells of a kernel */
+    const REAL *weight;          /* [kernels, taps] */
+    const double *positions;     /* [kernels, taps, 2] */
+    uint8_t *drawn;              /* [kernels, taps], whether a tap is in the box */
+    REAL *cells;                 /* [kernels, size[0], size[1]] */
+    const REAL *grad_cells;
+    REAL *grad_weight;           /* [kernels, taps] */
+    double *grad_shift;          /* [kernels, taps, 2] */
+} drawing_t;
+
+enum { REACH = 128, CHUNK = 64 }; /* pixels from position 0 beyond which nothing is drawn; kernels of a unit */
+
+/* The cell of a tap, relative to the box; false where one of its corners, or a position that is no number, is outside. */
+static int find_cell(const drawing_t *task, const double *position, index_t *cell, double *fraction) {
+    for (int axis = 0; axis < 2; axis++) {
+        double low = __builtin_floor(position[axis]), place = low - task->first[axis];
+        if (!(place >= 0 && place <= task->size[axis] - 2)) return 0;
+        cell[axis] = (index_t)place;
+        fraction[axis] = position[axis] - low;
+    }
+    return 1;
+}
+
+/* Starting from all that can be drawn, the side whose removal frees most cells for a lost tap is moved inwards, down to
+ * one cell; the cheapest box on the way is taken. */
+void drawing_choose(drawing_t *task) {
+    index_t counts[2][2 * REACH] = {{0}}, first[2] = {0, 0}, last[2] = {2 * REACH - 1, 2 * REACH - 1};
+    index_t taps = task->kernels * task->taps, lost = 0;
+    for (index_t tap = 0; tap < taps; tap++) {
+        double low[2];
+        int near = 1;
+        for (int axis = 0; axis < 2; axis++) {
+            low[axis] = __builtin_floor(task->positions[2 * tap + axis]);
+            near &= low[axis] >= largest(task->least[axis], -REACH) && low[axis] <= smallest(task->most[axis], REACH - 1);
+        }
+        if (near)
+            for (int axis = 0; axis < 2; axis++) counts[axis][(index_t)low[axis] + REACH]++;
+    }
+    double cost_best = -1;
+    for (;;) {
+        index_t size[2] = {last[0] - first[0] + 2, last[1] - first[1] + 2};
+        double cost = (double)size[0] * size[1] + task->outlier_cost * lost / task->kernels, freed_best = -1;
+        if (cost_best < 0 || cost < cost_best) {
+            cost_best = cost;
+            for (int axis = 0; axis < 2; axis++) {
+                task->first[axis] = first[axis] - REACH;
+                task->size[axis] = size[axis];
+            }
+        }
+        int axis_best = -1, end_best = 0;
+        for (int axis = 0; axis < 2; axis++) {
+            for (int end = 0; end < 2 && first[axis] < last[axis]; end++) {
+                double freed = size[1 - axis] / (counts[axis][end ? last[axis] : first[axis]] + 1e-9);
+                if (freed <= freed_best) continue;
+                freed_best = freed;
+                axis_best = axis;
+                end_best = end;
+            }
+        }
+        if (axis_best < 0) break;
+        index_t *side = end_best ? &last[axis_best] : &first[axis_best];
+        lost += counts[axis_best][*side];
+        *side += end_best ? -1 : 1;
+    }
+    index_t cell[2];
+    double fraction[2];
+    task->outside = 0;
+    for (index_t tap = 0; tap < taps; tap++) {
+        task->drawn[tap] = find_cell(task, task->positions + 2 * tap, cell, fraction);
+        task->outside += !task->drawn[tap];
+    }
+}
+
+static void draw_work(const void *data, index_t unit, REAL *scratch) {
+    const drawing_t *task = data;
+    index_t width = task->size[1], area = task->size[0] * width;
+    (void)scratch;
+    for (index_t kernel = unit * CHUNK; kernel < smallest((unit + 1) * CHUNK, task->kernels); kernel++) {
+        REAL *cells = task->cells + kernel * area;
+        memset(cells, 0, area * sizeof(REAL));
+        for (index_t tap = kernel * task->taps; tap < (kernel + 1) * task->taps; tap++) {
+            index_t cell[2];
+            double fraction[2];
+            if (!find_cell(task, task->positions + 2 * tap, cell, fraction)) continue;
+            REAL down = (REAL)fraction[0], right = (REAL)fraction[1], weight = task->weight[tap];
+            REAL *at = cells + cell[0] * width + cell[1];
+            at[0] += (1 - down) * (1 - right) * weight;
+            at[1] += (1 - down) * right * weight;
+            at[width] += down * (1 - right) * weight;
+            at[width + 1] += down * right * weight;
+        }
+    }
+}
+
+static void gradients_work(const void *data, index_t unit, REAL *scratch) {
+    const drawing_t *task = data;
+    index_t width = task->size[1], area = task->size[0] * width;
+    (void)scratch;
+    for (index_t kernel = unit * CHUNK; kernel < smallest((unit + 1) * CHUNK, task->kernels); kernel++) {
+        for (index_t tap = kernel * task->taps; tap < (kernel + 1) * task->taps; tap++) {
+            index_t cell[2];
+            double fraction[2], *by_shift = task->grad_shift + 2 * tap;
+            task->grad_weight[tap] = 0;
+            by_shift[0] = by_shift[1] = 0;
+            if (!find_cell(task, task->positions + 2 * tap, cell, fraction)) continue;
+            const REAL *at = task->grad_cells + kernel * area + cell[0] * width + cell[1];
+            double down = fraction[0], right = fraction[1], weight = task->weight[tap];
+            double top = (1 - right) * at[0] + right * at[1], bottom = (1 - right) * at[width] + right * at[width + 1];
+            double left = (1 - down) * at[0] + down * at[width], other = (1 - down) * at[1] + down * at[width + 1];
+            task->grad_weight[tap] = (REAL)((1 - down) * top + down * bottom);
+            by_shift[0] = weight * (bottom - top);
+            by_shift[1] = weight * (other - left);
+        }
+    }
+}
+
+int drawing_draw(parallel_t parallel, unsigned threads, const drawing_t *task) {
+    return run_parallel(parallel, threads, task, (task->kernels + CHUNK - 1) / CHUNK, 1, draw_work);
+}
+
+int drawing_gradients(parallel_t parallel, unsigned threads, const drawing_t *task) {
+    return run_parallel(parallel, threads, task, (task->kernels + CHUNK - 1) / CHUNK, 1, gradients_work);
+}
