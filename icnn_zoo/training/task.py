@@ -58,17 +58,14 @@ class SegmentationTask(pl.LightningModule):
         start: First module to make irregular: a backbone module ("layer3.11"), "classifier" for the head alone, None
             for the regular baseline.
         epsilon: Initial displacement in pixels.
-        shapes: Who shares a shape: "channel" for one per input channel, shared by all kernels, "layer" for one of all,
-            "group" for one per group, "kernel" for the full version.
+        shapes: Who shares a shape: a "layer", "group", input "channel", or nobody, "kernel"; see `icnn_zoo.convert`.
         tied: Groups of irregular layers, by name, that share one displacement (:func:`icnn_zoo.tie_shapes`).
         output_stride: Input pixels per logit: 8, 16, or what else the backbone can.
         head: "largefov".
         head_dilation: Dilation of the head; None for 12 at output stride 8 and 6 at 16. Smaller for feature maps that
             its taps would not meet.
-        dilation_rule: "caffe" as in the paper's baseline or "timm"; see
-            :class:`icnn_zoo.models.SegmentationModel`.
-        backbone_args: Sizes and rates for timm's network, such as ``{channels: [32, 64, 128, 256]}`` for a ResNet of
-            half the width.
+        dilation_rule: "caffe" as in the paper's baseline or "timm"; see :class:`icnn_zoo.models.SegmentationModel`.
+        backbone_args: Sizes and rates for timm's network, such as ``{channels: [32, 64, 128, 256]}``.
         pretrained: True for timm's default backbone weights, a path for a local file, "zoo:NAME" for a checkpoint of
             the zoo, False for none. Loaded when training begins, so that a checkpoint can be loaded without them; one
             of the zoo, which has a head, also when a network without other weights is evaluated.
@@ -87,10 +84,8 @@ class SegmentationTask(pl.LightningModule):
         weight_decay: Decay of weights; never of positions, biases and norm parameters.
         poly_power: Power of the poly policy, over the run's whole number of steps.
         bound_epsilon: How far one step may carry a position across its cell's border, in pixels (Eq. 7).
-        loss_resolution: "logits" shrinks labels to the logit grid (the paper; image sizes of 8k + 1), "image" upsamples
-            the logits.
-        evaluation: "whole" runs an image in one forward, "sliding" in overlapping windows; for validate, test and
-            predict.
+        loss_resolution: "logits" shrinks labels to the logit grid (image sizes of 8k + 1), "image" upsamples logits.
+        evaluation: "whole" runs an image in one forward, "sliding" in overlapping windows.
         window: Side of the windows in pixels, 8k + 1. They lie two thirds of it apart.
         window_batch: Windows that the network gets at once; more is faster where memory allows.
         flip: Averages the logits with those of the mirrored image.

@@ -106,6 +106,8 @@ CASES = [
     Case("one shape, depthwise", shapes="layer", channels=(4, 4), groups=4),
     Case("per group", shapes="group", groups=2),
     Case("per kernel", shapes="kernel"),
+    Case("per kernel, all in a box, stride 2", shapes="kernel", groups=2, stride=2, spread=0.2),
+    Case("small groups, all in a box", groups=2, spread=0.2),
     Case("per kernel, groups, stride 2", shapes="kernel", groups=2, stride=2),
     Case("per kernel, depthwise, multiplier 2", shapes="kernel", channels=(3, 6), groups=3),
     Case("per kernel, spread 20 px", shapes="kernel", spread=20.0),

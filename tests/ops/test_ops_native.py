@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from backend_cases import Case
 
 import icnn_zoo
 from icnn_zoo.ops import backends
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.native_backend import NativeBackend, build
+from icnn_zoo.ops.native_backend.boxes import choose_box
 
 if sys.platform != "linux" or shutil.which("cc") is None:
     pytest.skip("no Linux, or no C compiler", allow_module_level=True)
@@ -243,3 +245,22 @@ def test_every_tensor_that_reaches_c_is_checked_there() -> None:
         native.forward(input, weight.to("meta"), positions, None, geometry)
     with pytest.raises(ValueError, match="at least one of everything"):
         native.forward(input[:, :0], weight[:, :0], positions[:0], None, geometry)
+
+
+@pytest.mark.parametrize("shapes", ["channel", "kernel"])
+def test_a_tap_that_runs_away_leaves_the_others_in_their_box(shapes: str) -> None:
+    case = Case(size=(9, 8), channels=(64, 32), groups=8, shapes=shapes, spread=0.2, batch=1)
+    weight, positions = (tensor.detach() for tensor in case.tensors()[1:3])
+    geometry = Geometry.of((9, 8), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 8)
+    near = choose_box(weight.flatten(2), positions, geometry)
+    positions.view(-1, 2)[4] += 5
+    far = choose_box(weight.flatten(2), positions, geometry)
+    assert near is not None
+    assert far is not None
+    assert (near.num_outliers, far.num_outliers) == (0, 4 if shapes == "channel" else 1)
+    assert far.size == near.size
+    assert int((far.drawn == 0).sum()) == far.num_outliers
+    tensors = [tensor.detach() for tensor in case.tensors()]
+    tensors[2] = positions
+    expected = case.run(tensors, "torch")
+    torch.testing.assert_close(case.run(tensors, "native"), expected)

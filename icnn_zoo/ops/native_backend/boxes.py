@@ -151,7 +151,9 @@ def choose_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> Box | N
     if members == 1 or not (per_kernel or per_group <= FEW_OUTPUTS):
         return None
     if not per_kernel:
-        positions = positions.unflatten(0, (-1, 1, members)).expand(-1, per_group, -1, -1, -1).flatten(0, 1)
+        positions = (
+            positions.unflatten(0, (-1, 1, members)).expand(-1, per_group, -1, -1, -1).flatten(0, 1).contiguous()
+        )
     task = _Drawing(kernels=outputs * members, taps=taps, outlier_cost=OUTLIER_COST)
     for axis in range(2):
         # A cell reads its pixel and the next one.

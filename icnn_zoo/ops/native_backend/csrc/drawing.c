@@ -38,7 +38,7 @@ static int find_cell(const drawing_t *task, const double *position, index_t *cel
  * one cell; the cheapest box on the way is taken. */
 void drawing_choose(drawing_t *task) {
     index_t counts[2][2 * REACH] = {{0}}, first[2] = {0, 0}, last[2] = {2 * REACH - 1, 2 * REACH - 1};
-    index_t taps = task->kernels * task->taps, lost = 0;
+    index_t taps = task->kernels * task->taps, lost = 0, lost_best = 0, count = 0;
     for (index_t tap = 0; tap < taps; tap++) {
         double low[2];
         int near = 1;
@@ -46,6 +46,7 @@ void drawing_choose(drawing_t *task) {
             low[axis] = __builtin_floor(task->positions[2 * tap + axis]);
             near &= low[axis] >= largest(task->least[axis], -REACH) && low[axis] <= smallest(task->most[axis], REACH - 1);
         }
+        count += near;
         if (near)
             for (int axis = 0; axis < 2; axis++) counts[axis][(index_t)low[axis] + REACH]++;
     }
@@ -55,6 +56,7 @@ void drawing_choose(drawing_t *task) {
         double cost = (double)size[0] * size[1] + task->outlier_cost * lost / task->kernels, freed_best = -1;
         if (cost_best < 0 || cost < cost_best) {
             cost_best = cost;
+            lost_best = lost;
             for (int axis = 0; axis < 2; axis++) {
                 task->first[axis] = first[axis] - REACH;
                 task->size[axis] = size[axis];
@@ -78,6 +80,7 @@ void drawing_choose(drawing_t *task) {
     index_t cell[2];
     double fraction[2];
     task->outside = 0;
+    if (count == taps && lost_best == 0) return; /* and nobody asks which are drawn */
     for (index_t tap = 0; tap < taps; tap++) {
         task->drawn[tap] = find_cell(task, task->positions + 2 * tap, cell, fraction);
         task->outside += !task->drawn[tap];
