@@ -15,12 +15,15 @@ kind and its rate:
   ``steep-trust``: that, scaled by the trust of ``layer``.
 - adamw, sgd (momentum 0.9): that optimizer.
 - unit: ACU's rule, each tap's momentum brought to unit length, the center tap fixed.
+- layer-hold: layer after 40 steps in which positions stay. layer-wide: layer from normal displacements of 0.5 px.
+  layer-average: layer, evaluated with an exponential average of the positions (0.95).
 - walk: layer with normal numbers in place of the gradient. frozen: normal displacements of that standard deviation.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import platform
@@ -43,6 +46,7 @@ from icnn_zoo.zoo.pretrained import load_pretrained
 
 RESULTS = Path(__file__).parents[1] / "docs/results/position_rules"
 EVALUATE = 50  # steps between evaluations
+HOLD, WIDE, AVERAGE = 40, 0.5, 0.95
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,10 @@ class PositionTrainer:
         self.steps = 0
         self.momentum = [torch.zeros_like(it) for it in self.displacements]
         self.square = [torch.zeros_like(it) for it in self.displacements]
+        if kind == "layer-wide":
+            for displacement in self.displacements:
+                displacement.data.add_(torch.randn(displacement.shape, generator=self.noise) * WIDE)
+        self.average = [it.detach().clone() for it in self.displacements]
         if kind == "frozen":
             for displacement in self.displacements:
                 displacement.requires_grad_(False).add_(torch.randn(displacement.shape, generator=self.noise) * rate)
@@ -111,11 +119,27 @@ class PositionTrainer:
         if self.kind == "frozen":
             return
         self.steps += 1
+        if self.kind == "layer-hold" and self.steps <= HOLD:
+            self.policy.step()
+            return
         for displacement, momentum, square in zip(self.displacements, self.momentum, self.square, strict=True):
             assert displacement.grad is not None
             self._change(displacement.grad, momentum, square)
         self.optimizer.step()
         self.policy.step()
+        for displacement, average in zip(self.displacements, self.average, strict=True):
+            average.lerp_(displacement.detach(), 1 - AVERAGE)
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Positions as they are evaluated: averaged for layer-average."""
+        kept = [it.detach().clone() for it in self.displacements]
+        if self.kind == "layer-average":
+            for displacement, average in zip(self.displacements, self.average, strict=True):
+                displacement.data.copy_(average)
+        yield
+        for displacement, old in zip(self.displacements, kept, strict=True):
+            displacement.data.copy_(old)
 
     def _change(self, gradient: Tensor, momentum: Tensor, square: Tensor) -> None:
         if self.kind == "walk":
@@ -226,7 +250,8 @@ def train(model: SegmentationModel, name: str, rule: str, seed: int, folder: Pat
         losses.append(round(loss.item(), 4))
         seconds += time.perf_counter() - began
         if task.pages and step % EVALUATE == 0:
-            accuracies[step] = round(accuracy(model, name, folder), 5)
+            with positions.evaluated() if positions else contextlib.nullcontext():
+                accuracies[step] = round(accuracy(model, name, folder), 5)
     return {"losses": losses, "accuracy": accuracies, "seconds_per_step": round(seconds / len(losses), 3)}
 
 
