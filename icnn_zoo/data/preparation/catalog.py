@@ -54,6 +54,12 @@ def _efficientnet_lite0(root: Path) -> Path:
     return prepare_efficientnet_lite0(root)
 
 
+def _vgg16(root: Path) -> Path:
+    from icnn_zoo.data.preparation.vgg16 import prepare_vgg16
+
+    return prepare_vgg16(root)
+
+
 def _documents(root: Path, pdfs: Path | None = None, pages: int | None = None) -> str:
     from icnn_zoo.data.preparation.documents import PAGES, prepare_documents
 
@@ -84,6 +90,7 @@ DATASETS: dict[str, Preparation] = {
     "drawn-voc": Preparation(_drawn_voc),
     "efficientnet-lite0": Preparation(_efficientnet_lite0),
     "pascal-context": Preparation(_pascal_context, ("download", "any_number")),
+    "vgg16": Preparation(_vgg16),
     "voc2012": Preparation(_voc2012, ("download", "any_number")),
 }
 

