@@ -87,6 +87,8 @@ class DocumentsDataModule(SegmentationDataModule):
         num_test: Test pages likewise.
         scans: Makes scans of the pages of evaluation: tilted, blurred, faded, noisy. Each is a pure function of the
             page's name.
+        train_scans: Share of the training pages that are made scans, always the same pages: 0 for none. A network that
+            saw none labels scans as background.
         predict_split: The pages that ``predict`` runs on: "train", "val" or "test".
         mirror: Mirrors training samples; mirrored text is not text.
         **kwargs: Those of :class:`SegmentationDataModule`.
@@ -105,6 +107,7 @@ class DocumentsDataModule(SegmentationDataModule):
         num_val: int | None = None,
         num_test: int | None = None,
         scans: bool = False,
+        train_scans: float = 0.0,
         predict_split: Literal["train", "val", "test"] = "val",
         mirror: bool = False,
         fill: tuple[int, int, int] | None = (_WHITE, _WHITE, _WHITE),
@@ -113,6 +116,8 @@ class DocumentsDataModule(SegmentationDataModule):
         for name, number in (("num_train", num_train), ("num_val", num_val), ("num_test", num_test)):
             if number is not None and number < 1:
                 raise ValueError(f"`{name}` must be at least 1, or None for all; got {number}.")
+        if not 0 <= train_scans <= 1:
+            raise ValueError(f"`train_scans` must be a share of the pages, 0 to 1; got {train_scans}.")
         if predict_split not in _SPLITS:
             raise ValueError(f"`predict_split` must be one of {', '.join(_SPLITS)}; got {predict_split!r}.")
         super().__init__(crop_size=crop_size, mirror=mirror, fill=fill, **kwargs)
@@ -120,6 +125,7 @@ class DocumentsDataModule(SegmentationDataModule):
         self.eval_crop = None if eval_crop is None else size_pair("eval_crop", eval_crop)
         self.numbers = {"train": num_train, "val": num_val, "test": num_test}
         self.scans = scans
+        self.train_scans = train_scans
         self.predict_split: Split = predict_split
 
     @property
@@ -152,7 +158,7 @@ class DocumentsDataModule(SegmentationDataModule):
             on_disk,
             pages[:number],
             crop=self.eval_crop if evaluates else None,
-            scans=self.scans and evaluates,
+            scans=float(self.scans) if evaluates else self.train_scans,
             trim=not evaluates,
         )
 
@@ -165,7 +171,7 @@ class DocumentPages:
         split: "train", "val" or "test".
         pages: Of that split.
         crop: (height, width) of the crop; None for whole pages.
-        scans: Whether to make scans of them.
+        scans: Share of them that are made scans.
         trim: Whether to leave out the empty edges of paper.
     """
 
@@ -176,7 +182,7 @@ class DocumentPages:
         pages: list[Page],
         *,
         crop: tuple[int, int] | None = None,
-        scans: bool = False,
+        scans: float = 0.0,
         trim: bool = False,
     ) -> None:
         self.folder = folder
@@ -197,7 +203,7 @@ class DocumentPages:
             image, mask = _trimmed(image, mask)
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
         window = None if self.crop is None else _crop(mask, self.crop, rng)
-        if self.scans:
+        if self.scans == 1 or rng.random() < self.scans:
             image, mask = scan(image, mask, rng)
         if window is not None:
             image, mask = image[window], mask[window]

@@ -65,6 +65,17 @@ def test_scans_change_pictures_and_keep_what_is_where(documents_root):
     )
 
 
+def test_some_training_pages_are_scans_and_always_the_same(documents_root):
+    clean, mixed, again = (
+        documents(documents_root, train_scans=share).make_dataset("train") for share in (0.0, 0.5, 0.5)
+    )
+    changed = [not np.array_equal(clean[index]["image"], mixed[index]["image"]) for index in range(len(clean))]
+    assert 0 < sum(changed) < len(changed)
+    assert all(np.array_equal(mixed[index]["image"], again[index]["image"]) for index in range(len(clean)))
+    with pytest.raises(ValueError, match="`train_scans` must be a share of the pages, 0 to 1; got 2"):
+        documents(documents_root, train_scans=2)
+
+
 def test_a_scan_tilts_the_mask_as_the_picture():
     image = np.full((101, 101, 3), 255, np.uint8)
     image[40:60, 20:80] = 0

@@ -39,11 +39,6 @@ def test_start_by_deeplabs_names_and_caffes_normalization():
     model = convert(SegmentationModel("vgg16_largefov", 3), "conv5_1")
     names = [name.rpartition(".")[2] for name in irregular_layers(model)]
     assert names == ["conv5_1", "conv5_2", "conv5_3", "classifier"]
-        "conv5_1",
-        "conv5_2",
-        "conv5_3",
-        "classifier",
-    ]
     bgr_mean = torch.tensor([104.00699, 116.66877, 122.67892])
     seen = model.preprocess(torch.full((1, 3, 1, 1), 200.0)).flatten()
     assert torch.allclose(seen.flip(0), 200 - bgr_mean, atol=1e-3)
