@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from icnn_zoo._version import __version__
 from icnn_zoo.conversion.converter import convert
+from icnn_zoo.conversion.dcls import from_dcls
 from icnn_zoo.conversion.planning import ConversionPlan, plan
 from icnn_zoo.deployment.rewriting import deploy
 from icnn_zoo.nn.conv_rules import ConvRules, register_conv_rules
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 from icnn_zoo.nn.norms import freeze_norm
 from icnn_zoo.nn.sharding import whole_displacements
+from icnn_zoo.nn.spreads import narrow_spreads
 from icnn_zoo.nn.tying import tie_shapes
 from icnn_zoo.ops import irregular_conv2d
 from icnn_zoo.optim import bound_positions, check_gradients, move_positions, parameter_groups, poly_policy
@@ -41,11 +43,13 @@ __all__ = [
     "create_model",
     "deploy",
     "freeze_norm",
+    "from_dcls",
     "irregular_conv2d",
     "irregular_layers",
     "list_checkpoints",
     "load_checkpoint",
     "move_positions",
+    "narrow_spreads",
     "parameter_groups",
     "plan",
     "poly_policy",

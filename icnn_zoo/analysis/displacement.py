@@ -90,7 +90,7 @@ def dead_taps(layer: IrregularConv2d, input_size: tuple[int, int]) -> Tensor:
         extent = input_size[axis] + (0 if layer.padding_mode == "zeros" else before + after)
         outputs = (input_size[axis] + before + after - dilation * (kernel - 1) - 1) // stride + 1
         origin = dilation * ((kernel - 1) // 2) - before + outside
-        first_pixel, last_pixel = (pixel + origin for pixel in reach(layer.taps, axis, layer.reading))
+        first_pixel, last_pixel = (pixel + origin for pixel in reach(layer.read_taps, axis, layer.reading))
         first = torch.ceil(-last_pixel / stride).clamp(min=0)  # first output that reads not only above the input
         dead |= (first > outputs - 1) | (first * stride + first_pixel > extent - 1)
     return dead

@@ -179,8 +179,9 @@ def plans(layout: Layout) -> list[tuple[str, Plan]]:
         total = cost(box.height * box.width) + _outlier_cost(layout, int(outliers.sum()), digits)
         return Plan([box], outliers, total)
 
-    displaced = layout.reads.moved(-layout.grid())
-    found = [("dense", single(dense_cost, layout.reads)), ("stacked", single(stacked_cost, displaced))]
+    found = [("dense", single(dense_cost, layout.reads))]
+    if layout.taps == math.prod(layout.kernel_size):  # not free
+        found.append(("stacked", single(stacked_cost, layout.reads.moved(-layout.grid()))))
     if layout.is_shared and inputs > 1:
         # Outliers of different taps share a branch: its fixed costs are counted once, below.
         per_pair = _outlier_cost(layout, 1024, digits) / 1024

@@ -77,7 +77,7 @@ def standard_form(layer: IrregularConv2d, weight: Tensor, bias: Tensor | None) -
         step * ((size - 1) // 2) - before
         for step, size, before in zip(layer.dilation, layer.kernel_size, padding[::2], strict=True)
     ]
-    taps = expand_shapes(layer.taps.detach(), layer.in_channels).cpu().double()
+    taps = expand_shapes(layer.read_taps.detach(), layer.in_channels).cpu().double()
     per_group = layer.out_channels // layer.groups
     shape = (layer.groups, per_group if taps.dim() == 4 else 1, layer.in_channels // layer.groups)
     taps = taps.reshape(*shape, -1, taps.shape[-1])

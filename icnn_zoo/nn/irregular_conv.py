@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from icnn_zoo.nn.conv_rules import ConvRules, find_rules, plain_weight, reason_to_refuse, static_padding
-from icnn_zoo.nn.spreads import Interpolation, SpreadPer, initial_spread, spread_of, spread_shape
+from icnn_zoo.nn.free_taps import free_taps, scatter_taps
+from icnn_zoo.nn.layer_reading import TapReading
+from icnn_zoo.nn.spreads import Interpolation, SpreadPer, initial_spread, spread_shape
 from icnn_zoo.nn.step_watch import StepWatch
 from icnn_zoo.ops.functional import irregular_conv2d
 from icnn_zoo.ops.geometry import pad_with_mode, pair
-from icnn_zoo.ops.interpolation import smooth_interval
 from icnn_zoo.ops.sharing import Shapes, rename_per_kernel, shape_owners
-from icnn_zoo.ops.tap_reading import Reading
 from icnn_zoo.ops.wide_interpolation import NARROWEST
 
 _EXACT = (torch.float32, torch.float64)
@@ -25,7 +25,7 @@ _LEARNED = ("displacement", "widening")  # in pixels: never in half precision
 _SMALLEST = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 
 
-class IrregularConv2d(nn.Module):
+class IrregularConv2d(TapReading, nn.Module):
     """A convolution whose taps sit at learned real-valued positions; see :func:`icnn_zoo.irregular_conv2d`.
 
     Takes what ``nn.Conv2d`` takes and has its attributes, but is not an ``nn.Conv2d``: code that looks for one would
@@ -62,6 +62,8 @@ class IrregularConv2d(nn.Module):
         spread: Initial spread in pixels; None for 1 (triangle: bilinear interpolation) or 0.5 (gaussian). A gaussian of
             0.2 on the regular grid is ``nn.Conv2d`` within 2e-5 of its input's size; wider ones blur, and move further.
         spread_per: Who has a spread of its own: each "tap", each "channel" (each shape), or the "layer".
+        taps: None for ``kernel_size`` taps on the regular grid; a number for so many free ones: ``weight`` is then
+            [N, C / groups, taps], ``kernel_size`` the extent they lie in, ``displacement`` their position.
 
     Attributes:
         backend: What computes it, "auto" at first; see :func:`icnn_zoo.irregular_conv2d`.
@@ -114,6 +116,7 @@ class IrregularConv2d(nn.Module):
         interpolation: Interpolation = "bilinear",
         spread: float | None = None,
         spread_per: SpreadPer = "tap",
+        taps: int | None = None,
     ) -> None:
         super().__init__()
         device = torch.get_default_device() if device is None else device
@@ -132,7 +135,8 @@ class IrregularConv2d(nn.Module):
             dtype=dtype,
         )
         self._adopt(regular, ConvRules(), epsilon, shapes, interpolation, spread, spread_per)
-        self.weight = nn.Parameter(torch.empty_like(regular.weight, device=device))
+        shape = regular.weight.shape if taps is None else (*regular.weight.shape[:2], free_taps(taps))
+        self.weight = nn.Parameter(regular.weight.new_empty(shape, device=device))
         self.bias = None if regular.bias is None else nn.Parameter(torch.empty_like(regular.bias, device=device))
         self._add_displacement(self.weight)
         self.reset_parameters()
@@ -220,7 +224,7 @@ class IrregularConv2d(nn.Module):
         self.step_watch = None
 
     def _add_displacement(self, weight: Tensor) -> None:
-        taps = self.kernel_size[0] * self.kernel_size[1]
+        taps = math.prod(weight.shape[2:])
         owners = shape_owners(self.shapes, self)
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.displacement = nn.Parameter(
@@ -239,13 +243,15 @@ class IrregularConv2d(nn.Module):
 
     @property
     def regular_grid(self) -> Tensor:
-        """Positions of the regular kernel [kh * kw, 2], by what kernel size and dilation are now."""
+        """Positions of the regular kernel [kh * kw, 2], by kernel size and dilation; zeros [T, 2] for free taps."""
         grid = self._grid
         fits = grid.device == self.displacement.device and grid.dtype == self.displacement.dtype
         return grid if fits else self._make_grid()
 
     def _make_grid(self) -> Tensor:
         like = self.displacement
+        if self.has_free_taps:
+            return like.new_zeros(like.shape[-2:])
         rows, cols = (
             dilation * (torch.arange(size, dtype=like.dtype, device=like.device) - (size - 1) // 2)
             for size, dilation in zip(self.kernel_size, self.dilation, strict=True)
@@ -273,6 +279,8 @@ class IrregularConv2d(nn.Module):
             bound = 1 / math.sqrt(max(self.weight[0].numel(), 1))  # 0 without input channels
             nn.init.uniform_(self.bias, -bound, bound)
         nn.init.constant_(self.displacement, self.epsilon)
+        if self.has_free_taps:
+            scatter_taps(self.displacement, self.kernel_size)
         self._reset_widening()
 
     @property
@@ -285,32 +293,6 @@ class IrregularConv2d(nn.Module):
                 "rounds positions. Module.to() does not; for FSDP2's mixed precision see icnn_zoo.whole_displacements."
             )
         return self.regular_grid + displacement
-
-    @property
-    def spread(self) -> Tensor | None:
-        """Spreads (rows, columns) in pixels: the narrowest plus the size of ``widening``; None where there are none."""
-        return None if self.widening is None else spread_of(self.widening, self.interpolation)
-
-    @property
-    def taps(self) -> Tensor:
-        """Positions [..., T, 2], with spreads [..., T, 4] where there are any: what ``reading`` says how to read."""
-        positions, spread = self.positions, self.spread
-        return positions if spread is None else torch.cat([positions, spread.expand_as(positions)], dim=-1)
-
-    @property
-    def reading(self) -> Reading:
-        """How taps read."""
-        return Reading(self.interpolation)
-
-    def smooth_interval(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """The ends of the interval around coordinates, in the shape of ``displacement``, in which gradients hold.
-
-        That is the cell of pixels, but for a gaussian, which has no kinks: its gradient reaches as far as its spread.
-        """
-        if self.interpolation == "gaussian":
-            spread = self.spread.detach() if self.spread is not None else 0
-            return coordinates - spread, coordinates + spread
-        return smooth_interval(coordinates)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves [B, C, H, W] or [C, H, W] to the size nn.Conv2d gives."""
@@ -336,6 +318,7 @@ class IrregularConv2d(nn.Module):
             self.groups,
             interpolation=self.interpolation,
             spread=self.spread,
+            extent=self.reading.extent,
             backend=self.backend,
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from icnn_zoo.ops.wide_interpolation import NARROWEST
 _LARGEST_SIZE = 2**24
 
 
-def check_tensors(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, groups: int) -> None:
+def check_tensors(
+    input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, groups: int, has_extent: bool
+) -> None:
     """Checks shapes, groups, the dtype of positions and devices against each other.
 
     Raises:
@@ -22,10 +26,14 @@ def check_tensors(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor
     """
     if input.dim() not in (3, 4):
         raise ValueError(f"`input` must have shape [B, C, H, W] or [C, H, W]; got {list(input.shape)}.")
-    if weight.dim() != 4:
-        raise ValueError(f"`weight` must have shape [N, C / groups, kh, kw]; got {list(weight.shape)}.")
+    if weight.dim() != 4 and not (weight.dim() == 3 and has_extent):
+        raise ValueError(
+            "`weight` must have shape [N, C / groups, kh, kw], or [N, C / groups, T] for free taps, which need an "
+            f"`extent`; got {list(weight.shape)}."
+        )
     if min(weight.shape[2:]) < 1:
-        raise ValueError(f"`weight` must have a kernel of at least 1 x 1; got {weight.shape[2]} x {weight.shape[3]}.")
+        kernel_size = " x ".join(map(str, weight.shape[2:]))
+        raise ValueError(f"`weight` must have a kernel of at least 1 x 1, or one tap; got {kernel_size}.")
     channels, (num_outputs, group_channels, *kernel) = input.shape[-3], weight.shape
     if channels != group_channels * groups:
         raise ValueError(
@@ -39,7 +47,7 @@ def check_tensors(input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor
             f"`positions` must be float32 or float64 (half precision moves a tap by up to 0.03 px at 8 px); got "
             f"{positions.dtype}. Keep them in float32: `positions.float()`."
         )
-    taps = kernel[0] * kernel[1]
+    taps = math.prod(kernel)
     allowed = {
         "the layer": (1, taps, 2),
         "each group": (groups, taps, 2),
@@ -125,7 +133,7 @@ def check_groups(groups: int) -> int:
 
 def check_output_size(
     input: Tensor,
-    weight: Tensor,
+    kernel_size: Sequence[int],
     stride: tuple[int, int],
     padding: tuple[int, int, int, int],
     dilation: tuple[int, int],
@@ -142,11 +150,11 @@ def check_output_size(
                 f"`input` must have at most {_LARGEST_SIZE} pixels a side with its padding (float32 positions cannot "
                 f"tell pixels apart beyond); got padded {name} {size}. Split it into tiles."
             )
-        reach = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        reach = dilation[axis] * (kernel_size[axis] - 1) + 1
         if size < reach:
             raise ValueError(
                 f"`input` must be at least as large as the kernel: padded {name} {size} is less than the kernel's "
-                f"{reach} (kernel {weight.shape[2 + axis]}, dilation {dilation[axis]}); add padding or a larger input."
+                f"{reach} (kernel {kernel_size[axis]}, dilation {dilation[axis]}); add padding or a larger input."
             )
 
 

@@ -40,7 +40,8 @@ def irregular_conv2d(
 
     Args:
         input: Images [B, C, H, W] or [C, H, W]; any strides.
-        weight: Weights [N, C / groups, kh, kw] in the dtype of ``input``.
+        weight: Weights [N, C / groups, kh, kw] in the dtype of ``input``, or [N, C / groups, T] of free taps, so many
+            of them anywhere; padding and output size are then those of a kernel of the size ``extent``.
         positions: Absolute tap positions (row, col) in input pixels, origin at the kernel's centre tap
             ``((kh - 1) // 2, (kw - 1) // 2)``: [C, kh * kw, 2], one shape per input channel shared by all kernels;
             [1, kh * kw, 2], one of the layer; [groups, kh * kw, 2], one per group; or [N, C / groups, kh * kw, 2], the
@@ -58,8 +59,8 @@ def irregular_conv2d(
         spread: Of a triangle (half of its base, at least 1; at 1 it is bilinear) or a gaussian (its standard deviation,
             at least 0.2), in pixels: a number, or a tensor that broadcasts to ``positions``, in their dtype; its last
             dimension, if not 1, is (rows, columns). At most the map's longer side.
-        extent: Rows and columns of pixels around the center, an int or a pair, outside of which a triangle or gaussian
-            reads nothing, as in DCLS (``dilated_kernel_size``); None for no such limit.
+        extent: Rows and columns of pixels around the center, an int or a pair: the kernel size of free taps. A triangle
+            or gaussian reads nothing outside of it, as in DCLS (``dilated_kernel_size``); None for no such limit.
         backend: "auto" takes the first that can run of "triton" (CUDA), "native" (CPU; a C kernel, compiled on first
             use where there is a compiler) and "torch" (standard PyTorch operators, any device). "reference" is plain
             float64 loops: the oracle for tests, only for tiny sizes.
@@ -103,12 +104,13 @@ def irregular_conv2d(
         raise ValueError(f"`backend` must be one of {', '.join(known)}; got {backend!r}.")
     groups = checks.check_groups(groups)
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
-    checks.check_tensors(input, weight, positions, bias, groups)
+    checks.check_tensors(input, weight, positions, bias, groups, has_extent=extent is not None)
     if isinstance(spread, (int, float)):
         spread = positions.new_tensor(float(spread))
     checks.check_interpolation(interpolation, spread, positions)
     box = () if extent is None else pair("extent", extent, 1)
-    top_bottom_left_right = resolve_padding(padding, tuple(weight.shape[-2:]), stride, dilation)
+    kernel_size = box if weight.dim() == 3 else tuple(weight.shape[-2:])
+    top_bottom_left_right = resolve_padding(padding, kernel_size, stride, dilation)
     if input.dim() == 3:
         options: dict[str, Any] = {
             "interpolation": interpolation,
@@ -117,7 +119,11 @@ def irregular_conv2d(
             "backend": backend,
         }
         return irregular_conv2d(input[None], weight, positions, bias, stride, padding, dilation, groups, **options)[0]
-    checks.check_output_size(input, weight, stride, top_bottom_left_right, dilation)
+    checks.check_output_size(input, kernel_size, stride, top_bottom_left_right, dilation)
+    if weight.dim() == 3:
+        weight = weight[:, :, None]
+        top_bottom_left_right = _pad_line(top_bottom_left_right, kernel_size, dilation, weight.shape[-1])
+        dilation = (1, 1)
     input, weight, bias = _autocast(input, weight, bias)
     checks.check_dtypes(input, weight, bias)
     taps = positions if spread is None else torch.cat([positions, spread.expand_as(positions)], dim=-1)
@@ -133,6 +139,18 @@ def irregular_conv2d(
         if geometry.is_mostly_padding() and input.numel() > 0 and weight.numel() > 0:
             return formula.irregular_conv2d(input, weight, taps, bias, *sizes, *how)
     return operators.differentiable(input, weight, taps, bias, sizes, how)
+
+
+def _pad_line(
+    padding: tuple[int, int, int, int], kernel_size: Sequence[int], dilation: tuple[int, int], taps: int
+) -> tuple[int, int, int, int]:
+    """The padding with which a kernel of 1 x ``taps`` has the origin and the output size of ``kernel_size``."""
+    line_up = []
+    for axis, size in enumerate((1, taps)):
+        before, after = ((kernel_size[axis] - 1) // 2, kernel_size[axis] // 2)
+        line_up.append(padding[2 * axis] - dilation[axis] * before + (size - 1) // 2)
+        line_up.append(padding[2 * axis + 1] - dilation[axis] * after + size // 2)
+    return line_up[0], line_up[1], line_up[2], line_up[3]
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,7 +7,7 @@ import math
 from icnn_zoo.ops import interpolation
 
 
-def bilinear(position: float) -> list[tuple[int, float, tuple[float]]]:
+def bilinear(position: float) -> list[tuple[int, float, tuple[float, ...]]]:
     """List the integers next to a position, with g(position, integer) and its slope.
 
     The origin is an integer, so the cell and the fraction are those of the position alone; adding first would
@@ -18,7 +18,7 @@ def bilinear(position: float) -> list[tuple[int, float, tuple[float]]]:
     return [(int(cell) + offset, weight, (slope,)) for offset, weight, slope in read]
 
 
-def wide(kind: str, position: float, spread: float, extent: int | None) -> list[tuple[int, float, tuple[float, float]]]:
+def wide(kind: str, position: float, spread: float, extent: int | None) -> list[tuple[int, float, tuple[float, ...]]]:
     """List the integers within reach of a position, with their weight and its slopes by position and spread.
 
     The weight is u(k) / (sum of u over all that are read), so its slopes follow by the rule of quotients.

@@ -72,13 +72,18 @@ def carry_back(by_cells: Tensor, rows: Weighing, cols: Weighing) -> tuple[Tensor
     """
     by_rows = (by_cells @ cols.weight[..., None])[..., 0]
     by_cols = (rows.weight[..., None, :] @ by_cells)[..., 0, :]
+    return (by_rows * rows.weight).sum(-1), slopes_of(by_rows, by_cols, rows, cols)
+
+
+def slopes_of(by_rows: Tensor, by_cols: Tensor, rows: Weighing, cols: Weighing) -> Tensor:
+    """The gradient by taps [..., T, 4] from those by the weights of rows [..., T, Rr] and columns [..., T, Rc]."""
     slopes = (
         (by_rows, rows.by_position),
         (by_cols, cols.by_position),
         (by_rows, rows.by_spread),
         (by_cols, cols.by_spread),
     )
-    return (by_rows * rows.weight).sum(-1), torch.stack([(by * slope).sum(-1) for by, slope in slopes], dim=-1)
+    return torch.stack([(by * slope).sum(-1) for by, slope in slopes], dim=-1)
 
 
 def weigh_run(axis: Axis, first: int, size: int, dtype: torch.dtype) -> Weighing:

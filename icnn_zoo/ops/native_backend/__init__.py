@@ -23,8 +23,9 @@ from icnn_zoo.ops.native_backend import build
 from icnn_zoo.ops.native_backend.addresses import address_of
 from icnn_zoo.ops.native_backend.boxes import Box, choose_box
 from icnn_zoo.ops.native_backend.drawn import draw_cells, plain
+from icnn_zoo.ops.native_backend.wide import NativeWideColumns
 from icnn_zoo.ops.tap_reading import INTERPOLATIONS
-from icnn_zoo.ops.torch_backend import TorchBackend
+from icnn_zoo.ops.torch_backend import TorchBackend, columns
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,11 @@ class NativeBackend:
             Output [B, N, Ho, Wo] in the memory format of ``input``.
         """
         if geometry.reading.is_wide:
-            if weight.shape[1] > 1:
+            if positions.dim() == 4 and weight.shape[1] > 1:
                 return self._torch.forward(input, weight, positions, bias, geometry)
+            if weight.shape[1] > 1:
+                maker = NativeWideColumns(input, positions, geometry)
+                return columns.forward(maker, input, weight, bias, geometry, self._torch.limits)
             weight, positions, _ = draw_cells(weight, positions, geometry)
             return self.forward(input, weight, positions, bias, plain(geometry))
         call = _Call(input, weight, positions, geometry, self.limits)
@@ -106,8 +110,11 @@ class NativeBackend:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
         if geometry.reading.is_wide:
-            if weight.shape[1] > 1:
+            if positions.dim() == 4 and weight.shape[1] > 1:
                 return self._torch.backward(grad_output, input, weight, positions, geometry, needs)
+            if weight.shape[1] > 1:
+                maker, limits = NativeWideColumns(input, positions, geometry), self._torch.limits
+                return columns.backward(maker, grad_output, input, weight, positions, geometry, limits, needs)
             cells, places, carry_back = draw_cells(weight, positions, geometry)
             learns = needs[1] or needs[2]
             found = self.backward(grad_output, input, cells, places, plain(geometry), (needs[0], learns, False))
@@ -116,7 +123,7 @@ class NativeBackend:
             by_weight, by_taps = carry_back(found[1])
             if positions.dim() == 3:  # the outputs of a channel share its shape
                 by_taps = by_taps.unflatten(0, (positions.shape[0], -1)).sum((1, 2))
-            by_taps = by_taps.to(positions.dtype) + positions * 0
+            by_taps = by_taps.to(positions.dtype) + positions * 0  # a position that is no number may read nothing
             return found[0], by_weight.to(weight.dtype) if needs[1] else None, by_taps if needs[2] else None
         call = _Call(input, weight, positions, geometry, self.limits)
         grads: dict[str, Tensor | None]

@@ -30,7 +30,7 @@ _TUNED = ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("
 SYSTEMS = ("linux", "darwin")
 _FOLDER = Path(__file__).with_name("csrc")
 _HEADERS = [_FOLDER / name for name in ("plane.h", "columns.h")]
-_SOURCES = [_FOLDER / name for name in ("columns_forward.c", "columns_backward.c", "stencil.c", "drawing.c")]
+_SOURCES = [_FOLDER / name for name in ("columns_forward.c", "columns_backward.c", "stencil.c", "drawing.c", "wide.c")]
 _DIGEST_LENGTH = 64
 _STALE_SECONDS = 3600
 

@@ -61,7 +61,7 @@ class WideColumns:
         span = self._span(block)
         kernels = self._kernels(span)
         grad = grad_columns.unflatten(1, (-1, self.rows, self.pitch))  # [c * T, S, Ho, Wo]
-        planes = self._input_gradient(grad, kernels, span) if needs_input else None
+        planes = self._spread_unknown(self._input_gradient(grad, kernels, span), span) if needs_input else None
         if not (needs_columns or needs_taps):
             return planes, None, None
         windows = self._windows(block)
@@ -77,6 +77,11 @@ class WideColumns:
     def _kernels(self, span: slice) -> Tensor:
         rows, cols = (weighing.weight[span] for weighing in self.weighings)
         return rows[:, :, None] * cols[:, None, :]  # [c * T, Rr, Rc]
+
+    def _spread_unknown(self, planes: Tensor, span: slice) -> Tensor:
+        """Makes no number of the gradient [c, S, H, W] of a plane that a tap at no number reads."""
+        unknown = sum((weighing.weight[span].sum(-1) * 0 for weighing in self.weighings), planes.new_zeros(()))
+        return planes + unknown.unflatten(0, (-1, self.taps)).sum(-1)[:, None, None, None]
 
     def _windows(self, block: Block) -> Tensor:
         """What each tap reads [c * T, S, (Ho - 1) * stride + Rr, (Wo - 1) * stride + Rc]."""

@@ -5,11 +5,13 @@ from icnn_zoo.training.callbacks.pictures import PredictionWriter, SamplePicture
 from icnn_zoo.training.callbacks.progress import StepProgress
 from icnn_zoo.training.callbacks.resuming import GeneratorStates, LastCheckpoint, ValidateAtEnd
 from icnn_zoo.training.callbacks.shapes_logger import ShapesLogger
+from icnn_zoo.training.callbacks.spread_schedule import NarrowSpreads
 
 __all__ = [
     "DisplacementMonitor",
     "GeneratorStates",
     "LastCheckpoint",
+    "NarrowSpreads",
     "PredictionWriter",
     "SamplePictures",
     "ScoreTable",

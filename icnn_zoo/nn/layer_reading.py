@@ -1,0 +1,54 @@
+"""How the taps of a layer read, by its attributes and parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from icnn_zoo.nn.spreads import Interpolation, spread_of
+from icnn_zoo.ops.interpolation import smooth_interval
+from icnn_zoo.ops.tap_reading import Reading
+
+
+class TapReading:
+    """What :class:`icnn_zoo.IrregularConv2d` tells of its taps."""
+
+    weight: nn.Parameter
+    kernel_size: tuple[int, int]
+    interpolation: Interpolation
+    widening: Tensor | None
+
+    @property
+    def positions(self) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def spread(self) -> Tensor | None:
+        """Spreads (rows, columns) in pixels: the narrowest plus the size of ``widening``; None where there are none."""
+        return None if self.widening is None else spread_of(self.widening, self.interpolation)
+
+    @property
+    def read_taps(self) -> Tensor:
+        """Positions [..., T, 2], with spreads [..., T, 4] where there are any: what ``reading`` says how to read."""
+        positions, spread = self.positions, self.spread
+        return positions if spread is None else torch.cat([positions, spread.expand_as(positions)], dim=-1)
+
+    @property
+    def reading(self) -> Reading:
+        """How taps read."""
+        return Reading(self.interpolation, self.kernel_size if self.has_free_taps else None)
+
+    @property
+    def has_free_taps(self) -> bool:
+        """Whether taps are any number, anywhere, and ``kernel_size`` is the extent that they lie in."""
+        return self.weight.dim() == 3
+
+    def smooth_interval(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """The ends of the interval around coordinates, in the shape of ``displacement``, in which gradients hold.
+
+        That is the cell of pixels, but for a gaussian, which has no kinks: its gradient reaches as far as its spread.
+        """
+        if self.interpolation == "gaussian":
+            spread = self.spread.detach() if self.spread is not None else 0
+            return coordinates - spread, coordinates + spread
+        return smooth_interval(coordinates)

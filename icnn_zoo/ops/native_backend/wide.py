@@ -1,0 +1,105 @@
+"""Columns of triangle and gaussian interpolation by the C kernel, where the stride is 1."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from icnn_zoo.ops.geometry import Geometry
+from icnn_zoo.ops.native_backend import build
+from icnn_zoo.ops.torch_backend.wide import WideColumns
+from icnn_zoo.ops.torch_backend.windows import Block
+from icnn_zoo.ops.wide_interpolation import Weighing, slopes_of
+
+# A window of more pixels a side is read by torch: frames have as many zeros around the plane.
+LARGEST_WINDOW = 64
+
+_SIZES = ("height", "width", "out_height", "out_width", "stride_row", "stride_col", "origin_row", "origin_col")
+_COUNTS = ("images", "channels", "taps", "reads_row", "reads_col", "image_step", "channel_step")
+_POINTERS = (
+    *("input", "first_row", "first_col", "rows", "cols"),
+    *("columns", "grad", "grad_input", "by_rows", "by_cols"),
+)
+
+
+class _Task(ctypes.Structure):
+    """``wide_t`` of csrc/wide.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (*_SIZES, *_COUNTS)),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]
+
+
+class NativeWideColumns(WideColumns):
+    """As its base; arguments are those of a CPU."""
+
+    def __init__(self, input: Tensor, taps: Tensor, geometry: Geometry) -> None:
+        super().__init__(input, taps, geometry)
+        self.reads = [weighing.weight.shape[1] for weighing in self.weighings]
+        self.by_kernel = geometry.stride == (1, 1) and max(self.reads) <= LARGEST_WINDOW
+        if self.by_kernel:
+            self.input = input.to(self.dtype).contiguous()
+
+    def columns(self, block: Block) -> Tensor:
+        if not self.by_kernel:
+            return super().columns(block)
+        columns = self._columns_like(block)
+        self._run(block, columns=columns)
+        return columns
+
+    def gradients(
+        self, block: Block, grad_columns: Tensor, needs: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if not self.by_kernel:
+            return super().gradients(block, grad_columns, needs)
+        needs_input, needs_columns, needs_taps = needs
+        span = self._span(block)
+        channels, images = block.planes.stop - block.planes.start, block.images.stop - block.images.start
+        planes = self.input.new_empty(channels, images, *self.geometry.input_size) if needs_input else None
+        columns = self._columns_like(block) if needs_columns else None
+        count = channels * self.taps
+        by_rows, by_cols = (
+            torch.zeros(count, reads, dtype=torch.float64) if needs_taps else None for reads in self.reads
+        )
+        grad = grad_columns.contiguous()
+        self._run(block, columns=columns, grad=grad, grad_input=planes, by_rows=by_rows, by_cols=by_cols)
+        planes = None if planes is None else self._spread_unknown(planes, span)
+        if by_rows is None or by_cols is None:
+            return planes, columns, None
+        rows, cols = (Weighing(*(values[span] for values in weighing)) for weighing in self.weighings)
+        return planes, columns, slopes_of(by_rows.to(self.dtype), by_cols.to(self.dtype), rows, cols)
+
+    def _columns_like(self, block: Block) -> Tensor:
+        span, images = self._span(block), block.images.stop - block.images.start
+        return self.input.new_empty(span.stop - span.start, images * self.rows * self.pitch)
+
+    def _run(self, block: Block, **tensors: Tensor | None) -> None:
+        span = self._span(block)
+        planes = self.input[block.images, block.planes]
+        geometry = self.geometry
+        sizes = (*geometry.input_size, *geometry.output_size, *geometry.stride, *geometry.origin)
+        counts = (planes.shape[0], planes.shape[1], self.taps, *self.reads, planes.stride(0), planes.stride(1))
+        # A window that ends before the input, or begins behind it, may lie right beside it.
+        ends = [
+            (-(outputs + reads), extent + 1)
+            for outputs, reads, extent in zip(geometry.output_size, self.reads, geometry.input_size, strict=True)
+        ]
+        arguments: dict[str, Tensor | None] = {
+            "input": planes,
+            "first_row": self.first[0][span].clamp(*ends[0]),
+            "first_col": self.first[1][span].clamp(*ends[1]),
+            "rows": self.weighings[0].weight[span].contiguous(),
+            "cols": self.weighings[1].weight[span].contiguous(),
+            **tensors,
+        }
+        task = _Task(**dict(zip((*_SIZES, *_COUNTS), (*sizes, *counts), strict=True)))
+        for name, tensor in arguments.items():
+            if tensor is not None:
+                setattr(task, name, tensor.data_ptr())
+        threads = ctypes.c_uint(torch.get_num_threads())
+        library = build.load()[0][self.dtype]
+        if library.wide_columns(ctypes.c_void_p(build.find_parallel()), threads, ctypes.byref(task)):
+            raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
