@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def free_taps(taps: int) -> int:
+def count_taps(taps: int) -> int:
     """The number of taps.
 
     Raises:

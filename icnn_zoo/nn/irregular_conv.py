@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from icnn_zoo.nn.conv_rules import ConvRules, find_rules, plain_weight, reason_to_refuse, static_padding
-from icnn_zoo.nn.free_taps import free_taps, scatter_taps
+from icnn_zoo.nn.free_taps import count_taps, scatter_taps
 from icnn_zoo.nn.layer_reading import TapReading
 from icnn_zoo.nn.spreads import Interpolation, SpreadPer, initial_spread, spread_shape
 from icnn_zoo.nn.step_watch import StepWatch
@@ -135,7 +135,7 @@ class IrregularConv2d(TapReading, nn.Module):
             dtype=dtype,
         )
         self._adopt(regular, ConvRules(), epsilon, shapes, interpolation, spread, spread_per)
-        shape = regular.weight.shape if taps is None else (*regular.weight.shape[:2], free_taps(taps))
+        shape = regular.weight.shape if taps is None else (*regular.weight.shape[:2], count_taps(taps))
         self.weight = nn.Parameter(regular.weight.new_empty(shape, device=device))
         self.bias = None if regular.bias is None else nn.Parameter(torch.empty_like(regular.bias, device=device))
         self._add_displacement(self.weight)

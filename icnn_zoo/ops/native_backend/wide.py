@@ -9,6 +9,7 @@ from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.native_backend import build
+from icnn_zoo.ops.native_backend.addresses import address_of
 from icnn_zoo.ops.torch_backend.wide import WideColumns
 from icnn_zoo.ops.torch_backend.windows import Block
 from icnn_zoo.ops.wide_interpolation import Weighing, slopes_of
@@ -88,7 +89,6 @@ class NativeWideColumns(WideColumns):
             for outputs, reads, extent in zip(geometry.output_size, self.reads, geometry.input_size, strict=True)
         ]
         arguments: dict[str, Tensor | None] = {
-            "input": planes,
             "first_row": self.first[0][span].clamp(*ends[0]),
             "first_col": self.first[1][span].clamp(*ends[1]),
             "rows": self.weighings[0].weight[span].contiguous(),
@@ -96,9 +96,22 @@ class NativeWideColumns(WideColumns):
             **tensors,
         }
         task = _Task(**dict(zip((*_SIZES, *_COUNTS), (*sizes, *counts), strict=True)))
+        # What C will touch, by the sizes that it is told; planes lie at the strides of the checked input.
+        images, channels, taps, pixels = *planes.shape[:2], self.taps, geometry.input_size[0] * geometry.input_size[1]
+        results = channels * taps * images * self.rows * self.pitch
+        lengths = {
+            **dict.fromkeys(("first_row", "first_col"), channels * taps),
+            **dict.fromkeys(("rows", "by_rows"), channels * taps * self.reads[0]),
+            **dict.fromkeys(("cols", "by_cols"), channels * taps * self.reads[1]),
+            **dict.fromkeys(("columns", "grad"), results),
+            "grad_input": channels * images * pixels,
+        }
+        types = {"first_row": torch.int64, "first_col": torch.int64, "by_rows": torch.float64, "by_cols": torch.float64}
+        address_of("input", self.input, self.dtype, self.input.numel())
+        task.input = planes.data_ptr()
         for name, tensor in arguments.items():
             if tensor is not None:
-                setattr(task, name, tensor.data_ptr())
+                setattr(task, name, address_of(name, tensor, types.get(name, self.dtype), lengths[name]))
         threads = ctypes.c_uint(torch.get_num_threads())
         library = build.load()[0][self.dtype]
         if library.wide_columns(ctypes.c_void_p(build.find_parallel()), threads, ctypes.byref(task)):
