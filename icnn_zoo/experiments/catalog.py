@@ -111,6 +111,17 @@ def _lines() -> dict[str, Row]:
     return rows
 
 
+def _geometries() -> dict[str, Row]:
+    """Every interpolation and sharing, on pages turned by up to 20 degrees: upright ones are too easy to tell them."""
+    turned = ("--data.init_args.rotation", "[-20, 20]")
+    rows = {"regular": Row(arguments=turned)}
+    for interpolation in ("bilinear", "triangle", "gaussian"):
+        for shapes in ("layer", "channel", "kernel"):
+            choice = ("--model.interpolation", interpolation, "--model.shapes", shapes)
+            rows[f"{interpolation}-{shapes}"] = Row("layer1", arguments=(*choice, *turned))
+    return rows
+
+
 def _documents() -> dict[str, Row]:
     first = "layer3"
     return {
@@ -160,6 +171,13 @@ EXPERIMENTS = {
         _documents(),
         ("val", "test"),
         {"scans": ("--data.init_args.scans", "true")},
+        seeds=(0, 1, 2, 3, 4),
+    ),
+    "geometries": Experiment(
+        "Which interpolation and sharing, on turned lines of glyphs",
+        "quickstart.yaml",
+        _geometries(),
+        metric="pixel_accuracy",
         seeds=(0, 1, 2, 3, 4),
     ),
     "lines": Experiment(

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import csv
 import datetime
+import inspect
 import json
 import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -220,14 +221,23 @@ def _check_folder(folder: Path, run: _Run) -> None:
         before = {} if file is None else json.loads(file.read_text(encoding="utf-8"))
         for key in ("config", "overrides") if before else ():
             now = run.request[key]
-            if key == "config":  # runs of an earlier version say some options in its words
-                before[key]["model"] = rename_per_kernel(before[key]["model"])
+            if key == "config" and "model" in now:
+                before[key]["model"], now["model"] = _said(before[key]["model"]), _said(now["model"])
             if before[key] != now:
                 shown = "another file" if key == "config" else f"{before[key]}, now {now}"
                 raise ValueError(
                     f"{str(place)!r} was begun with another experiment: its {key} is {shown}. One table holds "
                     "one experiment: repeat that, or give another `--out`."
                 )
+
+
+def _said(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a config that are not the defaults, which an earlier version may not have had by name."""
+    from icnn_zoo.training.task import SegmentationTask
+
+    defaults = inspect.signature(SegmentationTask).parameters
+    options = rename_per_kernel(model)
+    return {key: value for key, value in options.items() if key not in defaults or value != defaults[key].default}
 
 
 def _metrics_of_last_step(training: RunFolder, split: str) -> dict[str, float | None]:
