@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from typing import Protocol
+import warnings
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +23,17 @@ PACKAGED = {
 """The package's own, imported when they are first asked for; "auto" takes the first that can run, at last "torch"."""
 
 
+class BackendError(RuntimeError):
+    """A backend found out while computing that it cannot run on a device, and says so from now on; why, in words."""
+
+
 class Backend(Protocol):
     """What computes the operator, as :class:`icnn_zoo.ops.torch_backend.TorchBackend` does.
 
     One that computes more than bilinear interpolation says so: ``interpolations = ("bilinear", "triangle", ...)``. It
     then gets positions with spreads [..., T, 4], see :mod:`icnn_zoo.ops.tap_reading`, and their gradients are of that
     shape too.
+    One that cannot take images of every size also has ``too_large(geometry)``, which says why, or None.
     """
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -120,32 +126,67 @@ def _packaged(name: str) -> Backend:
     return backend
 
 
-def why_unavailable(name: str, device: torch.device, dtype: torch.dtype, interpolation: str = "bilinear") -> str | None:
-    """Why a backend cannot compute on a device in a dtype with an interpolation, or None if it can."""
+def why_unavailable(
+    name: str, device: torch.device, dtype: torch.dtype, geometry: Geometry | None = None
+) -> str | None:
+    """Why a backend cannot compute on a device in a dtype (and a geometry, if given), or None if it can."""
     backend = get_backend(name)
+    interpolation = "bilinear" if geometry is None else geometry.reading.interpolation
     if interpolation not in getattr(backend, "interpolations", ("bilinear",)):
         return f"it does not compute {interpolation} interpolation"
     reason = backend.unavailable(device)
     if reason is None and not backend.supports(dtype):
         reason = f"it does not compute {dtype}"
+    if reason is None and geometry is not None and hasattr(backend, "too_large"):
+        reason = backend.too_large(geometry)
     return reason
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, interpolation: str = "bilinear") -> str:
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, geometry: Geometry | None = None) -> str:
     """The name of the backend that computes; for "auto" that of the first one that can run.
 
     Raises:
         RuntimeError: The backend asked for cannot run; the message says why.
     """
     if name != "auto":
-        reason = why_unavailable(name, device, dtype, interpolation)
+        reason = why_unavailable(name, device, dtype, geometry)
         if reason is not None:
             raise RuntimeError(f'`backend`={name!r} cannot run: {reason}. `backend`="auto" takes one that can.')
         return name
     *preferred, last = PACKAGED
     for candidate in preferred:
-        reason = why_unavailable(candidate, device, dtype, interpolation)
+        reason = why_unavailable(candidate, device, dtype, geometry)
         if reason is None:
             return candidate
         logger.debug("`backend`=%r cannot run: %s.", candidate, reason)
     return last
+
+
+def compute(direction: str, name: str, device: torch.device, dtype: torch.dtype, *arguments: Any) -> Any:
+    """Calls ``forward`` or ``backward`` of a backend; "auto" goes on to the next one where a backend gives up.
+
+    Args:
+        direction: "forward" or "backward".
+        name: The name of a backend, or "auto".
+        device: Where the input is.
+        dtype: Its dtype.
+        *arguments: Those of the function, a geometry among them.
+
+    Raises:
+        RuntimeError: The backend asked for cannot run; the message says why.
+    """
+    geometry = next(argument for argument in arguments if isinstance(argument, Geometry))
+    failed = None
+    while True:
+        chosen = choose_backend(name, device, dtype, geometry)
+        try:
+            return getattr(get_backend(chosen), direction)(*arguments)
+        except BackendError as error:
+            if name != "auto" or chosen == failed:
+                raise RuntimeError(f"`backend`={chosen!r} cannot run: {error}.") from error
+            failed = chosen
+            warnings.warn(
+                f"The backend {chosen!r} cannot run on {device}: {error}. Slower ones compute there instead.",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.ops import checks, flops, formula, vmap_rules
-from icnn_zoo.ops.backends import choose_backend, get_backend
+from icnn_zoo.ops.backends import choose_backend, compute
 from icnn_zoo.ops.geometry import Geometry, memory_format
 from icnn_zoo.ops.interpolation import join_unknown
 
@@ -40,14 +40,16 @@ def _forward(
         checks.check_finite(positions[..., :2])
     sizes = (input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
     geometry = Geometry.of(*sizes, interpolation, extent).canonical()
-    chosen = get_backend(choose_backend(backend, input.device, input.dtype, interpolation))
     if interpolation != "bilinear":
+        choose_backend(backend, input.device, input.dtype, geometry)
         checks.check_spread(positions[..., 2:], interpolation, geometry.largest_spread)
     if input.numel() == 0 or weight.numel() == 0:  # a sum over nothing
+        choose_backend(backend, input.device, input.dtype, geometry)  # says why one asked for cannot run
         output = _forward_fake(input, weight, positions, bias, stride, padding, dilation, groups, backend).zero_()
         return output if bias is None else output.add_(bias[:, None, None])
     with _without_autocast(input.device):
-        return chosen.forward(input, weight.flatten(2), join_unknown(positions), bias, geometry)
+        arguments = (input, weight.flatten(2), join_unknown(positions), bias, geometry)
+        return compute("forward", backend, input.device, input.dtype, *arguments)
 
 
 def _forward_fake(
@@ -84,7 +86,6 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = (input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
     geometry = Geometry.of(*sizes, interpolation, extent).canonical()
-    chosen = get_backend(choose_backend(backend, input.device, input.dtype, interpolation))
     needs = (output_mask[0], output_mask[1], output_mask[2])
     if 0 in (input.numel(), weight.numel(), grad_output.numel()):
         by_input, by_weight, by_positions = (
@@ -92,7 +93,8 @@ def _backward(
         )
         return by_input, by_weight, by_positions
     with _without_autocast(input.device):
-        grads = chosen.backward(grad_output, input, weight.flatten(2), join_unknown(positions), geometry, needs)
+        arguments = (grad_output, input, weight.flatten(2), join_unknown(positions), geometry, needs)
+        grads = compute("backward", backend, input.device, input.dtype, *arguments)
     by_input, by_weight, by_positions = (
         like.new_empty(0) if grad is None else grad
         for grad, like in zip(grads, (input, weight, positions), strict=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
+from torch import Tensor
 from triton_cases import (
     CASES,
     DTYPES,
@@ -21,9 +22,11 @@ from triton_cases import (
     assert_close,
 )
 
-from icnn_zoo.ops import formula
+import icnn_zoo
+from icnn_zoo.ops import backends, formula
 from icnn_zoo.ops.geometry import Geometry
-from icnn_zoo.ops.triton_backend import TritonBackend
+from icnn_zoo.ops.torch_backend import TorchBackend
+from icnn_zoo.ops.triton_backend import TritonBackend, products
 
 FORMS_AND_LAYOUTS = [
     ("columns", torch.contiguous_format),
@@ -173,11 +176,55 @@ def test_importing_the_backend_imports_no_kernels() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_too_large_images_are_refused() -> None:
-    input = torch.empty(1, 1, 1, 1).expand(1, 1, 2**15, 2**15)
-    geometry = Geometry.of(input.shape[2:], (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
-    with pytest.raises(ValueError, match="`input` is too large"):
-        TritonBackend().make_call(input, torch.ones(1, 1, 1), torch.zeros(1, 1, 2), geometry)
+def test_auto_leaves_images_that_are_too_large_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self, device: None)
+    arguments = (torch.device("cpu"), torch.bfloat16)
+    small, large = (Geometry.of((size, size), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1) for size in (9, 2**15))
+    assert backends.choose_backend("auto", *arguments, small) == "triton"
+    assert backends.choose_backend("auto", *arguments, large) != "triton"
+    with pytest.raises(RuntimeError, match=r"`input` is too large for that: images of 32768 x 32768"):
+        backends.choose_backend("triton", *arguments, large)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="Triton runs here")
+def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = TritonBackend()  # Triton finds no driver here
+    monkeypatch.setattr(TritonBackend, "unavailable", lambda self, device: self._failures.get(device))
+    monkeypatch.setattr(backends, "_packaged", {"triton": backend, "torch": TorchBackend()}.__getitem__)
+    monkeypatch.setattr(backends, "PACKAGED", {"triton": "", "torch": ""})
+    input, weight, positions = torch.randn(1, 2, 5, 5), torch.randn(3, 2, 3, 3), torch.randn(2, 9, 2)
+    with pytest.raises(RuntimeError, match="`backend`='triton' cannot run: its kernel planes_kernel cannot be"):
+        icnn_zoo.irregular_conv2d(input, weight, positions, backend="triton")
+    backend._failures.clear()
+    with pytest.warns(RuntimeWarning, match="'triton' cannot run on cpu: its kernel planes_kernel cannot be compiled"):
+        output = icnn_zoo.irregular_conv2d(input, weight, positions)
+    assert output.equal(icnn_zoo.irregular_conv2d(input, weight, positions))  # warns no more
+
+
+def test_products_follow_what_is_set_for_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And deterministic mode asks for no environment variable; afterwards all is as before."""
+    matmul = torch.backends.cuda.matmul
+    seen: list[tuple[bool, int]] = []
+    multiply = torch.bmm
+
+    def bmm(*arguments: object, **options: object) -> Tensor:
+        seen.append((matmul.allow_tf32, torch.get_deterministic_debug_mode()))
+        return multiply(*arguments, **options)
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    ones = torch.ones(1, 2, 2)
+    before = matmul.fp32_precision
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        products.multiply(ones, ones)
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            products.multiply(ones, ones)
+        assert torch.get_deterministic_debug_mode() == 1
+    finally:
+        torch.set_deterministic_debug_mode("default")
+    assert seen == [(True, 0), (False, 0)]
+    assert (matmul.allow_tf32, matmul.fp32_precision) == (False, before)
 
 
 def test_in_the_interpreter() -> None:

@@ -145,19 +145,19 @@ class Guarded(TritonBackend):
 
     def make_call(self, *arguments: Any) -> Call:
         made = super().make_call(*arguments)
-        make_planes = made.planes
+        make_planes = made.make_planes
 
-        def planes(images: slice, channels: slice) -> Tensor:
-            inside = make_planes(images, channels)
+        def guarded(source: Tensor) -> Tensor:
+            inside = make_planes(source)
             margin = 5000
             around = inside.new_full((inside.numel() + 2 * margin,), float("nan"))
             around[margin:-margin] = inside.flatten()
             return around[margin:-margin].view(inside.shape)
 
-        made.planes = planes
+        made.make_planes = guarded
         return made
 
 
 # What makes tiny sizes take a form; the full version has only one.
-COLUMNS = Limits(direct_channels=0, direct_outputs=0, direct_product=0, fused_outputs=0)
-FORMS = {"columns": COLUMNS, "fused": replace(COLUMNS, fused_outputs=32), "direct": Limits(direct_outputs=10**9)}
+COLUMNS = Limits(direct_channels=0, direct_product=0, fused_outputs=0)
+FORMS = {"columns": COLUMNS, "fused": replace(COLUMNS, fused_outputs=32), "direct": Limits(direct_product=10**9)}

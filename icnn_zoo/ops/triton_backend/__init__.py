@@ -13,27 +13,29 @@ Three forms, chosen from static sizes alone, so that nothing synchronises and CU
   The full version costs an interpolation for each output channel, input channel and tap.
 
 Choice, block sizes and chunk sizes are fixed numbers (``Limits``), not tuned at run time: a sum has the same order on
-every run.
+every run, in deterministic mode without ``CUBLAS_WORKSPACE_CONFIG``.
 
 Positions, fractions and interpolation are float32; a column is rounded once to the dtype of the input; products sum in
-float32. What lies outside the input is never read, wherever the positions are.
+float32, and their float32 factors are rounded to TF32 where cuDNN would do so (``torch.backends.cudnn.conv``, PyTorch's
+default). What lies outside the input is never read, wherever the positions are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from icnn_zoo.ops.backends import BackendError
 from icnn_zoo.ops.geometry import Geometry, memory_format
 from icnn_zoo.ops.triton_backend.limits import Limits
 
 if TYPE_CHECKING:
     from icnn_zoo.ops.triton_backend.call import Call
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 # The oldest GPUs with bfloat16.
 _CAPABILITY = (8, 0)
@@ -48,11 +50,14 @@ class TritonBackend:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
+        self._failures: dict[torch.device, str] = {}
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on a device, in words that follow "cannot run: ", or None."""
         if device.type != "cuda":
             return f"it needs a CUDA device; the input is on {device}"
+        if device in self._failures:
+            return self._failures[device]
         if importlib.util.find_spec("triton") is None:
             return "it needs the package triton (pip install triton)"
         if torch.version.hip is not None:
@@ -67,6 +72,18 @@ class TritonBackend:
         """Whether this backend computes in a dtype."""
         return dtype in (torch.float32, torch.float16, torch.bfloat16)
 
+    def too_large(self, geometry: Geometry) -> str | None:
+        """Why images of these sizes are too large for this backend, or None."""
+        from icnn_zoo.ops.triton_backend.call import MAX_INT, Numbers
+
+        if Numbers.of(geometry).largest <= MAX_INT:
+            return None
+        sizes = " and outputs of ".join(
+            " x ".join(map(str, size)) for size in (geometry.input_size, geometry.output_size)
+        )
+        return f"it numbers the pixels of a padded image with 32 bits, and `input` is too large for that: images of {sizes}"
+
+    @torch.no_grad()
     def forward(
         self, input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry
     ) -> Tensor:
@@ -90,7 +107,7 @@ class TritonBackend:
 
         call = self.make_call(input, weight, positions, geometry)
         bias = None if bias is None else bias.contiguous()
-        with torch.cuda.device_of(input):
+        with self._kernels_of(input):
             if self._is_direct(weight, positions, geometry):
                 direct.forward(call, bias, output)
             elif columns.fits_fused(weight, geometry, self.limits):
@@ -99,6 +116,7 @@ class TritonBackend:
                 columns.forward(call, bias, output)
         return output
 
+    @torch.no_grad()
     def backward(
         self,
         grad_output: Tensor,
@@ -107,22 +125,23 @@ class TritonBackend:
         positions: Tensor,
         geometry: Geometry,
         needs: tuple[bool, bool, bool],
-    ) -> Gradients:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
         from icnn_zoo.ops.triton_backend import columns, direct
-        from icnn_zoo.ops.triton_backend.call import GradientSums, empty_like
+        from icnn_zoo.ops.triton_backend.call import Gradients, empty_like
 
         call = self.make_call(input, weight, positions, geometry)
-        grads = GradientSums(
+        grads = Gradients(
             empty_like(input, memory_format(input)) if needs[0] else None,
-            weight.new_zeros(weight.shape, dtype=torch.float32) if needs[1] else None,
-            positions.new_zeros(positions.shape, dtype=torch.float32) if needs[2] else None,
+            weight.new_empty(weight.shape, dtype=torch.float32) if needs[1] else None,
+            positions.new_empty(positions.shape, dtype=torch.float32) if needs[2] else None,
         )
         if grad_output.numel() == 0:
-            if grads.input is not None:
-                grads.input.zero_()
+            for grad in (grads.input, grads.weight, grads.positions):
+                if grad is not None:
+                    grad.zero_()
         else:
-            with torch.cuda.device_of(input):
+            with self._kernels_of(input):
                 if self._is_direct(weight, positions, geometry):
                     direct.backward(call, grad_output, grads)
                 else:
@@ -139,12 +158,21 @@ class TritonBackend:
 
         return Call(input, weight.contiguous(), positions.contiguous(), geometry, self.limits)
 
+    @contextlib.contextmanager
+    def _kernels_of(self, input: Tensor) -> Iterator[None]:
+        """Runs kernels on the device of the input; one that cannot be compiled makes the backend unavailable there."""
+        with torch.cuda.device_of(input):
+            try:
+                yield
+            except BackendError as error:
+                self._failures[input.device] = str(error)
+                raise
+
     def _is_direct(self, weight: Tensor, positions: Tensor, geometry: Geometry) -> bool:
         """Whether columns would cost more than they save."""
         group_outputs, group_channels = weight.shape[0] // geometry.groups, weight.shape[1]
         return (
             positions.dim() == 4
             or group_channels <= self.limits.direct_channels
-            or group_outputs <= self.limits.direct_outputs
             or group_outputs * group_channels <= self.limits.direct_product
         )

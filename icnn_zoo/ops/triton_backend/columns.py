@@ -10,17 +10,10 @@ from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
 from icnn_zoo.ops.triton_backend import columns_kernels
-from icnn_zoo.ops.triton_backend.call import (
-    GAP,
-    MAX_INT,
-    Call,
-    GradientSums,
-    block_size,
-    empty_like,
-    launch,
-    num_blocks,
-)
+from icnn_zoo.ops.triton_backend.call import GAP, MAX_INT, Call, Gradients, empty_like
+from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
 from icnn_zoo.ops.triton_backend.limits import Limits
+from icnn_zoo.ops.triton_backend.products import ALIGNMENT, follows_tf32, multiply, multiply_float32, round_up
 
 # Rows of columns start at multiples of this many elements: vector stores, and fast kernels in cuBLAS.
 _COLUMN_ALIGNMENT = 16
@@ -68,7 +61,7 @@ def _column_chunks(call: Call) -> Iterator[tuple[slice, list[list[_Part]]]]:
             first = groups.start * call.group_channels + within.start
             last = (groups.stop - 1) * call.group_channels + within.stop
             parts[-1].append(_Part(groups, within, slice(first, last)))
-    for images in call.image_slabs(image_bytes):
+    for images in call.image_chunks(image_bytes):
         yield images, parts
 
 
@@ -76,71 +69,58 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
     """Fills the output [B, N, Ho, Wo] by a matrix product with stored columns."""
     weight = call.weight.unflatten(0, (call.groups, -1))  # [G, N / G, C / G, T]
     start = None if bias is None else bias.view(call.groups, -1, 1)
-    channels_last = memory_format(call.input) == torch.channels_last
+    # The rows of channels_last outputs are what the product writes, pixels at one stride, where that is aligned.
+    in_place = memory_format(call.input) == torch.channels_last and call.num_outputs % ALIGNMENT == 0
     for images, parts in _column_chunks(call):
-        num_images = images.stop - images.start
+        planes = call.planes(images)
+        length = planes.shape[0] * call.out_pixels
         target = output[images].transpose(0, 1).unflatten(0, (call.groups, -1))  # [G, N / G, S, Ho, Wo]
         for summed in parts:
             groups = summed[0].groups
             rows = target[groups]
             bias_rows = None if start is None else start[groups]
             if len(summed) == 1:
-                columns = _make_columns(call, images, summed[0])
+                columns = _make_columns(call, planes, summed[0])
                 factors = weight[groups].flatten(2)
-                # The rows of channels_last outputs are what the product writes: pixels at one stride.
-                out = rows.flatten(2) if channels_last else columns.new_empty(*factors.shape[:2], columns.shape[2])
-                length = num_images * call.out_pixels
-                product = out[:, :, :length]
-                if bias_rows is None:
-                    torch.bmm(factors, columns[:, :, :length], out=product)
-                else:
-                    torch.baddbmm(bias_rows, factors, columns[:, :, :length], out=product)
-                if channels_last:
+                out = rows.flatten(2) if in_place else columns.new_empty(*factors.shape[:2], columns.shape[2])
+                product = multiply(factors, columns[:, :, :length], out[:, :, :length], bias_rows)
+                if in_place:
                     continue
             else:
-                product = _sum_parts(call, images, summed, weight)
+                product = _sum_parts(call, planes, summed, weight)
                 product = product if bias_rows is None else product + bias_rows
             rows.copy_(product.unflatten(2, rows.shape[2:]))
 
 
-def _sum_parts(call: Call, images: slice, parts: list[_Part], weight: Tensor) -> Tensor:
+def _sum_parts(call: Call, planes: Tensor, parts: list[_Part], weight: Tensor) -> Tensor:
     """Sums the products of the channels of one group in float32 [1, N / G, L]."""
     total = None
     for part in parts:
-        columns = _make_columns(call, images, part)[:, :, : (images.stop - images.start) * call.out_pixels]
-        product = _product_float32(weight[part.groups, :, part.channels].flatten(2), columns)
+        columns = _make_columns(call, planes, part)[:, :, : planes.shape[0] * call.out_pixels]
+        product = multiply_float32(weight[part.groups, :, part.channels].flatten(2), columns)
         total = product if total is None else total.add_(product)
     assert total is not None
     return total
 
 
-def _product_float32(left: Tensor, right: Tensor) -> Tensor:
-    """Batched matrix product with a float32 result, whatever the dtype of its factors."""
-    if left.dtype == torch.float32:
-        return torch.bmm(left, right)
-    if left.device.type == "cuda":
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    return torch.bmm(left.float(), right.float())  # `out_dtype` is for CUDA; the kernels' tests run on a CPU
-
-
-def _empty_columns(call: Call, images: slice, part: _Part) -> Tensor:
+def _empty_columns(call: Call, num_images: int, part: _Part) -> Tensor:
     """Memory for the columns of a part [g, c * T, L], L rounded up."""
-    length = num_blocks((images.stop - images.start) * call.out_pixels, _COLUMN_ALIGNMENT) * _COLUMN_ALIGNMENT
+    length = round_up(num_images * call.out_pixels, _COLUMN_ALIGNMENT)
     entries = (part.channels.stop - part.channels.start) * call.taps
     return call.input.new_empty(part.groups.stop - part.groups.start, entries, length)
 
 
-def _make_columns(call: Call, images: slice, part: _Part) -> Tensor:
-    columns = _empty_columns(call, images, part)
-    _launch_columns(call, images, part, columns, gradient=False, store=True)
+def _make_columns(call: Call, planes: Tensor, part: _Part) -> Tensor:
+    columns = _empty_columns(call, planes.shape[0], part)
+    _launch_columns(call, planes, part, columns, gradient=False, store=True)
     return columns
 
 
 def _launch_columns(
-    call: Call, images: slice, part: _Part, columns: Tensor, *, gradient: bool, store: bool
+    call: Call, planes: Tensor, part: _Part, columns: Tensor, *, gradient: bool, store: bool
 ) -> Tensor | None:
     """Runs ``columns_kernel``; returns the positions' gradient [c, T, 2] of a part with ``gradient``."""
-    planes = call.planes(images, part.planes)
+    planes = planes[:, part.planes]
     length, channels = planes.shape[0] * call.out_pixels, planes.shape[1]
     # With a sum over each block one warp works alone: no barrier for each tap.
     block, warps = (block_size(length, 256), 1) if gradient else (block_size(length, 1024), 4)
@@ -155,11 +135,13 @@ def _launch_columns(
         call.positions[part.planes],
         columns,
         planes if partials is None else partials,
+        planes.stride(0),
         channels,
         call.taps,
         length,
         columns.shape[2] // vector,
-        **call.sampling,
+        *call.sampling,
+        **call.strides,
         GRADIENT=gradient,
         STORE=store,
         VECTOR=vector,
@@ -169,33 +151,55 @@ def _launch_columns(
     return None if partials is None else partials.sum(0)
 
 
-def backward(call: Call, grad_output: Tensor, grads: GradientSums) -> None:
+def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
     """Fills the gradients that are asked for."""
     weight = call.weight.unflatten(0, (call.groups, -1))  # [G, N / G, C / G, T]
-    # Pixels as rows: what a channels_last gradient is; others are copied.
-    grad_rows = grad_output.permute(0, 2, 3, 1).reshape(-1, call.num_outputs)
-    grad_rows = grad_rows.t().unflatten(0, (call.groups, -1))  # [G, N / G, B * Ho * Wo]
+    grad_rows = _pixels_as_rows(grad_output).t().unflatten(0, (call.groups, -1))  # [G, N / G, B * Ho * Wo]
     grad_weight = None if grads.weight is None else grads.weight.unflatten(0, (call.groups, -1))
     for images, groups_parts in _column_chunks(call):
         span = slice(images.start * call.out_pixels, images.stop * call.out_pixels)
         for part in (part for summed in groups_parts for part in summed):
             grad_part = grad_rows[part.groups, :, span]
-            columns = _empty_columns(call, images, part)
+            columns = _empty_columns(call, images.stop - images.start, part)
             if grads.input is not None or grads.positions is not None:
                 factors = weight[part.groups, :, part.channels].flatten(2)
-                torch.bmm(factors.transpose(1, 2), grad_part, out=columns[:, :, : grad_part.shape[2]])
+                multiply(factors.transpose(1, 2), grad_part, columns[:, :, : grad_part.shape[2]])
             if grads.input is not None:
                 _input_gradient(call, images, part, columns, grads.input)
             if grads.positions is None and grad_weight is None:
                 continue
             by_position = _launch_columns(
-                call, images, part, columns, gradient=grads.positions is not None, store=grad_weight is not None
+                call,
+                call.planes(images),
+                part,
+                columns,
+                gradient=grads.positions is not None,
+                store=grad_weight is not None,
             )
             if grads.positions is not None and by_position is not None:
-                grads.positions[part.planes] += by_position
+                _add(grads.positions[part.planes], by_position, images)
             if grad_weight is not None:
-                product = _product_float32(grad_part, columns[:, :, : grad_part.shape[2]].transpose(1, 2))
-                grad_weight[part.groups, :, part.channels] += product.unflatten(2, (-1, call.taps))
+                product = multiply_float32(grad_part, columns[:, :, : grad_part.shape[2]].transpose(1, 2))
+                _add(grad_weight[part.groups, :, part.channels], product.unflatten(2, (-1, call.taps)), images)
+
+
+def _add(total: Tensor, value: Tensor, images: slice) -> None:
+    """Adds what a chunk of images gives; the first one finds memory that is not initialised."""
+    if images.start == 0:
+        total.copy_(value)
+    else:
+        total.add_(value)
+
+
+def _pixels_as_rows(grad_output: Tensor) -> Tensor:
+    """The output's gradient as [B * Ho * Wo, N], which a channels_last one is; others, and unaligned rows, are copied."""
+    pixels = grad_output.permute(0, 2, 3, 1)
+    outputs = pixels.shape[3]
+    if outputs % ALIGNMENT == 0:
+        return pixels.reshape(-1, outputs)
+    rows = grad_output.new_empty(pixels.shape[:3].numel(), round_up(outputs))[:, :outputs]
+    rows.unflatten(0, pixels.shape[:3]).copy_(pixels)
+    return rows
 
 
 def _input_gradient(call: Call, images: slice, part: _Part, grad_columns: Tensor, grad_input: Tensor) -> None:
@@ -215,7 +219,8 @@ def _input_gradient(call: Call, images: slice, part: _Part, grad_columns: Tensor
         length,
         grad_columns.shape[2],
         planes.stride(0),
-        **call.gathering,
+        *call.gathering,
+        **call.strides,
         BLOCK=block,
         num_warps=4,
     )
@@ -227,8 +232,8 @@ def fused_forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
     """Fills the output [B, N, Ho, Wo] by columns that are multiplied as they are made."""
     entries = call.group_channels * call.taps
     pixels, step = _FUSED_TILE
-    for images in call.image_slabs():
-        planes = call.planes(images, slice(None))
+    for images in call.image_chunks():
+        planes = call.planes(images)
         length = planes.shape[0] * call.out_pixels
         programs = call.groups * num_blocks(length, pixels)
         # Few pixels: several programs share the sum over the entries, at least 16 steps each.
@@ -247,15 +252,15 @@ def fused_forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
             call.weight if bias is None else bias,
             out,
             call.groups,
-            **call.grouping,
-            length=length,
-            split_entries=share,
-            stride_split=strides[0],
-            stride_image=strides[1],
-            stride_output=strides[2],
-            stride_pixel=strides[4],
-            **call.fused,
+            *call.grouping,
+            length,
+            share,
+            *strides[:3],
+            strides[4],
+            *call.sampling,
+            **call.strides,
             HAS_BIAS=bias is not None and splits == 1,
+            PRECISION="tf32" if follows_tf32() else "ieee",
             BLOCK_PIXELS=pixels,
             BLOCK_OUTPUTS=16 if call.group_outputs <= 16 else _FUSED_OUTPUTS,
             BLOCK_ENTRIES=step,

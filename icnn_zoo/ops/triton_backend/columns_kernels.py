@@ -58,26 +58,27 @@ def planes_kernel(
     tl.store(planes + target, values, mask=real[:, None] & (place < plane_size)[None, :])
 
 
-@triton.jit(do_not_specialize=["channels", "taps", "length", "column_pitch", *SAMPLING])
+@triton.jit(do_not_specialize=["stride_image", "channels", "taps", "length", "column_pitch", *SAMPLING])
 def columns_kernel(
     planes,
     positions,
     columns,
     partials,
+    stride_image,
     channels,
     taps,
     length,
     column_pitch,
     height,
     width,
-    pitch,
-    plane_size,
     out_height,
     out_width,
     origin_row,
     origin_col,
     bound_row,
     bound_col,
+    pitch,
+    plane_size,
     last_free_shift,
     STRIDE_ROW: tl.constexpr,
     STRIDE_COL: tl.constexpr,
@@ -86,9 +87,9 @@ def columns_kernel(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Makes columns [C * T, column_pitch * VECTOR] from planes [B, C]. Grid: C x blocks of pixels.
+    """Makes columns [C * T, column_pitch * VECTOR] from planes [B, C, plane_size]. Grid: C x blocks of pixels.
 
-    With GRADIENT ``columns`` holds the columns' gradient: the positions' gradient goes to ``partials``
+    Images lie ``stride_image`` elements apart. With GRADIENT ``columns`` holds the columns' gradient: the positions' gradient goes to ``partials``
     [blocks, C, T, 2]. With STORE the columns are written, over their gradient if there is one.
     """
     blocks = tl.cdiv(length, BLOCK)
@@ -101,7 +102,7 @@ def columns_kernel(
     column = col * STRIDE_COL
     flat = row * (STRIDE_ROW * pitch) + column
     base = planes + (channel.to(tl.int64) * plane_size + (pitch + 2))
-    start = image * (channels * plane_size)
+    start = image * stride_image
     for tap in range(taps):
         owner = channel.to(tl.int64) * taps + tap
         row_shift, col_shift, row_fraction, col_fraction = split_position(
@@ -180,14 +181,12 @@ def input_gradient_kernel(
         "groups",
         "length",
         "split_entries",
-        "pitch",
-        "plane_size",
         "stride_split",
         "stride_image",
         "stride_output",
         "stride_pixel",
         *GROUPING,
-        *GATHERING,
+        *SAMPLING,
     ]
 )
 def fused_forward_kernel(
@@ -202,23 +201,25 @@ def fused_forward_kernel(
     taps,
     length,
     split_entries,
-    height,
-    width,
-    pitch,
-    plane_size,
-    out_height,
-    out_width,
     stride_split,
     stride_image,
     stride_output,
     stride_pixel,
+    height,
+    width,
+    out_height,
+    out_width,
     origin_row,
     origin_col,
     bound_row,
     bound_col,
+    pitch,
+    plane_size,
+    last_free_shift,
     STRIDE_ROW: tl.constexpr,
     STRIDE_COL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
@@ -275,7 +276,7 @@ def fused_forward_kernel(
         if _INTERPRETED:
             total = tl.dot(values.to(tl.float32), factors.to(tl.float32), total, input_precision="ieee")
         else:
-            total = tl.dot(values, factors, total, input_precision="ieee")
+            total = tl.dot(values, factors, total, input_precision=PRECISION)
     kernel = group * group_outputs + kernels
     used = kernels < group_outputs
     if HAS_BIAS:

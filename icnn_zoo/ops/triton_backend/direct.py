@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.ops.triton_backend import direct_kernels
-from icnn_zoo.ops.triton_backend.call import Call, GradientSums, block_size, empty_like, launch, num_blocks
+from icnn_zoo.ops.triton_backend.call import Call, Gradients, empty_like
+from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
 
 
 def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
     """Fills the output [B, N, Ho, Wo]."""
-    for images in call.image_slabs():
-        planes = call.planes(images, slice(None))
+    for images in call.image_chunks():
+        planes = call.planes(images)
         target = output[images]
-        out = empty_like(target, torch.contiguous_format)
+        out = _planes_for(target)
         length = planes.shape[0] * call.out_pixels
         block = block_size(length, 1024)
         launch(
@@ -26,26 +27,33 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
             call.weight if bias is None else bias,
             out,
             call.num_outputs,
-            **call.grouping,
-            length=length,
-            **call.sampling,
+            *call.grouping,
+            length,
+            *call.sampling,
+            **call.strides,
             PER_KERNEL=call.per_kernel,
             HAS_BIAS=bias is not None,
             BLOCK=block,
             num_warps=4,
         )
-        target.copy_(out)
+        if out is not target:
+            target.copy_(out)
 
 
-def backward(call: Call, grad_output: Tensor, grads: GradientSums) -> None:
+def _planes_for(target: Tensor) -> Tensor:
+    """Where a kernel that computes by planes puts its results: the target itself if it is made of planes."""
+    return target if target.is_contiguous() else empty_like(target, torch.contiguous_format)
+
+
+def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
     """Fills the gradients that are asked for."""
     partials = None
-    for images in call.image_slabs():
+    for images in call.image_chunks():
         grad = grad_output[images].contiguous()
         if grads.input is not None:
             _input_gradient(call, grad, grads.input[images])
         if grads.weight is not None or grads.positions is not None:
-            sums = _kernel_gradient(call, grad, call.planes(images, slice(None)))
+            sums = _kernel_gradient(call, grad, call.planes(images))
             partials = sums if partials is None else partials.add_(sums)
     if grads.weight is not None:
         assert partials is not None
@@ -60,7 +68,7 @@ def backward(call: Call, grad_output: Tensor, grads: GradientSums) -> None:
 
 
 def _input_gradient(call: Call, grad_output: Tensor, target: Tensor) -> None:
-    planes = empty_like(target, torch.contiguous_format)
+    planes = _planes_for(target)
     num_images, channels, height, width = target.shape
     length = num_images * height * width
     block = block_size(length, 512)
@@ -72,14 +80,16 @@ def _input_gradient(call: Call, grad_output: Tensor, target: Tensor) -> None:
         call.positions,
         planes,
         call.num_outputs,
-        **call.grouping,
-        length=length,
-        **call.gathering,
+        *call.grouping,
+        length,
+        *call.gathering,
+        **call.strides,
         PER_KERNEL=call.per_kernel,
         BLOCK=block,
         num_warps=4,
     )
-    target.copy_(planes)
+    if planes is not target:
+        target.copy_(planes)
 
 
 def _kernel_gradient(call: Call, grad_output: Tensor, planes: Tensor) -> Tensor:
@@ -100,10 +110,11 @@ def _kernel_gradient(call: Call, grad_output: Tensor, planes: Tensor) -> Tensor:
         call.positions,
         partials,
         call.num_outputs,
-        **call.grouping,
-        length=length,
-        split_blocks=split_blocks,
-        **call.sampling,
+        *call.grouping,
+        length,
+        split_blocks,
+        *call.sampling,
+        **call.strides,
         PER_KERNEL=call.per_kernel,
         TAPS=1 << (call.taps - 1).bit_length(),
         BLOCK=block,

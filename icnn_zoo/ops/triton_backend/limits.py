@@ -14,15 +14,14 @@ class Limits:
 
     direct_channels: int = 1
     """Most input channels of a group for which nothing but taps are summed, without columns."""
-    direct_outputs: int = 2
-    """Most outputs of a group, likewise."""
     direct_product: int = 32
     """Most input channels times outputs of a group, likewise."""
     fused_outputs: int = 32
     """Most outputs of a group for which columns are made in registers; at most 32."""
-    chunk_bytes: int = 32 * 2**20
-    """Columns of a chunk of images: well within the 40 to 60 MB of L2 that an A100, H100 or H200 has."""
-    image_bytes: int = 128 * 2**20
+    chunk_bytes: int = 512 * 2**20
+    """Columns of a chunk of images: the whole batch of most layers. Chunks small enough for the L2 cache would save
+    traffic, but each costs the CPU more time to launch than that takes."""
+    image_bytes: int = 512 * 2**20
     """Columns of a single image above which its channels are taken in parts."""
     programs: int = 512
     """The programs that a launch should have at least, where a sum can be split to get there."""
