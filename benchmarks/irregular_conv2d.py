@@ -34,6 +34,7 @@ import training_step
 from measuring import MEASUREMENT_S, TOLERANCE, distance, environment, measured, timed
 from peers import PEERS, REGULAR, SHAPES, Case, Dcls, Operator, Shape, conv2d, deform_conv2d, irregular
 
+GPU_BATCH = 16  # the shapes' own, for CPUs, would time launches
 SLOW_S, SLOW_ROUNDS = 5.0, 3  # slower calls take part in the first rounds only
 COMPARED = ("output", "input gradient", "weight gradient", "position gradient")
 
@@ -139,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the gate and then the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--batch", type=int, help=f"images of every shape; {GPU_BATCH} on CUDA, else each shape's own")
     parser.add_argument("--backward", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -155,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
     shapes = {name: SHAPES[name].shrunk() if args.quick else SHAPES[name] for name in args.shapes}
+    batch = args.batch or (GPU_BATCH if args.device == "cuda" else None)
+    if batch:
+        shapes = {name: replace(shape, batch=batch) for name, shape in shapes.items()}
 
     checks = [check for name, shape in shapes.items() for check in gate(name, shape, args.device)]
     network = network_options(args) if args.network else None

@@ -1,38 +1,34 @@
-"""Shared helpers of the tests."""
+"""Shared helpers of the tests. What those of single rooms need is imported where it is used."""
 
 import os
 
 # Before anything imports albumentations: it would ask the network for a newer version.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ["MPLBACKEND"] = "agg"
 
 import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
-import matplotlib
-import numpy as np
 import pytest
-import timm_check
 import torch
 import torch.distributed
 
-from icnn_zoo.data import VOC_CLASSES
-from icnn_zoo.data.drawn_voc import FORMAT
 from icnn_zoo.ops import register_backend, unregister_backend
 from icnn_zoo.ops.native_backend import Limits as NativeLimits
 from icnn_zoo.ops.native_backend import NativeBackend
 from icnn_zoo.ops.torch_backend import Limits as TorchLimits
 from icnn_zoo.ops.torch_backend import TorchBackend
 
-matplotlib.use("agg")
 torch.set_num_threads(1)  # tests are small: a second thread costs more than it gives
 
 
 @pytest.fixture
 def waken():
+    import timm_check
+
     return timm_check.wake
 
 
@@ -73,6 +69,12 @@ def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def drawn_voc_root(tmp_path_factory) -> Path:
     """A prepared folder in small: two plain icons of each class and two backgrounds for every split."""
+    import cv2
+    import numpy as np
+
+    from icnn_zoo.data import VOC_CLASSES
+    from icnn_zoo.data.drawn_voc import FORMAT
+
     root = tmp_path_factory.mktemp("data")
     folder = root / "drawn-voc"
     manifest = {"format": FORMAT, "icons": {}, "backgrounds": {}}

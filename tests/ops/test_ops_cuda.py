@@ -1,5 +1,6 @@
 """The Triton backend on a GPU: the same numbers as the reference, bit for bit the same on every run."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -47,13 +48,11 @@ def differentiate(case: Case, tensors: Tensors, dtype: torch.dtype) -> list[Tens
 
 @pytest.fixture(autouse=True)
 def _full_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Reduced precision within cuBLAS is the user's choice; errors are measured without it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Reduced precision within cuBLAS and cuDNN is the user's choice; errors are measured without it."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_fp16_reduced_precision_reduction", False)
-    yield
-    torch.set_float32_matmul_precision(before)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -143,7 +142,9 @@ def test_nothing_synchronises_and_a_graph_replays_it(case: Case) -> None:
     tensors = on_gpu(case)
     expected = case.run(tensors)  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -158,6 +159,32 @@ def test_nothing_synchronises_and_a_graph_replays_it(case: Case) -> None:
     torch.cuda.synchronize()
     for result, same in zip(results, expected, strict=True):
         torch.testing.assert_close(result, same)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_grad_mode_and_deterministic_mode(form: str) -> None:
+    """As an exported network calls it, and with no CUBLAS_WORKSPACE_CONFIG."""
+    case, backend = Case(), TritonBackend(FORMS[form])
+    tensors = on_gpu(case)
+    expected = case.run(tensors, backend)
+    for tensor in tensors[:3]:
+        tensor.requires_grad_()
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = case.run(tensors, backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(result.equal(same) for result, same in zip(results, expected, strict=True))
+
+
+def test_tf32_is_what_it_is_for_cudnn() -> None:
+    case = LARGE[0]
+    tensors = on_gpu(case)
+    exact = case.run(tensors)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        rounded = case.run(tensors)
+    errors = [((result - truth).norm() / truth.norm()).item() for result, truth in zip(rounded, exact, strict=True)]
+    assert all(1e-5 < error < 1e-2 for error in errors)
 
 
 def test_more_than_2_to_the_31_elements() -> None:

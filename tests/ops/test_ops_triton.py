@@ -218,7 +218,7 @@ def test_products_follow_what_is_set_for_convolutions(monkeypatch: pytest.Monkey
     torch.set_deterministic_debug_mode("warn")
     try:
         products.multiply(ones, ones)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             products.multiply(ones, ones)
         assert torch.get_deterministic_debug_mode() == 1
     finally:
