@@ -109,7 +109,7 @@ def compile_launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 DENSE = Case("dense", batch=1, size=(41, 41), channels=(16, 64), kernel=(3, 3), bias=False)
 CLASSIFIER = replace(DENSE, name="classifier", channels=(64, 21), dilation=(12, 12), padding=(12, 12))
 DEPTHWISE = replace(DENSE, name="depthwise", channels=(8, 8), groups=8, kernel=(5, 5), padding=(2, 2))
-FULL = replace(DENSE, name="full version", channels=(4, 4), per_kernel=True)
+FULL = replace(DENSE, name="full version", channels=(4, 4), shapes="kernel")
 
 # Most instructions in the longest loop. A pass handles 8 elements a thread, the gathers of the input's gradient 4; slow
 # branches and, where there are two, the inner loop are counted too. A change of a layout or mask shows here first.

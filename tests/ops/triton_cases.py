@@ -41,7 +41,7 @@ class Case:
     groups: int = 1
     spread: float = 0.7
     bias: bool = True
-    per_kernel: bool = False
+    shapes: str = "channel"
     dtype: torch.dtype = torch.float32
     layout: torch.memory_format = torch.contiguous_format
 
@@ -64,7 +64,7 @@ class Case:
         in_channels, out_channels = self.channels
         rows, cols = (d * (torch.arange(k) - (k - 1) // 2) for d, k in zip(self.dilation, self.kernel, strict=True))
         grid = torch.cartesian_prod(rows, cols).reshape(-1, 2)
-        owners = (out_channels, in_channels // self.groups) if self.per_kernel else (in_channels,)
+        owners = (out_channels, in_channels // self.groups) if self.shapes == "kernel" else (in_channels,)
         input = rand(self.batch, in_channels, *self.size).to(self.dtype).contiguous(memory_format=self.layout)
         grad_output = rand(self.batch, out_channels, *self.geometry.output_size)
         return (
@@ -126,9 +126,9 @@ CASES = [
     Case("integer positions", spread=0.0),
 ]
 PER_KERNEL = [
-    Case("per kernel, groups, stride 2", per_kernel=True, groups=2, channels=(4, 4), stride=(2, 2)),
-    Case("per kernel, depthwise, multiplier 2", per_kernel=True, channels=(2, 4), groups=2),
-    Case("per kernel, batch 0", per_kernel=True, batch=0),
+    Case("per kernel, groups, stride 2", shapes="kernel", groups=2, channels=(4, 4), stride=(2, 2)),
+    Case("per kernel, depthwise, multiplier 2", shapes="kernel", channels=(2, 4), groups=2),
+    Case("per kernel, batch 0", shapes="kernel", batch=0),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

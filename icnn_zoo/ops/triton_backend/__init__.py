@@ -81,7 +81,7 @@ class TritonBackend:
         sizes = " and outputs of ".join(
             " x ".join(map(str, size)) for size in (geometry.input_size, geometry.output_size)
         )
-        return f"it numbers the pixels of a padded image with 32 bits, and `input` is too large for that: images of {sizes}"
+        return f"`input` is too large for it, as it numbers pixels with 32 bits: images of {sizes}"
 
     @torch.no_grad()
     def forward(

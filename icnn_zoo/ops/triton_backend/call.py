@@ -62,9 +62,7 @@ class Numbers:
         largest = (reach[0] + height + row_bound + abs(geometry.origin[0]) + 2) * (
             max(pitch, out_width) + col_bound + abs(geometry.origin[1])
         )
-        return Numbers(
-            pitch, (height + 2) * pitch + 4, (row_bound, col_bound), width + gap - 2 - reach[1], largest
-        )
+        return Numbers(pitch, (height + 2) * pitch + 4, (row_bound, col_bound), width + gap - 2 - reach[1], largest)
 
 
 class Call:

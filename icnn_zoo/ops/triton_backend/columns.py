@@ -192,7 +192,7 @@ def _add(total: Tensor, value: Tensor, images: slice) -> None:
 
 
 def _pixels_as_rows(grad_output: Tensor) -> Tensor:
-    """The output's gradient as [B * Ho * Wo, N], which a channels_last one is; others, and unaligned rows, are copied."""
+    """The output's gradient as [B * Ho * Wo, N], which a channels_last one is; others and unaligned ones are copied."""
     pixels = grad_output.permute(0, 2, 3, 1)
     outputs = pixels.shape[3]
     if outputs % ALIGNMENT == 0:

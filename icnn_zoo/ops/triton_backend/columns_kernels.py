@@ -89,8 +89,9 @@ def columns_kernel(
 ):
     """Makes columns [C * T, column_pitch * VECTOR] from planes [B, C, plane_size]. Grid: C x blocks of pixels.
 
-    Images lie ``stride_image`` elements apart. With GRADIENT ``columns`` holds the columns' gradient: the positions' gradient goes to ``partials``
-    [blocks, C, T, 2]. With STORE the columns are written, over their gradient if there is one.
+    Images lie ``stride_image`` elements apart. With GRADIENT ``columns`` holds the columns' gradient: the positions'
+    gradient goes to ``partials`` [blocks, C, T, 2]. With STORE the columns are written, over their gradient if there is
+    one.
     """
     blocks = tl.cdiv(length, BLOCK)
     channel = tl.program_id(0) // blocks

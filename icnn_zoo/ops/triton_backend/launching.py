@@ -1,4 +1,4 @@
-"""How kernels are launched: at a fraction of what Triton takes to look a kernel up, and with an error that says which."""
+"""How kernels are launched, in less time than Triton takes to look one up."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> Non
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise BackendError(f"its kernel {kernel.__name__} cannot be compiled: {type(error).__name__}: {reason}") from error
+        raise BackendError(
+            f"its kernel {kernel.__name__} cannot be compiled: {type(error).__name__}: {reason}"
+        ) from error
     if compiled is not None:  # the interpreter compiles nothing
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
