@@ -147,20 +147,27 @@ def test_commands_parse(words, tmp_path, monkeypatch):
         parse_own(words, monkeypatch) if own else parse_lightning(words, monkeypatch)
     elif words[0] == "python" and words[1].startswith("benchmarks/"):
         parse_own(words, monkeypatch)
+    elif words[:2] == ["python", "-m"]:
+        monkeypatch.syspath_prepend(ROOT)
+        parse_own(words[2:], monkeypatch, partial(runpy.run_module, words[2], run_name="__main__"))
     else:
         assert words[0] in ("python3", "pip", ".", "pytest", "mkdocs"), words
 
 
-def parse_own(words, monkeypatch):
+def parse_own(words, monkeypatch, run=None):
     parse = argparse.ArgumentParser.parse_args
 
     def stop(*arguments, **options):
         raise Parsed(parse(*arguments, **options))
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    monkeypatch.setattr(sys, "argv", words[1:])
+    monkeypatch.setattr(sys, "argv", words if run else words[1:])
     own = words[0] == "icnn-zoo"
-    run = partial(zoo_main, words[1:]) if own else partial(runpy.run_path, str(ROOT / words[1]), run_name="__main__")
+    run = (
+        run or partial(zoo_main, words[1:])
+        if own
+        else partial(runpy.run_path, str(ROOT / words[1]), run_name="__main__")
+    )
     with pytest.raises(Parsed):
         run()
 

@@ -1,0 +1,189 @@
+"""Is the operator right on this GPU? Every form, dtype and layout against the formula in float64, and more.
+
+A line a check, and gate.json. One failure ends nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import icnn_zoo
+from benchmarks.gpu import rehearsing
+from benchmarks.gpu.shapes import FORMS, REHEARSED_FORMS, Layer
+from icnn_zoo.ops import formula
+
+LIMITS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # error / norm of the true result
+NAMES = ("output", "input gradient", "weight gradient", "position gradient", "bias gradient")
+LAYOUTS = (torch.channels_last, torch.contiguous_format)
+
+
+def run(layer: Layer, tensors: list[Tensor], grad: Tensor, backend: str) -> list[Tensor]:
+    """Output and gradients."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = icnn_zoo.irregular_conv2d(*leaves, **layer.geometry, backend=backend)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+
+def truth(layer: Layer, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """The same by the formula in float64."""
+    leaves = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    output = formula.irregular_conv2d(*leaves, *layer.sizes)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad.double())]
+
+
+def errors(results: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """Norms of the errors relative to those of the expected results."""
+    pairs = zip(results, expected, strict=True)
+    return [((result.double() - true).norm() / true.norm().clamp_min(1e-12)).item() for result, true in pairs]
+
+
+class Checks:
+    """Runs checks and keeps what came of them."""
+
+    def __init__(self, backend: str, device: str) -> None:
+        self.backend, self.device = backend, device
+        self.results: list[dict[str, object]] = []
+
+    def attempt(self, name: str, check: Callable[[], str | None]) -> None:
+        """Runs a check; an exception is a failure, with its text."""
+        begin = time.monotonic()
+        try:
+            text, passed = check() or "", True
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            text, passed = f"{type(error).__name__}: {lines[0] if lines else ''}"[:300], False
+            traceback.print_exc(limit=-4, file=sys.stdout)
+        seconds = round(time.monotonic() - begin, 2)
+        self.results.append({"check": name, "passed": passed, "text": text, "seconds": seconds})
+        print(f"{'ok  ' if passed else 'FAIL'} {name}: {text} ({seconds} s)", flush=True)
+
+    def equals_formula(self, layer: Layer, dtype: torch.dtype, layout: torch.memory_format) -> str:
+        """Output and gradients are as precise as the dtype allows."""
+        *tensors, grad = layer.tensors(self.device, dtype, layout)
+        found = errors(run(layer, tensors, grad, self.backend), truth(layer, tensors, grad))
+        text = ", ".join(f"{name} {error:.1e}" for name, error in zip(NAMES, found, strict=True))
+        assert all(error <= LIMITS[dtype] for error in found), f"{text}; limit {LIMITS[dtype]:g}"
+        return text
+
+    def positions_that_are_no_numbers(self, layer: Layer) -> None:
+        """NaN and infinity give NaN, huge numbers do not, and nothing crashes."""
+        input, weight, positions, bias, grad = layer.tensors(self.device)
+        for value in (float("nan"), float("inf"), 3e38, -1e12):
+            positions[1, 2, 0] = value
+            output = run(layer, [input, weight, positions, bias], grad, self.backend)[0]
+            assert output.isnan().all() == (abs(value) > 1e39 or value != value), value
+
+    def strided_input(self, layer: Layer) -> str:
+        """A view with odd strides."""
+        input, *others, grad = layer.tensors(self.device)
+        batch, channels, height, width = input.shape
+        wide = input.new_zeros(batch, 2 * channels, height + 1, width + 3)
+        tensors = [wide[:, 1::2, 1:, 2:-1].copy_(input), *others]
+        found = errors(run(layer, tensors, grad, self.backend), truth(layer, tensors, grad))
+        assert max(found) <= LIMITS[torch.float32], found
+        return f"{max(found):.1e}"
+
+    def deterministic_mode(self, layer: Layer) -> None:
+        """Needs no CUBLAS_WORKSPACE_CONFIG, and two runs are equal."""
+        *tensors, grad = layer.tensors(self.device)
+        torch.use_deterministic_algorithms(True)
+        try:
+            first, second = (run(layer, tensors, grad, self.backend) for _ in range(2))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert all(map(torch.equal, first, second))
+
+    def exported(self, layer: Layer) -> None:
+        """An exported layer, called while gradients are on."""
+        module = icnn_zoo.IrregularConv2d(*layer.channels, 3, padding=1).to(self.device)
+        module.backend = self.backend
+        input = layer.tensors(self.device)[0]
+        program = torch.export.export(module, (input,)).module()
+        torch.testing.assert_close(program(input), module(input))
+
+    def second_derivatives(self, layer: Layer) -> None:
+        """They exist and are finite."""
+        leaves = [tensor.requires_grad_() for tensor in layer.tensors(self.device)[:4]]
+        output = icnn_zoo.irregular_conv2d(*leaves, **layer.geometry, backend=self.backend)
+        grads = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+
+    def other_stream(self, layer: Layer) -> None:
+        """Gives the same bits."""
+        *tensors, grad = layer.tensors(self.device)
+        expected, stream = run(layer, tensors, grad, self.backend), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            results = run(layer, tensors, grad, self.backend)
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, results, expected))
+
+    def autocast(self, layer: Layer) -> None:
+        """Gives bfloat16."""
+        tensors = layer.tensors(self.device)[:4]
+        with torch.autocast(self.device, torch.bfloat16):
+            output = icnn_zoo.irregular_conv2d(*tensors, **layer.geometry, backend=self.backend)
+        assert output.dtype == torch.bfloat16
+
+    def compiled_with_graphs(self, layer: Layer) -> None:
+        """torch.compile, CUDA graphs included, gives the same gradients."""
+        module = icnn_zoo.IrregularConv2d(*layer.channels, 3, padding=1).to(self.device)
+        input = layer.tensors(self.device)[0].requires_grad_()
+        leaves = [input, *module.parameters()]
+        expected = torch.autograd.grad(module(input).square().sum(), leaves)
+        compiled = torch.compile(module, mode="reduce-overhead")
+        for _ in range(4):
+            results = torch.autograd.grad(compiled(input).square().sum(), leaves)
+        for result, same in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, same, rtol=1e-3, atol=1e-3 * same.abs().max().item())
+
+
+def main(folder: Path, seconds: float, *, rehearsal: bool = False) -> bool:
+    """Runs the checks, writes gate.json and returns whether all passed."""
+    warnings.simplefilter("ignore")
+    begin, device = time.monotonic(), "cpu" if rehearsal else "cuda"
+    forms = REHEARSED_FORMS if rehearsal else FORMS
+    dtypes = [torch.float32] if rehearsal else list(LIMITS)
+    with rehearsing.backend(rehearsal) as backend, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        checks = Checks(backend, device)
+
+        def attempt(name: str, check: Callable[[], str | None]) -> None:
+            if time.monotonic() - begin < seconds:
+                checks.attempt(name, check)
+                (folder / "gate.json").write_text(json.dumps(checks.results, indent=1) + "\n")
+
+        for (form, layer), dtype, layout in itertools.product(forms.items(), dtypes, LAYOUTS[: 1 if rehearsal else 2]):
+            name = f"{form}, {str(dtype)[6:]}, {str(layout)[6:]}"
+            attempt(name, lambda layer=layer, dtype=dtype, layout=layout: checks.equals_formula(layer, dtype, layout))
+        layer = next(iter(forms.values()))
+        others = [
+            checks.positions_that_are_no_numbers,
+            checks.strided_input,
+            checks.deterministic_mode,
+            checks.autocast,
+        ]
+        if not rehearsal:
+            layer = replace(layer, size=(13, 17))
+            others += [checks.exported, checks.second_derivatives, checks.other_stream, checks.compiled_with_graphs]
+        for check in others:
+            attempt(check.__name__, lambda check=check: check(layer))
+    failed = sum(not result["passed"] for result in checks.results)
+    print(f"{failed} of {len(checks.results)} checks failed, {time.monotonic() - begin:.0f} s")
+    if rehearsal and failed:
+        raise RuntimeError(f"{failed} checks failed, see {folder / 'gate.log'}")
+    return not failed
+
+
+if __name__ == "__main__":
+    sys.exit(not main(Path(sys.argv[1]), float(sys.argv[2])))

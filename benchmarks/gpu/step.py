@@ -1,0 +1,73 @@
+"""Times a training step of a ResNet-101, regular and converted from layer3.11 on, in turn, and where its time goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import training_step
+
+NETWORK = {
+    "backbone": "resnet101",
+    "start": "layer3.11",
+    "output-stride": 8,
+    "size": 321,
+    "batch-size": 16,
+    "dtype": "bfloat16",
+    "device": "cuda",
+    "rounds": 8,
+    "threads": 8,
+}
+REHEARSED = NETWORK | {
+    "backbone": "resnet18",
+    "start": "layer4.1",
+    "size": 33,
+    "batch-size": 1,
+    "dtype": "float32",
+    "device": "cpu",
+    "rounds": 1,
+    "threads": 1,
+}
+
+
+def busy(step: training_step.Step) -> dict[str, Any]:
+    """Milliseconds that kernels run in a step, how many, and the longest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+    events = [event for event in profiled.key_averages() if event.self_device_time_total]
+    longest = sorted(events, key=lambda event: -event.self_device_time_total)[:20]
+    return {
+        "kernels_ms": sum(event.self_device_time_total for event in events) / 1e3,
+        "kernels": sum(event.count for event in events),
+        "longest": [f"{event.key[:80]} x{event.count}: {event.self_device_time_total:.0f} us" for event in longest],
+    }
+
+
+def main(folder: Path, seconds: float, *, rehearsal: bool = False) -> None:
+    """Writes step.json."""
+    settings = REHEARSED if rehearsal else NETWORK
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    options = training_step.parse(words)
+    torch.set_num_threads(options.threads)
+    torch.backends.cudnn.benchmark = True
+    result = training_step.measure(options)
+    print(*training_step.table(result), sep="\n", flush=True)
+    (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
+    if options.device == "cuda":
+        starts = {"regular": None, f"irregular from {options.start}": options.start}
+        result["busy"] = {}
+        for name, start in starts.items():
+            step = training_step.Step(options, start, channels_last=True)
+            step()
+            result["busy"][name] = busy(step)
+        (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result["busy"], indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))
