@@ -7,10 +7,23 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from triton_cases import CASES, DTYPES, FORMS, INTERPRETED, PER_KERNEL, Case, Guarded, Tensors, assert_close
+from triton_cases import (
+    CASES,
+    DRAWN,
+    DTYPES,
+    FEW,
+    FEW_CASES,
+    FORMS,
+    INTERPRETED,
+    PER_KERNEL,
+    Case,
+    Guarded,
+    Tensors,
+    assert_close,
+)
 
 from icnn_zoo.ops import formula
-from icnn_zoo.ops.triton_backend import Limits, TritonBackend
+from icnn_zoo.ops.triton_backend import Limits, TritonBackend, few
 
 REASON = TritonBackend().unavailable(torch.device("cuda")) if torch.cuda.is_available() else "it needs a CUDA device"
 if REASON is not None or INTERPRETED:
@@ -61,6 +74,20 @@ def test_equals_the_reference(case: Case, form: str) -> None:
     backend = Guarded(FORMS[form])
     tensors = on_gpu(case)
     assert_close(case.run(tensors, backend), case.expected(tensors))
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.name)
+def test_few_outputs_equal_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32, which takes this way only with TF32: the products are made exact behind its back."""
+    monkeypatch.setattr(few, "uses_tensor_cores", lambda dtype: True)
+    tensors = on_gpu(case)
+    assert_close(case.run(tensors, Guarded(FEW)), case.expected(tensors))
+
+
+@pytest.mark.parametrize("case", DRAWN, ids=lambda case: case.name)
+def test_drawn_kernels_equal_the_reference(case: Case) -> None:
+    tensors = on_gpu(case)
+    assert_close(case.run(tensors, Guarded()), case.expected(tensors))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

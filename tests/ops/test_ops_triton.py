@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from triton_cases import (
     CASES,
+    DRAWN,
     DTYPES,
+    FEW,
+    FEW_CASES,
     FORMS,
     INTERPRETED,
     PER_KERNEL,
@@ -34,13 +37,8 @@ FORMS_AND_LAYOUTS = [
     ("fused", torch.channels_last),
     ("direct", torch.channels_last),
 ]
-# The interpreter takes a second for a direct case: those that the form is for, and every third of the others.
-EACH_CASE = [
-    (case, form)
-    for number, case in enumerate(CASES)
-    for form in FORMS
-    if form != "direct" or number % 3 == 0 or case.groups > 1
-]
+# The interpreter takes a second for a direct case: every third.
+EACH_CASE = [(case, form) for number, case in enumerate(CASES) for form in FORMS if form != "direct" or number % 3 == 0]
 
 
 @pytest.fixture
@@ -66,6 +64,19 @@ class TestInterpreted:
         # The backward of the fused form is that of columns.
         results = [case.forward(tensors, backend)] if form == "fused" else case.run(tensors, backend)
         assert_close(results, case.expected(tensors)[: len(results)])
+
+    @pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.name)
+    @pytest.mark.parametrize("chunk_bytes", [1, 2**29])
+    def test_few_outputs_equal_the_reference(self, case: Case, chunk_bytes: int) -> None:
+        backend = Guarded(replace(FEW, chunk_bytes=chunk_bytes))
+        tensors = case.tensors()
+        assert_close(case.run(tensors, backend), case.expected(tensors))
+
+    @pytest.mark.parametrize("case", DRAWN, ids=lambda case: case.name)
+    def test_drawn_kernels_equal_the_reference(self, case: Case) -> None:
+        backend = Guarded()
+        tensors = case.tensors()
+        assert_close(case.run(tensors, backend), case.expected(tensors))
 
     @pytest.mark.parametrize("case", PER_KERNEL, ids=lambda case: case.name)
     def test_full_version_equals_the_reference(self, case: Case) -> None:
@@ -121,16 +132,20 @@ class TestInterpreted:
         assert_close([case.forward(tensors, backend)], case.expected(tensors)[:1])
 
     @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-    @pytest.mark.parametrize("form", ["columns", "direct", "per kernel"])
+    @pytest.mark.parametrize("form", ["columns", "direct", "few", "per kernel"])
     def test_positions_that_are_no_numbers(self, form: str, value: float) -> None:
         """They give NaN to what they feed and to nothing else, and read nothing out of bounds."""
-        backend = Guarded(FORMS.get(form, FORMS["columns"]))  # the full version has one form, whatever the limits
-        case = Case(shapes="kernel" if form == "per kernel" else "channel", groups=2, channels=(4, 2), stride=(2, 1))
+        limits = FEW if form == "few" else FORMS.get(form, FORMS["columns"])  # the full version has one form anyway
+        backend = Guarded(limits)
+        groups = 1 if form == "few" else 2
+        case = Case(
+            shapes="kernel" if form == "per kernel" else "channel", groups=groups, channels=(4, 2), stride=(2, 1)
+        )
         tensors = case.tensors()
         tensors[2].view(-1, 4, 2)[1, 2] = value
         results, expected = case.run(tensors, backend), case.expected(tensors)
         for result, truth in zip(results, expected, strict=True):
-            assert 0 < truth.isnan().sum() < truth.numel()
+            assert 0 < truth.isnan().sum() and (groups == 1 or truth.isnan().sum() < truth.numel())
             assert result.isnan().equal(truth.isnan())
         assert_close(results, expected)
 

@@ -14,7 +14,13 @@ pytest.importorskip("triton", reason="needs the package triton (pip install trit
 import triton
 from triton_cases import INTERPRETED, RELEASE, Case
 
-from icnn_zoo.ops.triton_backend import columns_kernels, direct_kernels
+from icnn_zoo.ops.triton_backend import (
+    columns_kernels,
+    direct_kernels,
+    drawn_kernels,
+    few_kernels,
+    listed_kernels,
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,8 @@ def compile_launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     def compile_launches(case: Case, capability: int) -> list[Compiled]:
         launched.clear()
         triton.runtime.driver.set_active(_Driver(capability))
-        for kernel in [*vars(columns_kernels).values(), *vars(direct_kernels).values()]:
+        modules = (columns_kernels, direct_kernels, drawn_kernels, few_kernels, listed_kernels)
+        for kernel in [each for module in modules for each in vars(module).values()]:
             if isinstance(kernel, triton.runtime.jit.JITFunction):
                 kernel.device_caches.clear()
         case.run(case.tensors())
@@ -108,6 +115,7 @@ def compile_launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 
 DENSE = Case("dense", batch=1, size=(41, 41), channels=(16, 64), kernel=(3, 3), bias=False)
 CLASSIFIER = replace(DENSE, name="classifier", channels=(64, 21), dilation=(12, 12), padding=(12, 12))
+GROUPED = replace(DENSE, name="grouped", channels=(64, 42), groups=2)
 DEPTHWISE = replace(DENSE, name="depthwise", channels=(8, 8), groups=8, kernel=(5, 5), padding=(2, 2))
 FULL = replace(DENSE, name="full version", channels=(4, 4), shapes="kernel")
 
@@ -119,12 +127,33 @@ LOOP_LIMITS = {
     "columns_kernel with sums": 570,
     "input_gradient_kernel": 190,
     "fused_forward_kernel": 650,
+    "shifted_sum_kernel": 200,
+    "shift_gradient_kernel": 0,
+    "listed_sum_kernel": 650,
+    "listed_column_gradient_kernel": 0,
+    "listed_input_gradient_kernel": 240,
+    "listed_columns_kernel": 570,
+    "listed_weight_gradient_kernel": 400,
+    "draw_kernel": 0,
+    "drawn_sum_kernel": 400,  # of the way tap by tap; a box's cell takes far fewer
+    "drawn_gradient_kernel": 1000,
+    "undraw_kernel": 0,
     "direct_forward_kernel": 400,
     "direct_input_gradient_kernel": 240,
     "direct_kernel_gradient_kernel": 960,
 }
 OLDER_COMPILER = 1.0 if RELEASE >= (3, 9) else 1.4  # Triton 3.6 makes more of the same code
 COLUMNS_BACKWARD = {"columns_kernel with sums", "input_gradient_kernel"}
+FEW = {
+    "shifted_sum_kernel",
+    "shift_gradient_kernel",
+    "listed_sum_kernel",
+    "listed_column_gradient_kernel",
+    "listed_input_gradient_kernel",
+    "listed_columns_kernel",
+    "listed_weight_gradient_kernel",
+}
+DRAWN = {"draw_kernel", "drawn_sum_kernel", "drawn_gradient_kernel", "undraw_kernel"}
 DIRECT = {"direct_forward_kernel", "direct_input_gradient_kernel", "direct_kernel_gradient_kernel"}
 
 
@@ -139,11 +168,13 @@ class TestCompiled:
             (DENSE, {"columns_kernel"} | COLUMNS_BACKWARD, torch.float32, 90),
             (DENSE, {"columns_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 80),
             (DENSE, {"columns_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 90),
-            (CLASSIFIER, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.float32, 90),
-            (CLASSIFIER, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 80),
-            (CLASSIFIER, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.float16, 90),
-            (DEPTHWISE, DIRECT, torch.float32, 80),
-            (DEPTHWISE, DIRECT, torch.bfloat16, 90),
+            (GROUPED, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.float32, 90),
+            (GROUPED, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 80),
+            (GROUPED, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.float16, 90),
+            (CLASSIFIER, FEW, torch.bfloat16, 80),
+            (CLASSIFIER, FEW, torch.float32, 90),
+            (DEPTHWISE, DRAWN, torch.float32, 80),
+            (DEPTHWISE, DRAWN, torch.bfloat16, 90),
             (FULL, DIRECT, torch.bfloat16, 90),
         ],
         ids=lambda value: (
@@ -160,5 +191,5 @@ class TestCompiled:
             assert kernel.stack_bytes == 0, f"{name} spills"
             assert kernel.num_registers <= 128, name
             assert kernel.loop_instructions <= LOOP_LIMITS[name] * OLDER_COMPILER, name
-            if name == "fused_forward_kernel" and dtype != torch.float32:
+            if name in ("fused_forward_kernel", "listed_sum_kernel") and dtype != torch.float32:
                 assert kernel.count("HGMMA" if capability == 90 else "HMMA") > 0

@@ -147,8 +147,8 @@ class Guarded(TritonBackend):
         made = super().make_call(*arguments)
         make_planes = made.make_planes
 
-        def guarded(source: Tensor) -> Tensor:
-            inside = make_planes(source)
+        def guarded(*source: Any) -> Tensor:
+            inside = make_planes(*source)
             margin = 5000
             around = inside.new_full((inside.numel() + 2 * margin,), float("nan"))
             around[margin:-margin] = inside.flatten()
@@ -159,5 +159,23 @@ class Guarded(TritonBackend):
 
 
 # What makes tiny sizes take a form; the full version has only one.
-COLUMNS = Limits(direct_channels=0, direct_product=0, fused_outputs=0)
-FORMS = {"columns": COLUMNS, "fused": replace(COLUMNS, fused_outputs=32), "direct": Limits(direct_product=10**9)}
+COLUMNS = Limits(drawn_taps=0, direct_channels=0, direct_product=0, few_outputs=0, fused_outputs=0)
+FORMS = {
+    "columns": COLUMNS,
+    "fused": replace(COLUMNS, fused_outputs=32),
+    "direct": replace(COLUMNS, direct_product=10**9),
+}
+FEW = replace(COLUMNS, few_outputs=32, few_channels=1)
+FEW_CASES = [
+    Case("few outputs, most taps in their boxes", channels=(5, 3), kernel=(2, 3), spread=0.4),
+    Case("few outputs, stride 2", channels=(6, 2), stride=(2, 1), spread=1.0, layout=torch.channels_last),
+    Case("few outputs, far away", channels=(3, 2), spread=30.0, bias=False),
+]
+DRAWN = [
+    Case("drawn", channels=(2, 2), groups=2, kernel=(3, 3)),
+    Case("drawn, multiplier 2, stride 2", channels=(2, 4), groups=2, stride=(2, 1), layout=torch.channels_last),
+    Case("drawn, multiplier 2", channels=(2, 4), groups=2, padding=(0, 2), size=(5, 4)),
+    Case("drawn, per kernel", channels=(2, 4), groups=2, shapes="kernel"),
+    Case("drawn, some boxes too large", channels=(3, 3), groups=3, size=(2, 40), spread=3.0),
+    Case("drawn, spread 1e9 px", channels=(2, 2), groups=2, spread=1e9),
+]

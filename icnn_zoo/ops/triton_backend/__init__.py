@@ -1,16 +1,21 @@
 """The irregular convolution on CUDA, with kernels in Triton and matrix products by cuBLAS.
 
-Three forms, chosen from static sizes alone, so that nothing synchronises and CUDA graphs can hold the calls:
+Five forms, chosen from static sizes alone, so that nothing synchronises and CUDA graphs can hold the calls:
 
 - *columns*, for dense layers: the input is copied to planes with zeros around them, a kernel reads every (channel, tap)
   at its sub-pixel shift into columns, and a matrix product does the rest, for as many images at a time as keep the
   columns within the L2 cache. The backward makes the columns' gradient by a matrix product; one kernel gathers the
   input's gradient from it, a second reads the planes once for both the positions' gradient and the columns, which
   overwrite their own gradient on the way to the weights' gradient.
-- *fused*, the forward of layers with few outputs in a group (a classifier): columns are made in registers, multiplied
-  at once and never stored. Its backward is that of *columns*.
-- *direct*, for depthwise layers, tiny groups and the full version: the taps are summed one by one, without columns.
-  The full version costs an interpolation for each output channel, input channel and tap.
+- *few*, for dense layers with few outputs (a classifier), where products run on tensor cores: a product with weights
+  spread over boxes of 3 x 3 cells, then a sum at the cells' integer offsets. What lies outside of the boxes is listed on
+  the GPU and added by columns. An infinite pixel makes all NaN that a box reaches.
+- *fused*, the forward of other layers with few outputs in a group: columns are made in registers, multiplied at once and
+  never stored. Its backward is that of *columns*.
+- *drawn*, for depthwise layers: each kernel is drawn as the dense box around its taps, on the GPU, and the box's cells
+  are summed; a kernel with a large box is summed tap by tap. An infinite pixel makes all NaN that a box reaches.
+- *direct*, for tiny groups and the full version: the taps are summed one by one, without columns. The full version
+  costs an interpolation for each output channel, input channel and tap.
 
 Choice, block sizes and chunk sizes are fixed numbers (``Limits``), not tuned at run time: a sum has the same order on
 every run, in deterministic mode without ``CUBLAS_WORKSPACE_CONFIG``.
@@ -103,13 +108,17 @@ class TritonBackend:
         output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
         if output.numel() == 0:
             return output
-        from icnn_zoo.ops.triton_backend import columns, direct
+        from icnn_zoo.ops.triton_backend import columns, direct, drawn, few
 
         call = self.make_call(input, weight, positions, geometry)
         bias = None if bias is None else bias.contiguous()
         with self._kernels_of(input):
-            if self._is_direct(weight, positions, geometry):
+            if self._is_drawn(weight):
+                drawn.forward(call, bias, output)
+            elif self._is_direct(weight, positions, geometry):
                 direct.forward(call, bias, output)
+            elif few.fits(input, weight, geometry, self.limits):
+                few.forward(call, bias, output)
             elif columns.fits_fused(weight, geometry, self.limits):
                 columns.fused_forward(call, bias, output)
             else:
@@ -127,7 +136,7 @@ class TritonBackend:
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
-        from icnn_zoo.ops.triton_backend import columns, direct
+        from icnn_zoo.ops.triton_backend import columns, direct, drawn, few
         from icnn_zoo.ops.triton_backend.call import Gradients, empty_like
 
         call = self.make_call(input, weight, positions, geometry)
@@ -142,8 +151,12 @@ class TritonBackend:
                     grad.zero_()
         else:
             with self._kernels_of(input):
-                if self._is_direct(weight, positions, geometry):
+                if self._is_drawn(weight):
+                    drawn.backward(call, grad_output, grads)
+                elif self._is_direct(weight, positions, geometry):
                     direct.backward(call, grad_output, grads)
+                elif few.fits(input, weight, geometry, self.limits):
+                    few.backward(call, grad_output, grads)
                 else:
                     columns.backward(call, grad_output, grads)
         return (
@@ -167,6 +180,10 @@ class TritonBackend:
             except BackendError as error:
                 self._failures[input.device] = str(error)
                 raise
+
+    def _is_drawn(self, weight: Tensor) -> bool:
+        """Whether kernels have one input channel and few taps: small boxes."""
+        return weight.shape[1] == 1 and weight.shape[2] <= self.limits.drawn_taps
 
     def _is_direct(self, weight: Tensor, positions: Tensor, geometry: Geometry) -> bool:
         """Whether columns would cost more than they save."""

@@ -48,6 +48,11 @@ class Numbers:
     largest: int
     """No number that a kernel computes within an image is larger."""
 
+    @property
+    def of_planes(self) -> tuple[int, int, int]:
+        """What kernels are told of planes."""
+        return self.pitch, self.plane_size, self.last_free_shift
+
     @staticmethod
     def of(geometry: Geometry) -> Numbers:
         """Derives them."""
@@ -79,12 +84,7 @@ class Call:
         self.numbers = Numbers.of(geometry)
         # In the order of the lists of the same names in `sampling`.
         self.gathering = (*geometry.input_size, *geometry.output_size, *geometry.origin, *self.numbers.bounds)
-        self.sampling = (
-            *self.gathering,
-            self.numbers.pitch,
-            self.numbers.plane_size,
-            self.numbers.last_free_shift,
-        )
+        self.sampling = (*self.gathering, *self.numbers.of_planes)
         self.grouping = (self.group_outputs, self.group_channels, self.taps)
         self.strides = {"STRIDE_ROW": geometry.stride[0], "STRIDE_COL": geometry.stride[1]}
         self._planes: Tensor | None = None
@@ -95,10 +95,10 @@ class Call:
             self._planes = self.make_planes(self.input)
         return self.make_planes(self.input[images]) if self._planes is None else self._planes[images]
 
-    def make_planes(self, source: Tensor) -> Tensor:
-        """Copies images [S, c, H, W] of any strides to planes [S, c, plane_size]."""
+    def make_planes(self, source: Tensor, numbers: Numbers | None = None) -> Tensor:
+        """Copies images [S, c, H, W] of any strides to planes [S, c, plane_size], of the input's sizes or others."""
         num_images, num_channels, height, width = source.shape
-        plane_size = self.numbers.plane_size
+        pitch, plane_size, _ = (numbers or self.numbers).of_planes
         planes = source.new_empty(num_images, num_channels, plane_size)
         channels_last = source.stride(1) == 1 and num_channels > 1
         channel_block, pixel_block = (32, 64) if channels_last else (1, block_size(plane_size, 1024))
@@ -111,7 +111,7 @@ class Call:
             height,
             width,
             *source.stride(),
-            self.numbers.pitch,
+            pitch,
             plane_size,
             BLOCK_CHANNELS=channel_block,
             BLOCK_PIXELS=pixel_block,

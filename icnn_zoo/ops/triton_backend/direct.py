@@ -1,4 +1,4 @@
-"""Depthwise layers, tiny groups and the full version on CUDA: taps summed one by one, without columns."""
+"""Tiny groups and the full version on CUDA: taps summed one by one, without columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
     for images in call.image_chunks():
         planes = call.planes(images)
         target = output[images]
-        out = _planes_for(target)
+        out = planes_for(target)
         length = planes.shape[0] * call.out_pixels
         block = block_size(length, 1024)
         launch(
@@ -40,7 +40,7 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
             target.copy_(out)
 
 
-def _planes_for(target: Tensor) -> Tensor:
+def planes_for(target: Tensor) -> Tensor:
     """Where a kernel that computes by planes puts its results: the target itself if it is made of planes."""
     return target if target.is_contiguous() else empty_like(target, torch.contiguous_format)
 
@@ -51,7 +51,7 @@ def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
     for images in call.image_chunks():
         grad = grad_output[images].contiguous()
         if grads.input is not None:
-            _input_gradient(call, grad, grads.input[images])
+            input_gradient(call, grad, grads.input[images])
         if grads.weight is not None or grads.positions is not None:
             sums = _kernel_gradient(call, grad, call.planes(images))
             partials = sums if partials is None else partials.add_(sums)
@@ -67,8 +67,9 @@ def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
             grads.positions.copy_(by_kernel.unflatten(0, (call.groups, -1)).sum(1).flatten(0, 1))
 
 
-def _input_gradient(call: Call, grad_output: Tensor, target: Tensor) -> None:
-    planes = _planes_for(target)
+def input_gradient(call: Call, grad_output: Tensor, target: Tensor) -> None:
+    """Fills the input's gradient [S, C, H, W]."""
+    planes = planes_for(target)
     num_images, channels, height, width = target.shape
     length = num_images * height * width
     block = block_size(length, 512)

@@ -1,0 +1,365 @@
+"""Dense layers with few outputs on CUDA: the product first, as a 1x1 convolution to every cell, the shifts second.
+
+A tap's positions lie close together: its box of 3 x 3 cells, around the median over the channels, holds all positions
+less than a pixel from there, whose samples are sums over the box. One product gives what each output gets from each
+cell, without columns, and a sum over the cells at their offsets is the output. Entries (channels and taps) outside of
+their boxes are listed on the GPU and added by columns, so that the result is exact wherever the positions are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from icnn_zoo.ops.geometry import Geometry, memory_format
+from icnn_zoo.ops.triton_backend import few_kernels, listed_kernels
+from icnn_zoo.ops.triton_backend.call import MAX_INT, Call, Gradients, Numbers
+from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
+from icnn_zoo.ops.triton_backend.limits import Limits
+from icnn_zoo.ops.triton_backend.products import (
+    follows_tf32,
+    multiply,
+    multiply_float32,
+    round_up,
+    uses_tensor_cores,
+)
+
+_SIDE = 3  # cells of a box along an axis
+_OUTPUTS = 32
+_ALIGNMENT = 16
+_WEIGHT_SPLITS = 4
+
+
+def fits(input: Tensor, weight: Tensor, geometry: Geometry, limits: Limits) -> bool:
+    """Whether nine times the multiply-adds, at the speed of tensor cores, cost less than making columns."""
+    outputs, channels, taps = weight.shape
+    column_bytes = channels * taps * geometry.output_size[0] * geometry.output_size[1] * input.element_size()
+    return (
+        geometry.groups == 1
+        and outputs <= min(limits.few_outputs, _OUTPUTS)
+        and channels >= limits.few_channels
+        and uses_tensor_cores(input.dtype)
+        and column_bytes <= limits.image_bytes
+        and channels * Numbers.of(geometry).plane_size <= MAX_INT // 2
+    )
+
+
+@dataclass(frozen=True)
+class _Boxes:
+    """The boxes of a call's taps, and who is outside of them."""
+
+    offsets: Tensor
+    """Row and col of each cell [T * 9, 2], int32."""
+    weights: tuple[Tensor, Tensor]
+    """What a position weighs the rows and the cols of its box with [T, 3, C], zero outside."""
+    slopes: tuple[Tensor, Tensor]
+    """Their derivatives."""
+    entries: Tensor
+    """The entries (channel * T + tap) outside, in order, then the others [C * T], int32."""
+    slots: Tensor
+    """Where each entry is in that list, -1 inside [C * T], int32."""
+    count: Tensor
+    """How many are outside [1], int32."""
+
+    @staticmethod
+    def of(call: Call) -> _Boxes:
+        """Chooses the boxes."""
+        positions = call.positions.float()  # [C, T, 2]
+        middle = positions.sort(0).values[len(positions) // 2]
+        limit = float(max(call.numbers.bounds))
+        first = (middle + 0.5).floor().nan_to_num(0.0, limit, -limit).clamp(-limit, limit) - 1  # [T, 2]
+        relative = positions - first
+        cell = relative.floor()
+        outside = ~((cell >= 0) & (cell <= _SIDE - 2)).all(-1)  # NaN is outside
+        fraction = relative - cell
+        steps = torch.arange(_SIDE, device=positions.device, dtype=positions.dtype)
+        at = (steps[:, None, None, None] - cell).masked_fill_(outside[..., None], -1.0)  # [3, C, T, 2]
+        weights = torch.where(at == 0, 1 - fraction, 0.0) + torch.where(at == 1, fraction, 0.0)
+        slopes = (at == 1).float() - (at == 0).float()
+        grid = torch.cartesian_prod(steps, steps)
+        origin = first.new_tensor(call.geometry.origin)
+        listed = outside.flatten().int()
+        return _Boxes(
+            (first[:, None] + grid + origin).int().flatten(0, 1),
+            (weights[..., 0].permute(2, 0, 1), weights[..., 1].permute(2, 0, 1)),
+            (slopes[..., 0].permute(2, 0, 1), slopes[..., 1].permute(2, 0, 1)),
+            (1 - listed).argsort(stable=True).int(),
+            torch.where(listed > 0, listed.cumsum(0, dtype=torch.int32) - 1, -1).int(),
+            listed.sum(0, keepdim=True, dtype=torch.int32),
+        )
+
+    def spread(self, weight: Tensor) -> Tensor:
+        """Weights [N, C, T] on the cells [T * 9 * N, C], in their dtype, rows rounded up."""
+        rows, cols = self.weights
+        outputs, channels, taps = weight.shape
+        num_rows = taps * _SIDE**2 * outputs
+        spread = weight.new_zeros(round_up(num_rows, _ALIGNMENT), channels)
+        by_tap = weight.permute(2, 0, 1).float()[:, None, None]  # [T, 1, 1, N, C]
+        values = by_tap * rows[:, :, None, None] * cols[:, None, :, None]
+        spread[:num_rows] = values.flatten(0, 3)
+        return spread
+
+    def gather(self, by_cell: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of weights [N, C, T] and positions [C, T, 2] from those of the cells [T * 9 * N, C]."""
+        rows, cols = (part[:, :, None] for part in self.weights)  # [T, 3, 1, C]
+        row_slopes, col_slopes = (part[:, :, None] for part in self.slopes)
+        outputs, channels, taps = weight.shape
+        by_cell = by_cell.view(taps, _SIDE, _SIDE, outputs, channels)
+        by_row = (by_cell * cols[:, None]).sum(2)  # [T, 3, N, C]
+        by_col = (by_cell * rows[:, :, None]).sum(1)
+        factor = weight.permute(2, 0, 1).float()  # [T, N, C]
+        by_position = [
+            ((part * slope).sum(1) * factor).sum(1) for part, slope in ((by_row, row_slopes), (by_col, col_slopes))
+        ]
+        return (by_row * rows).sum(1).permute(1, 2, 0), torch.stack(by_position, -1).transpose(0, 1)
+
+
+def _pixels(tensor: Tensor) -> Tensor:
+    """Images [S, C, H, W] as rows [S * H * W, C], which channels_last ones are."""
+    return tensor.permute(0, 2, 3, 1).reshape(-1, tensor.shape[1])
+
+
+def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
+    """Fills the output [B, N, Ho, Wo]."""
+    boxes = _Boxes.of(call)
+    spread = boxes.spread(call.weight)
+    outputs = call.num_outputs
+    for images in call.image_chunks(_chunk_bytes(call)):
+        pixels = _pixels(call.input[images])
+        products = spread.new_empty(len(spread), round_up(len(pixels), _ALIGNMENT))
+        multiply(spread[None], pixels.t()[None], products[None, :, : len(pixels)])
+        target = output[images]
+        length = target.shape[0] * call.out_pixels
+        rest = _listed_sum(call, boxes, images, length)
+        block = block_size(length, 512)
+        launch(
+            few_kernels.shifted_sum_kernel,
+            outputs * num_blocks(length, block),
+            products,
+            boxes.offsets,
+            rest,
+            call.weight if bias is None else bias,
+            target,
+            outputs,
+            len(boxes.offsets),
+            length,
+            products.shape[1],
+            len(rest),
+            target.stride(0),
+            target.stride(1),
+            target.stride(3),
+            *call.geometry.input_size,
+            *call.geometry.output_size,
+            **call.strides,
+            HAS_BIAS=bias is not None,
+            BLOCK=block,
+            num_warps=4,
+        )
+
+
+def _chunk_bytes(call: Call) -> int:
+    """Memory for the products of an image, or the columns of all its entries, of which only those listed are used."""
+    height, width = call.geometry.input_size
+    cells = call.taps * _SIDE**2 * call.num_outputs * height * width
+    return max(cells, call.group_channels * call.taps * call.out_pixels) * call.input.element_size()
+
+
+def _tile(call: Call) -> dict[str, int | str]:
+    precision = "tf32" if follows_tf32() else "ieee"
+    return {"PRECISION": precision, "BLOCK_PIXELS": 64, "BLOCK_OUTPUTS": 16 if call.num_outputs <= 16 else _OUTPUTS}
+
+
+def _listed_sum(call: Call, boxes: _Boxes, images: slice, length: int) -> Tensor:
+    """What listed entries give to the output [splits, N, L]."""
+    planes = call.planes(images)
+    blocks = num_blocks(length, 64)
+    splits = 1 << max(0, min(3, (call.limits.programs // blocks).bit_length() - 1))
+    rest = planes.new_empty((splits, call.num_outputs, length), dtype=torch.float32)
+    launch(
+        listed_kernels.listed_sum_kernel,
+        splits * blocks,
+        planes,
+        call.weight,
+        call.positions,
+        boxes.entries,
+        boxes.count,
+        rest,
+        call.num_outputs,
+        call.group_channels * call.taps,
+        call.taps,
+        length,
+        planes.stride(0),
+        *call.sampling,
+        **call.strides,
+        **_tile(call),
+        BLOCK_ENTRIES=16,
+        SPLITS=splits,
+        num_warps=4,  # eight are known to be miscompiled in loops like this one
+        num_stages=1,
+    )
+    return rest
+
+
+def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
+    """Fills the gradients that are asked for."""
+    boxes = _Boxes.of(call)
+    spread = boxes.spread(call.weight)
+    num_rows = len(boxes.offsets) * call.num_outputs
+    by_cell = rest_weight = rest_positions = None
+    for images in call.image_chunks(_chunk_bytes(call)):
+        grad = grad_output[images].contiguous()
+        source = call.input[images]
+        length = source.shape[0] * source.shape[2] * source.shape[3]
+        shifted = _shift(call, boxes, grad, len(spread), length)
+        if grads.input is not None:
+            target = grads.input[images]
+            in_place = memory_format(call.input) == torch.channels_last
+            rows = _pixels(target) if in_place else spread.new_empty(length, source.shape[1])
+            multiply(shifted[:, :length].t()[None], spread[None], rows[None])
+            if not in_place:
+                target.copy_(rows.view(len(source), *source.shape[2:], -1).permute(0, 3, 1, 2))
+        if grads.weight is not None or grads.positions is not None:
+            product = multiply_float32(shifted[None, :num_rows, :length], _pixels(source)[None])[0]
+            by_cell = product if by_cell is None else by_cell.add_(product)
+        columns = _listed_column_gradient(call, boxes, grad)
+        if grads.input is not None:
+            _listed_input_gradient(call, boxes, columns, grads.input[images])
+        if grads.weight is not None or grads.positions is not None:
+            by_position = _listed_columns(call, boxes, images, columns)
+            by_weight = _listed_weight_gradient(call, boxes, grad, columns)
+            rest_positions = by_position if rest_positions is None else rest_positions.add_(by_position)
+            rest_weight = by_weight if rest_weight is None else rest_weight.add_(by_weight)
+    if by_cell is not None and rest_weight is not None and rest_positions is not None:
+        by_weight, by_position = boxes.gather(by_cell, call.weight)
+        if grads.weight is not None:
+            slots = boxes.slots.long()
+            listed = rest_weight[slots.clamp(min=0)].masked_fill((slots < 0)[:, None], 0.0)  # [C * T, outputs]
+            torch.add(by_weight, listed[:, : call.num_outputs].t().view_as(by_weight), out=grads.weight)
+        if grads.positions is not None:
+            torch.add(by_position, rest_positions, out=grads.positions)
+
+
+def _shift(call: Call, boxes: _Boxes, grad: Tensor, num_rows: int, length: int) -> Tensor:
+    """The output's gradient at the offsets of all cells [rows, L], L rounded up."""
+    shifted = grad.new_empty(num_rows, round_up(length, _ALIGNMENT))
+    block = block_size(shifted.shape[1], 1024)
+    launch(
+        few_kernels.shift_gradient_kernel,
+        num_rows * num_blocks(shifted.shape[1], block),
+        grad,
+        boxes.offsets,
+        shifted,
+        call.num_outputs,
+        len(boxes.offsets) * call.num_outputs,
+        length,
+        shifted.shape[1],
+        *call.geometry.input_size,
+        *call.geometry.output_size,
+        **call.strides,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return shifted
+
+
+def _listed_column_gradient(call: Call, boxes: _Boxes, grad: Tensor) -> Tensor:
+    """Columns' gradient of listed entries [slots, L], L rounded up."""
+    length, entries = len(grad) * call.out_pixels, call.group_channels * call.taps
+    columns = grad.new_empty(entries, round_up(length, _ALIGNMENT))
+    launch(
+        listed_kernels.listed_column_gradient_kernel,
+        num_blocks(entries, 64) * num_blocks(length, 64),
+        grad,
+        call.weight,
+        boxes.entries,
+        boxes.count,
+        columns,
+        call.num_outputs,
+        entries,
+        length,
+        call.out_pixels,
+        columns.shape[1],
+        **_tile(call),
+        BLOCK_ENTRIES=64,
+        num_warps=4,
+    )
+    return columns
+
+
+def _listed_input_gradient(call: Call, boxes: _Boxes, columns: Tensor, target: Tensor) -> None:
+    length = target.shape[0] * target.shape[2] * target.shape[3]
+    block = block_size(length, 512)
+    launch(
+        listed_kernels.listed_input_gradient_kernel,
+        call.group_channels * num_blocks(length, block),
+        columns,
+        call.positions,
+        boxes.slots,
+        target,
+        call.taps,
+        length,
+        columns.shape[1],
+        target.stride(0),
+        target.stride(1),
+        target.stride(3),
+        *call.gathering,
+        **call.strides,
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def _listed_columns(call: Call, boxes: _Boxes, images: slice, columns: Tensor) -> Tensor:
+    """Makes columns over their gradient; returns the positions' gradient [C, T, 2]."""
+    planes = call.planes(images)
+    length = len(planes) * call.out_pixels
+    block = block_size(length, 256)
+    blocks = num_blocks(length, block)
+    partials = planes.new_empty((blocks, call.group_channels, call.taps, 2), dtype=torch.float32)
+    launch(
+        listed_kernels.listed_columns_kernel,
+        call.group_channels * blocks,
+        planes,
+        call.positions,
+        boxes.slots,
+        columns,
+        partials,
+        call.group_channels,
+        call.taps,
+        length,
+        columns.shape[1],
+        planes.stride(0),
+        *call.sampling,
+        **call.strides,
+        BLOCK=block,
+        num_warps=1,
+    )
+    return partials.sum(0)
+
+
+def _listed_weight_gradient(call: Call, boxes: _Boxes, grad: Tensor, columns: Tensor) -> Tensor:
+    """Weights' gradient by slot [C * T, outputs rounded up]."""
+    tile = _tile(call)
+    entries = len(columns)
+    partials = columns.new_empty((_WEIGHT_SPLITS, entries, tile["BLOCK_OUTPUTS"]), dtype=torch.float32)
+    launch(
+        listed_kernels.listed_weight_gradient_kernel,
+        num_blocks(entries, 64) * _WEIGHT_SPLITS,
+        grad,
+        columns,
+        boxes.count,
+        partials,
+        call.num_outputs,
+        entries,
+        len(grad) * call.out_pixels,
+        call.out_pixels,
+        columns.shape[1],
+        **tile,
+        BLOCK_ENTRIES=64,
+        SPLITS=_WEIGHT_SPLITS,
+        num_warps=4,
+        num_stages=1,
+    )
+    return partials.sum(0)
