@@ -8,10 +8,10 @@ Five forms, chosen from static sizes alone, so that nothing synchronises and CUD
   input's gradient from it, a second reads the planes once for both the positions' gradient and the columns, which
   overwrite their own gradient on the way to the weights' gradient.
 - *few*, for dense layers with few outputs (a classifier), where products run on tensor cores: a product with weights
-  spread over boxes of 3 x 3 cells, then a sum at the cells' integer offsets. What lies outside of the boxes is listed on
-  the GPU and added by columns. An infinite pixel makes all NaN that a box reaches.
-- *fused*, the forward of other layers with few outputs in a group: columns are made in registers, multiplied at once and
-  never stored. Its backward is that of *columns*.
+  spread over boxes of 3 x 3 cells, then a sum at the cells' integer offsets. What lies outside of the boxes is listed
+  on the GPU and added by columns. An infinite pixel makes all NaN that a box reaches.
+- *fused*, the forward of other layers with few outputs in a group: columns are made in registers, multiplied at once
+  and never stored. Its backward is that of *columns*.
 - *drawn*, for depthwise layers: each kernel is drawn as the dense box around its taps, on the GPU, and the box's cells
   are summed; a kernel with a large box is summed tap by tap. An infinite pixel makes all NaN that a box reaches.
 - *direct*, for tiny groups and the full version: the taps are summed one by one, without columns. The full version

@@ -10,9 +10,21 @@ import triton.language as tl
 from icnn_zoo.ops.triton_backend.sampling import number_pixels
 
 
+_SIZES = ["height", "width", "out_height", "out_width"]
+
+
 @triton.jit(
-    do_not_specialize=["outputs", "cells", "length", "row_pitch", "splits", "stride_image", "stride_pixel"]
-    + ["height", "width", "out_height", "out_width"]
+    do_not_specialize=[
+        "outputs",
+        "cells",
+        "length",
+        "row_pitch",
+        "splits",
+        "stride_image",
+        "stride_output",
+        "stride_pixel",
+        *_SIZES,
+    ]
 )
 def shifted_sum_kernel(
     products,
@@ -37,7 +49,7 @@ def shifted_sum_kernel(
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sums products [cells * N, row_pitch] at the cells' offsets, and rest [splits, N, L]. Grid: N x blocks of pixels."""
+    """Sums products [cells * N, row_pitch] at the cells' offsets and rest [splits, N, L]. Grid: N x pixels."""
     blocks = tl.cdiv(length, BLOCK)
     kernel = tl.program_id(0) // blocks
     size = out_height * out_width
@@ -60,7 +72,7 @@ def shifted_sum_kernel(
     tl.store(target + pixel.to(tl.int64) * stride_pixel, total.to(output.dtype.element_ty), mask=real)
 
 
-@triton.jit(do_not_specialize=["outputs", "rows", "length", "row_pitch", "height", "width", "out_height", "out_width"])
+@triton.jit(do_not_specialize=["outputs", "rows", "length", "row_pitch", *_SIZES])
 def shift_gradient_kernel(
     grad_output,
     offsets,

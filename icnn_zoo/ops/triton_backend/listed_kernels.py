@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """CUDA kernels for dense layers with few outputs: the taps outside of their boxes. Letters as in ``sampling``.
 
-An *entry* is a (channel, tap). Those outside are listed in ``entries``, ``count`` of them, and each has a ``slot`` in the
-list, -1 for those inside. Lists are made and read on the GPU, so that what is not listed costs next to nothing.
+An *entry* is a (channel, tap). Those outside are listed in ``entries``, ``count`` of them, and each has a ``slot`` in
+the list, -1 for those inside. Lists are made and read on the GPU, so that what is not listed costs next to nothing.
 """
 
 import triton
