@@ -9,7 +9,6 @@ import triton.language as tl
 
 from icnn_zoo.ops.triton_backend.sampling import number_pixels
 
-
 _SIZES = ["height", "width", "out_height", "out_width"]
 
 
