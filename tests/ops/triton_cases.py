@@ -169,7 +169,7 @@ FEW = replace(COLUMNS, few_outputs=32, few_channels=1)
 FEW_CASES = [
     Case("few outputs, most taps in their boxes", channels=(5, 3), kernel=(2, 3), spread=0.4),
     Case("few outputs, stride 2", channels=(6, 2), stride=(2, 1), spread=1.0, layout=torch.channels_last),
-    Case("few outputs, far away", channels=(3, 2), spread=30.0, bias=False),
+    Case("few outputs, far away", channels=(3, 2), spread=3.0, bias=False),
 ]
 DRAWN = [
     Case("drawn", channels=(2, 2), groups=2, kernel=(3, 3)),

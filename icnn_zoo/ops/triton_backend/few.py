@@ -78,11 +78,12 @@ class _Boxes:
         at = (steps[:, None, None, None] - cell).masked_fill_(outside[..., None], -1.0)  # [3, C, T, 2]
         weights = torch.where(at == 0, 1 - fraction, 0.0) + torch.where(at == 1, fraction, 0.0)
         slopes = (at == 1).float() - (at == 0).float()
-        grid = torch.cartesian_prod(steps, steps)
-        origin = first.new_tensor(call.geometry.origin)
+        offsets = first[:, None] + torch.cartesian_prod(steps, steps)  # [T, 9, 2]
+        for axis, origin in enumerate(call.geometry.origin):  # a tensor of them would wait for the GPU
+            offsets[..., axis] += origin
         listed = outside.flatten().int()
         return _Boxes(
-            (first[:, None] + grid + origin).int().flatten(0, 1),
+            offsets.int().flatten(0, 1),
             (weights[..., 0].permute(2, 0, 1), weights[..., 1].permute(2, 0, 1)),
             (slopes[..., 0].permute(2, 0, 1), slopes[..., 1].permute(2, 0, 1)),
             (1 - listed).argsort(stable=True).int(),
