@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -19,10 +20,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 # Seconds that a part may take, starting included. They add up to less than 400: a call may be limited to that.
 LIMITS = {"card": 20, "gate": 75, "layers": 115, "step": 85, "tests": 95}
+UNFINISHED = 3  # what a part exits with that goes on where it stopped
+ATTEMPTS = 3  # of a part that does not finish in its time
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,24 +44,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.parts != list(LIMITS):
         states = {part: state for part, state in states.items() if part not in options.parts}
     for part in options.parts:
-        if states.get(part, {}).get("status") in ("done", "failed"):
+        if is_over(states.get(part)):
             continue
         if time.monotonic() - begin + LIMITS[part] > options.seconds:
             print(f"{part}: no time left; the same command goes on from here", flush=True)
             continue
         started = time.monotonic()
         status = rehearse(part, options.out) if options.rehearse else run(part, options.out)
-        states[part] = {"status": status, "seconds": round(time.monotonic() - started, 1)}
+        attempts = states.get(part, {}).get("attempts", 0) + 1
+        states[part] = {"status": status, "seconds": round(time.monotonic() - started, 1), "attempts": attempts}
         record.write_text(json.dumps(states, indent=1) + "\n")
         print(f"{part}: {status} in {states[part]['seconds']} s", flush=True)
     from benchmarks.gpu import report
 
     text = report.write(options.out, states)
     print(text, flush=True)
-    finished = all(states.get(part, {}).get("status") in ("done", "failed") for part in options.parts)
-    if finished:
-        print(f"Send back {shutil.make_archive(str(options.out), 'zip', options.out)}")
-    return 0 if finished else 3
+    finished = all(is_over(states.get(part)) for part in options.parts)
+    archive = shutil.make_archive(str(options.out), "zip", options.out)
+    print(f"Send back {archive}" if finished else f"Not all is done: the same command goes on. So far: {archive}")
+    return 0 if finished else UNFINISHED
+
+
+def is_over(state: dict[str, Any] | None) -> bool:
+    """Whether a part is not to be run again."""
+    return state is not None and (state["status"] in ("done", "failed") or state["attempts"] >= ATTEMPTS)
 
 
 def run(part: str, folder: Path) -> str:
@@ -66,13 +76,14 @@ def run(part: str, folder: Path) -> str:
     command = [sys.executable, "-m", f"benchmarks.gpu.{part}", str(folder.resolve()), str(LIMITS[part] - 10)]
     if part == "tests":
         options = ["--noconftest", "-p", "no:cacheprovider", "-W", "default", "-o", "addopts=", "-q", "--tb=short"]
+        options += ["-n", "6"] if importlib.util.find_spec("xdist") else []
         command = [sys.executable, "-m", "pytest", *options, "tests/ops/test_ops_cuda.py"]
     with (folder / f"{part}.log").open("w") as log:
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=LIMITS[part])
         except subprocess.TimeoutExpired:
             return "timed out"
-    return "failed" if done.returncode else "done"
+    return {0: "done", UNFINISHED: "unfinished"}.get(done.returncode, "failed")
 
 
 def rehearse(part: str, folder: Path) -> str:

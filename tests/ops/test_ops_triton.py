@@ -124,6 +124,14 @@ class TestInterpreted:
         tensors = case.tensors()
         assert_close(case.run(tensors, backend), case.expected(tensors))
 
+    def test_tensors_that_require_gradients(self) -> None:
+        """As an exported network calls the operator: autograd is not the backend's task."""
+        case = Case(channels=(2, 2), size=(2, 3))
+        tensors = case.tensors()
+        for tensor in tensors[:4]:
+            tensor.requires_grad_()
+        assert not any(result.requires_grad for result in case.run(tensors, TritonBackend(FORMS["columns"])))
+
     def test_split_sums(self) -> None:
         """Few pixels, many channels: several programs share a sum."""
         backend = TritonBackend(FORMS["fused"])

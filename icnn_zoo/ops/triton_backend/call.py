@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,6 +55,7 @@ class Numbers:
         return self.pitch, self.plane_size, self.last_free_shift
 
     @staticmethod
+    @functools.lru_cache(1024)
     def of(geometry: Geometry) -> Numbers:
         """Derives them."""
         (height, width), out_width = geometry.input_size, geometry.output_size[1]
