@@ -9,6 +9,7 @@ their boxes are listed on the GPU and added by columns, so that the result is ex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ def _chunk_bytes(call: Call) -> int:
     return max(cells, call.group_channels * call.taps * call.out_pixels) * call.input.element_size()
 
 
-def _tile(call: Call) -> dict[str, int | str]:
+def _tile(call: Call) -> dict[str, Any]:
     precision = "tf32" if follows_tf32() else "ieee"
     return {"PRECISION": precision, "BLOCK_PIXELS": 64, "BLOCK_OUTPUTS": 16 if call.num_outputs <= 16 else _OUTPUTS}
 

@@ -17,7 +17,7 @@ _switching = threading.RLock()
 
 def follows_tf32() -> bool:
     """Whether cuDNN may round the factors of a float32 convolution to TF32, PyTorch's default; so may this backend."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def uses_tensor_cores(dtype: torch.dtype) -> bool:
