@@ -149,25 +149,26 @@ def test_commands_parse(words, tmp_path, monkeypatch):
         parse_own(words, monkeypatch)
     elif words[:2] == ["python", "-m"]:
         monkeypatch.syspath_prepend(ROOT)
-        parse_own(words[2:], monkeypatch, partial(runpy.run_module, words[2], run_name="__main__"))
+        parse_own(words, monkeypatch)
     else:
         assert words[0] in ("python3", "pip", ".", "pytest", "mkdocs"), words
 
 
-def parse_own(words, monkeypatch, run=None):
+def parse_own(words, monkeypatch):
     parse = argparse.ArgumentParser.parse_args
 
     def stop(*arguments, **options):
         raise Parsed(parse(*arguments, **options))
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    monkeypatch.setattr(sys, "argv", words if run else words[1:])
-    own = words[0] == "icnn-zoo"
-    run = (
-        run or partial(zoo_main, words[1:])
-        if own
-        else partial(runpy.run_path, str(ROOT / words[1]), run_name="__main__")
-    )
+    monkeypatch.setattr(sys, "argv", words[1:])
+    if words[0] == "icnn-zoo":
+        run = partial(zoo_main, words[1:])
+    elif words[1] == "-m":
+        monkeypatch.setattr(sys, "argv", words[2:])
+        run = partial(runpy.run_module, words[2], run_name="__main__")
+    else:
+        run = partial(runpy.run_path, str(ROOT / words[1]), run_name="__main__")
     with pytest.raises(Parsed):
         run()
 

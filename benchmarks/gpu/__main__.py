@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny sizes, all in this process")
     options = parser.parse_args(argv)
     begin = time.monotonic()
+    if options.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"  # before kernels are defined
     options.out.mkdir(parents=True, exist_ok=True)
     record = options.out / "parts.json"
     states = json.loads(record.read_text()) if record.is_file() else {}
@@ -95,6 +97,4 @@ def rehearse(part: str, folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    if "--rehearse" in sys.argv:
-        os.environ["TRITON_INTERPRET"] = "1"  # before kernels are defined
     sys.exit(main())
