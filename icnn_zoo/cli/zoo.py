@@ -1,4 +1,4 @@
-"""The zoo's commands: ``icnn-zoo list``, ``show``, ``load``, ``verify`` and ``publish``."""
+"""The zoo's commands: ``icnn-zoo list``, ``show``, ``load``, ``verify``, ``publish`` and ``mark``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import argparse
 from typing import Any
 
 from icnn_zoo.cli.options import Command, add_registry, check_output
+from icnn_zoo.io.addresses import is_address, shown
 from icnn_zoo.io.files import user_path
+
+_NAME_HELP = "arch.tag or its address (hf://user/repo/arch.tag); with @sha256:... behind it is pinned"
+_PLACE_HELP = "registry: a folder, hf://user/repo, s3://bucket/folder or another place that fsspec writes to"
 
 
 def _list_options(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +24,13 @@ def _list_names(options: argparse.Namespace) -> None:
 
     from icnn_zoo.zoo.registry import open_registries
 
-    rows: dict[str, tuple[str, str]] = {}
+    rows: dict[str, tuple[str, str]] = {}  # yanked ones too: whoever asks for all should see why one is gone
     places = open_registries(options.registry, options.cache)
     for place in places:
         for entry in place.read_index().checkpoints:
             if fnmatch.fnmatchcase(entry.name, options.pattern):
-                rows.setdefault(entry.name, (f"{entry.weights.size / 1e6:.1f} MB", entry.summary))
+                what = f"[{entry.mark}] {entry.summary}" if entry.mark else entry.summary
+                rows.setdefault(entry.name, (f"{entry.weights.size / 1e6:.1f} MB", what))
     if not rows:
         raise ValueError(f"no checkpoint of {', '.join(map(str, places))} matches {options.pattern!r}.")
     width = max(map(len, rows))
@@ -35,7 +40,7 @@ def _list_names(options: argparse.Namespace) -> None:
 
 def _show_options(parser: argparse.ArgumentParser) -> None:
     add_registry(parser)
-    parser.add_argument("name", help="arch.tag, or arch.tag@sha256:... to pin it")
+    parser.add_argument("name", help=_NAME_HELP)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the whole card")
     form.add_argument("--config", action="store_true", help="print the training configuration, starting from it")
@@ -43,21 +48,22 @@ def _show_options(parser: argparse.ArgumentParser) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     """Shows what is known of a checkpoint."""
-    from icnn_zoo.zoo.card_readme import readme, training_config
+    from icnn_zoo.zoo.card_readme import marked, readme, training_config
     from icnn_zoo.zoo.cards import dump
-    from icnn_zoo.zoo.registry import find_checkpoint
+    from icnn_zoo.zoo.registry import find_entry
 
-    place, entry = find_checkpoint(options.name, registry=options.registry, cache=options.cache)
+    place, entry = find_entry(options.name, registry=options.registry, cache=options.cache)
     card = place.read_card(entry)
     if options.json:
         print(dump(card).decode(), end="")
     else:
-        print(training_config(card, entry.card.sha256) if options.config else readme(card, {}), end="")
+        page = marked(readme(card, {}), entry.mark)
+        print(training_config(card, entry.card.sha256) if options.config else page, end="")
 
 
 def _load_options(parser: argparse.ArgumentParser) -> None:
     add_registry(parser)
-    parser.add_argument("name", help="arch.tag, or arch.tag@sha256:... to pin it")
+    parser.add_argument("name", help=_NAME_HELP)
     parser.add_argument("--to", type=user_path, help="write the weights to this file too, such as model.safetensors")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
@@ -125,7 +131,7 @@ def _publish_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "What follows -- goes to the measuring of metrics, such as -- --data.init_args.root elsewhere."
     parser.add_argument("source", type=user_path, help="run folder (runs/<name>/version_<n>) or .ckpt in one")
     parser.add_argument("--name", required=True, help="arch.tag, such as resnet18.drawn_voc_irregular")
-    parser.add_argument("--to", type=user_path, required=True, help="folder of the registry, such as checkpoints")
+    parser.add_argument("--to", type=_place, required=True, help=_PLACE_HELP)
     parser.add_argument(
         "--about",
         type=user_path,
@@ -140,10 +146,46 @@ def _publish(options: argparse.Namespace) -> None:
     """Adds the network of a run to a registry."""
     from icnn_zoo.publishing.publisher import publish
 
-    folder = publish(
+    place = publish(
         options.source, options.name, options.to, options.about, overrides=options.overrides, half=options.half
     )
-    print(f"Published: {folder}")
+    print(f"Published: {shown(place)}")
+
+
+def _mark_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", help="arch.tag")
+    parser.add_argument("--to", type=_place, required=True, help=_PLACE_HELP)
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--superseded", metavar="WHY", help="there is a better one: it loads with a warning")
+    kind.add_argument("--yanked", metavar="WHY", help="it is wrong: it is not listed, and loads by its pin alone")
+    kind.add_argument("--clear", action="store_true", help="take the mark off")
+    parser.add_argument("--successor", metavar="NAME", help="checkpoint of the registry to take instead")
+
+
+def _mark(options: argparse.Namespace) -> None:
+    """Says of a published checkpoint that it is superseded or yanked, and why."""
+    from pydantic import ValidationError
+
+    from icnn_zoo.publishing.pushing import mark_checkpoint
+    from icnn_zoo.zoo.cards import complaints
+    from icnn_zoo.zoo.indices import Mark
+
+    mark = None
+    if options.clear and options.successor:
+        raise ValueError("--successor goes with --superseded or --yanked; --clear takes the mark off.")
+    if not options.clear:
+        kind, reason = ("yanked", options.yanked) if options.superseded is None else ("superseded", options.superseded)
+        try:
+            mark = Mark(kind=kind, reason=reason, successor=options.successor)
+        except ValidationError as error:
+            raise ValueError(f"the mark is not valid: {complaints(error)}") from error
+    mark_checkpoint(options.name, options.to, mark)
+    print(f"{options.name} of {shown(options.to)} {f'is {mark}' if mark else 'has no mark'}")
+
+
+def _place(text: str) -> str:
+    """An address as it is; a folder with the home folder for ``~``."""
+    return text if is_address(text) else str(user_path(text))
 
 
 COMMANDS = {
@@ -152,4 +194,5 @@ COMMANDS = {
     "load": Command(_load, _load_options),
     "verify": Command(_verify, _verify_options),
     "publish": Command(_publish, _publish_options, overrides=True),
+    "mark": Command(_mark, _mark_options),
 }

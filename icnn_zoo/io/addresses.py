@@ -26,6 +26,18 @@ def join(url: str, *parts: str) -> str:
     return "/".join([base.rstrip("/"), *parts]) + mark + query
 
 
+def split_last(url: str) -> tuple[str, str]:
+    """The address above, and the name of what lies there: the reverse of :func:`join`."""
+    base, mark, query = url.partition("?") if is_http(url) else (url, "", "")
+    above, _, name = base.rpartition("/")
+    return above + mark + query, name
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an address (s3://bucket/zoo) and not a path or a name."""
+    return re.match(r"[a-zA-Z][\w+.-]*://.", text) is not None
+
+
 def is_http(url: str) -> bool:
     """Whether an address is of a web server."""
     return url.lower().startswith(("http://", "https://"))

@@ -273,6 +273,7 @@ def _open_fsspec(url: str, start: int, version: str | None) -> Iterator[Source]:
     # Errors of whoever uses the stream pass through the yield: only those of opening and reading are translated.
     with _translated(url):
         system, path = fsspec.core.url_to_fs(url)
+        system.invalidate_cache()  # of listings, which another process may have made wrong
         current = str(system.ukey(path))
         file = system.open(path, "rb")
         begins = start if current == version else 0

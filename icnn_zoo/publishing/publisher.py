@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from filelock import FileLock
 
+from icnn_zoo._version import __version__
+from icnn_zoo.io.addresses import join, shown
+from icnn_zoo.io.downloads import cache_folder
 from icnn_zoo.io.files import sync, write_whole
-from icnn_zoo.io.transports import is_local, local_path
 from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.publishing.about import read_about
 from icnn_zoo.publishing.card_making import make_card, read_config, training_of
+from icnn_zoo.publishing.pushing import push, read_index, write_listing
+from icnn_zoo.publishing.targets import FolderTarget, Target, open_target
 from icnn_zoo.training.network_sources import load_task
 from icnn_zoo.training.run_folder import find_ckpt
 from icnn_zoo.zoo.card_readme import readme
 from icnn_zoo.zoo.cards import Card, check_name, dump, parse
 from icnn_zoo.zoo.golden import golden_logits
+from icnn_zoo.zoo.hub_card import front_matter
+from icnn_zoo.zoo.indices import CARD, INDEX, README, WEIGHTS, Entry, File
 from icnn_zoo.zoo.networks import assemble
-from icnn_zoo.zoo.registry import CARD, INDEX, INDEX_FORMAT, README, WEIGHTS, Entry, File, Index
 from icnn_zoo.zoo.weights import parse_weights
 
 _STAGING = ".staging-"
@@ -41,7 +43,7 @@ def publish(
     *,
     overrides: Sequence[str] = (),
     half: bool = False,
-) -> Path:
+) -> Path | str:
     """Adds the network of a run to a registry.
 
     Training state is left behind. What was written is read back and must give exactly the outputs of the original. The
@@ -51,7 +53,10 @@ def publish(
         source: A run folder, ``runs/<name>/version_<n>`` (its best.ckpt, else last.ckpt), or a .ckpt of one. The run's
             config.yaml must be beside its checkpoints.
         name: ``arch.tag`` with the backbone's timm name as arch.
-        to: Folder of the registry; it is made where it is missing. Others can be copied from it as they are.
+        to: The registry: a folder, which is made where it is missing; ``hf://user/repo``, a repository of Hugging Face,
+            which is made too; or a place that fsspec writes to (``s3://bucket/folder``). Elsewhere than in a folder the
+            checkpoint is made in the cache first and then copied, the index last; a copy that was killed or refused
+            goes on where it was when this is called again.
         about: What a checkpoint does not say of itself, :class:`icnn_zoo.publishing.about.About`: a YAML file, or the
             same as a mapping.
         overrides: Arguments for measuring metrics, such as "--data.init_args.root=elsewhere".
@@ -60,20 +65,21 @@ def publish(
             loads in 32 bits.
 
     Returns:
-        The checkpoint's folder.
+        The checkpoint's folder, or its address.
 
     Raises:
         FileNotFoundError: The source, its config.yaml or a picture is missing.
         OSError: There is no space left, or a file cannot be written; nothing was published.
+        RuntimeError: The place cannot be written; the message names it and why.
         ValueError: The name exists; the card would miss something, which the message names; the network does not come
             back as it was.
     """
-    folder = _target_folder(to)
+    target = open_target(to)
+    target.check()
     check_name(name)
-    if any(entry.name == name for entry in _read_index(folder).checkpoints):
-        raise ValueError(
-            f"`name`: {name} is published in {str(folder)!r} already, and stays as it is; choose another tag."
-        )
+    if not isinstance(target, FolderTarget):
+        return _publish_elsewhere(source, name, target, about, overrides, half)
+    _check_new(name, target)
     wanted, pictures = read_about(about)
     file = find_ckpt(Path(source))
     config = read_config(file)
@@ -85,30 +91,43 @@ def publish(
         task.model.load_state_dict(tensors)
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     card = make_card(name, task, wanted, training, data, overrides)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The lock is freed when its process ends, however it ends.
-    with FileLock(folder / ".lock"):
-        return _add(folder, card, data, pictures, wanted.pictures, task.model)
+    target.folder.mkdir(parents=True, exist_ok=True)
+    with target.lock():
+        return _add(target.folder, card, data, pictures, wanted.pictures, task.model)
 
 
-def _target_folder(to: str | Path) -> Path:
-    # An address that went through a Path has lost a slash.
-    if not is_local(str(to)) or (re.match(r"\w{2,}:/", str(to)) and not str(to).startswith("file:")):
-        raise ValueError(f"`to` must be a folder; got {str(to)!r}. Publish into a folder, and copy that to its host.")
-    folder = Path(local_path(str(to)))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`to` must be a folder; {str(to)!r} is a file.")
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"`to` must be a folder that can be written; {str(existing)!r} cannot.")
-    return folder
+def _publish_elsewhere(
+    source: str | Path,
+    name: str,
+    target: Target,
+    about: str | Path | Mapping[str, Any],
+    overrides: Sequence[str],
+    half: bool,
+) -> str:
+    wanted, pictures = read_about(about)
+    file = find_ckpt(Path(source))
+    # All that it is made from: what was made once is sent until it arrives, without measuring again.
+    parts = [file.read_bytes(), *(picture.read_bytes() for picture in pictures.values())]
+    parts.append(repr((__version__, name, read_config(file), wanted, list(overrides), half)).encode())
+    origin = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    staged = cache_folder() / "outgoing" / origin
+    if name not in _names(FolderTarget(str(staged))):
+        _check_new(name, target)
+        publish(source, name, staged, about, overrides=overrides, half=half)
+    push(staged, name, open_target(target.url))  # opened anew: the index may have changed meanwhile
+    shutil.rmtree(staged)
+    return join(target.url, name)
 
 
-def _read_index(folder: Path) -> Index:
-    file = folder / INDEX
-    if not file.is_file():
-        return Index(format=1, checkpoints=())
-    return parse(Index, file.read_bytes(), str(file))
+def _names(target: Target) -> set[str]:
+    return {entry.name for entry in read_index(target).checkpoints}
+
+
+def _check_new(name: str, target: Target) -> None:
+    if name in _names(target):
+        raise ValueError(
+            f"`name`: {name} is published in {shown(target.url)!r} already, and stays as it is; choose another tag."
+        )
 
 
 def _plain_tensors(model: SegmentationModel) -> dict[str, torch.Tensor]:
@@ -132,9 +151,11 @@ def _add(
     # Of a process that was killed: the lock says that none is at work.
     for left in folder.glob(f"{_STAGING}*"):
         shutil.rmtree(left)
-    for left in folder.glob(f".{Path(INDEX).stem}-*{Path(INDEX).suffix}"):
-        left.unlink()
-    index = _read_index(folder)
+    for file in map(Path, (INDEX, README)):
+        for left in folder.glob(f".{file.stem}-*{file.suffix}"):
+            left.unlink()
+    registry = FolderTarget(str(folder))
+    index = read_index(registry)
     target = folder / card.name
     if any(entry.name == card.name for entry in index.checkpoints):
         raise ValueError(f"`name`: {card.name} was published in {str(folder)!r} meanwhile; choose another tag.")
@@ -153,7 +174,8 @@ def _add(
         text = dump(card)
         write_whole(staging / WEIGHTS, data)
         write_whole(staging / CARD, text)
-        write_whole(staging / README, readme(card, {Path(name).name: what for name, what in captions.items()}))
+        page = front_matter([card]) + readme(card, {Path(name).name: what for name, what in captions.items()})
+        write_whole(staging / README, page)
         for name, path in pictures.items():
             shutil.copyfile(path, staging / name)
             sync(staging / name)
@@ -170,19 +192,7 @@ def _add(
         card=File(sha256=hashlib.sha256(text).hexdigest(), size=len(text)),
         weights=File(sha256=card.weights.sha256, size=card.weights.size),
     )
-    date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    entries = sorted([*index.checkpoints, entry], key=lambda item: item.name)
-    write_whole(
-        folder / INDEX,
-        dump(
-            Index(
-                format=INDEX_FORMAT,
-                version=index.version + 1,
-                date=date,
-                checkpoints=tuple(entries),
-            )
-        ),
-    )
+    write_listing(registry, index.changed(entry), {}, f"Publish {card.name}")
     return target
 
 

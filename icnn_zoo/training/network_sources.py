@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from icnn_zoo.io.addresses import is_address
 from icnn_zoo.ops.sharing import rename_per_kernel
 from icnn_zoo.training.checkpoints import check_size, read_checkpoint, read_task, task_options
 from icnn_zoo.training.given_options import name_weights
@@ -17,7 +18,8 @@ from icnn_zoo.training.run_metrics import Series, read_metrics
 from icnn_zoo.training.task import SegmentationTask
 from icnn_zoo.zoo.card_config import run_config
 from icnn_zoo.zoo.cards import NAME, Card
-from icnn_zoo.zoo.registry import CARD, WEIGHTS, Entry, Registries, Registry, find_checkpoint
+from icnn_zoo.zoo.indices import CARD, WEIGHTS, Entry
+from icnn_zoo.zoo.registry import Registries, Registry, find_checkpoint
 
 _CONFIGS = (".yaml", ".yml")
 _SUFFIXES = (*_CONFIGS, ".ckpt", ".safetensors")
@@ -77,7 +79,7 @@ def find_source(source: str | Path, *, registry: Registries = None, cache: str |
     Args:
         source: A Lightning checkpoint (.ckpt); a run folder (``runs/<name>/version_<n>``: its best.ckpt, else
             last.ckpt); a config (.yaml, .yml); a checkpoint of the zoo, as ``arch.tag`` with or without ``zoo:`` in
-            front, or its folder.
+            front, its address (``hf://user/repo/arch.tag``), or its folder.
         registry: As in :func:`icnn_zoo.load_checkpoint`, for names of the zoo.
         cache: Likewise.
 
@@ -90,7 +92,8 @@ def find_source(source: str | Path, *, registry: Registries = None, cache: str |
     """
     text, path = str(source), Path(source)
     bare = text.removeprefix("zoo:")
-    if bare != text or (not path.exists() and path.suffix not in _SUFFIXES and re.fullmatch(f"{NAME}(@.*)?", text)):
+    named = not path.exists() and path.suffix not in _SUFFIXES and re.fullmatch(f"{NAME}(@.*)?", text)
+    if bare != text or is_address(text) or named:
         return Source(bare, published=find_checkpoint(bare, registry=registry, cache=cache))
     if path.is_file() and path.name == WEIGHTS:
         path = path.parent

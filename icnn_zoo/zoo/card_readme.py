@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jinja2
 import yaml
 
 from icnn_zoo.zoo.card_config import run_config
 from icnn_zoo.zoo.cards import Card
+from icnn_zoo.zoo.indices import Index, Mark
 
 _README = """\
 # {{ card.name }}
@@ -47,6 +49,52 @@ Everything else is in [card.json](card.json).
 """
 
 
+_REGISTRY = """\
+{{ generated }}
+# Checkpoints for icnn-zoo
+
+| checkpoint | what |
+|---|---|
+{% for entry in entries -%}
+| [{{ entry.name }}]({{ entry.name }}/README.md) | {% if entry.mark %}**{{ entry.mark|string|escaped }}** {% endif %}\
+{{ entry.summary|escaped }} |
+{% endfor %}
+```python
+import icnn_zoo
+
+model = icnn_zoo.load_checkpoint("{{ example }}", registry="the address of this folder")
+labels = model.predict("photograph.jpg")
+```
+"""
+
+GENERATED = "<!-- made by icnn-zoo publish: remove this line to keep a text of your own -->"
+
+
+def registry_readme(index: Index) -> str:
+    """The README of a registry: what it lists, and how to take one.
+
+    Args:
+        index: The list, with at least one checkpoint.
+    """
+    example = next((entry.name for entry in index.checkpoints if not entry.mark), index.checkpoints[0].name)
+    return _render(_REGISTRY, entries=index.checkpoints, example=example, generated=GENERATED)
+
+
+def marked(text: str, mark: Mark | None) -> str:
+    """A checkpoint's README that says below its title why it should not be used any more, or not any longer.
+
+    Args:
+        text: The README.
+        mark: Why; None takes what it says off.
+    """
+    text = re.sub(r"^> \*\*(Superseded|Yanked)\*\*: .*\n\n", "", text, count=1, flags=re.MULTILINE)
+    if mark is None:
+        return text
+    successor = f" Take [{mark.successor}](../{mark.successor}/README.md)." if mark.successor else ""
+    note = f"> **{mark.kind.capitalize()}**: {_escape(mark.reason)}{successor}\n\n"
+    return re.sub(r"^# .*\n\n", lambda title: title[0] + note, text, count=1, flags=re.MULTILINE)
+
+
 def readme(card: Card, pictures: Mapping[str, str]) -> str:
     """The card for people, as Markdown.
 
@@ -65,9 +113,13 @@ def readme(card: Card, pictures: Mapping[str, str]) -> str:
         "trained": f"{run.steps} steps, seed {run.seed}, commit {_escape(run.commit or 'unknown')}",
         "classes": _escape(", ".join(card.classes)),
     }
+    return _render(_README, card=card, rows=rows, pictures=pictures)
+
+
+def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     environment.filters["escaped"] = _escape
-    return environment.from_string(_README).render(card=card, rows=rows, pictures=pictures)
+    return environment.from_string(template).render(values)
 
 
 def training_config(card: Card, pin: str) -> str:

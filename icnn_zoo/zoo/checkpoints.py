@@ -14,7 +14,8 @@ from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.nn.spreads import spread_shape
 from icnn_zoo.ops.sharing import shape_owners
 from icnn_zoo.zoo.cards import Card, Conversion
-from icnn_zoo.zoo.registry import Entry, Registry
+from icnn_zoo.zoo.indices import Entry
+from icnn_zoo.zoo.registry import Registry
 from icnn_zoo.zoo.weights import check_fit, parse_weights, widened
 
 _HEADER = 10_000_000  # bytes that the names of a safetensors file may take

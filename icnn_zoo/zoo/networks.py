@@ -17,8 +17,9 @@ from icnn_zoo.ops.sharing import Shapes
 from icnn_zoo.zoo.cards import Card
 from icnn_zoo.zoo.checkpoints import check_tensors, network_arguments, outline, read_checkpoint
 from icnn_zoo.zoo.golden import check_golden
+from icnn_zoo.zoo.indices import Entry
 from icnn_zoo.zoo.pretrained import ZOO, load_pretrained
-from icnn_zoo.zoo.registry import Entry, Registries, Registry, find_checkpoint
+from icnn_zoo.zoo.registry import Registries, Registry, find_checkpoint
 from icnn_zoo.zoo.segmenter import Segmenter
 from icnn_zoo.zoo.weights import widened
 

@@ -11,81 +11,16 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints, model_validator
-
-from icnn_zoo.io.addresses import is_plain_http, join, shown
+from icnn_zoo.io.addresses import is_address, is_plain_http, join, shown, split_last
 from icnn_zoo.io.downloads import Promise, cache_folder, fetch, fetch_small, open_plain, read_small, store
 from icnn_zoo.io.transports import PATIENCE, DownloadError, Patience, is_local, local_path
-from icnn_zoo.zoo.cards import Card, Line, Name, Record, Sha256, Size, parse
+from icnn_zoo.zoo.cards import Card, parse
+from icnn_zoo.zoo.indices import CARD, INDEX, PIN, WEIGHTS, Entry, File, Index
 
-INDEX = "index.json"
-WEIGHTS = "model.safetensors"
-CARD = "card.json"
-README = "README.md"
 PACKAGED = Path(__file__).parents[1] / "checkpoints"
 DEFAULT = "default"
-INDEX_FORMAT: Literal[2] = 2
 _INDEX_LIMIT = 10_000_000
-_CARD_LIMIT = 5_000_000
-_PIN = "@sha256:"
-
-Date = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z$")]
-
-
-class File(Record):
-    """What a file must be."""
-
-    sha256: Sha256
-    size: Size
-
-
-class Entry(Record):
-    """A checkpoint in an index; its files are in the folder of its name."""
-
-    name: Name
-    summary: Line
-    card: File
-    weights: File
-
-    @property
-    def pin(self) -> str:
-        """The name with the hash of the card, which holds that of the weights: it means the same for ever."""
-        return f"{self.name}{_PIN}{self.card.sha256}"
-
-    @model_validator(mode="after")
-    def _small_card(self) -> Entry:
-        if self.card.size > _CARD_LIMIT:
-            raise ValueError(f"the card of {self.name} must have at most {_CARD_LIMIT} bytes; got {self.card.size}")
-        return self
-
-
-class Index(Record):
-    """The file index.json of a registry.
-
-    Attributes:
-        format: Version of this schema; 1 had neither version nor date.
-        version: Counts the changes of the index, so that an older one can be told from a newer one.
-        date: Of the last change, UTC.
-        checkpoints: What there is.
-    """
-
-    format: Literal[1, 2]
-    version: Annotated[int, Field(ge=0)] = 0
-    date: Date | None = None
-    checkpoints: tuple[Entry, ...]
-
-    @model_validator(mode="after")
-    def _parts_agree(self) -> Index:
-        names = [entry.name for entry in self.checkpoints]
-        if len(set(names)) < len(names):
-            raise ValueError("`checkpoints` must have different names")
-        if self.format == 1 and (self.version or self.date):
-            raise ValueError("an index with `version` and `date` must have `format` 2")
-        if self.format > 1 and not (self.version and self.date):
-            raise ValueError("an index of `format` 2 must have a `version` of at least 1 and a `date`")
-        return self
 
 
 @dataclass(frozen=True)
@@ -239,7 +174,7 @@ def list_checkpoints(pattern: str = "*", *, registry: Registries = None, cache: 
     """The names of the published checkpoints.
 
     Args:
-        pattern: Shell pattern that names must match, such as ``"*drawn*"``.
+        pattern: Shell pattern that names must match, such as ``"*drawn*"``. Yanked ones are not among them.
         registry: Folders or URLs to search; None for ``ICNN_ZOO_REGISTRY``, and without it those of this package.
         cache: Folder for copies; None for ``ICNN_ZOO_CACHE``, and without it the platform's.
 
@@ -256,7 +191,11 @@ def list_checkpoints(pattern: str = "*", *, registry: Registries = None, cache: 
         >>> icnn_zoo.list_checkpoints("no_such_network.*")
         []
     """
-    names = {entry.name for place in open_registries(registry, cache) for entry in place.read_index().checkpoints}
+    first: dict[str, Entry] = {}  # what a name means: the registries are searched in order
+    for place in open_registries(registry, cache):
+        for entry in place.read_index().checkpoints:
+            first.setdefault(entry.name, entry)
+    names = [name for name, entry in first.items() if entry.mark is None or entry.mark.kind != "yanked"]
     return sorted(fnmatch.filter(names, pattern))
 
 
@@ -277,13 +216,35 @@ def find_checkpoint(
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[Registry, Entry]:
+    """The checkpoint of :func:`find_entry`, to be used: one that is superseded, or yanked and pinned, with a warning.
+
+    Raises:
+        ValueError: It is yanked and not pinned, or as :func:`find_entry`.
+    """
+    place, entry = find_entry(name, sha256=sha256, registry=registry, cache=cache, progress=progress)
+    if entry.mark is not None:
+        if entry.mark.kind == "yanked" and sha256 is None and PIN not in name:
+            raise ValueError(f"{entry.name} of {place} is {entry.mark}. Its pin still loads it: {entry.pin}")
+        warnings.warn(f"{entry.name} of {place} is {entry.mark}", stacklevel=3)
+    return place, entry
+
+
+def find_entry(
+    name: str,
+    *,
+    sha256: str | None = None,
+    registry: Registries = None,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> tuple[Registry, Entry]:
     """The first registry that has a checkpoint, and its entry there.
 
     A name's meaning must not depend on which registries are reachable: one that cannot be read is an error even if a
     later one has the name.
 
     Args:
-        name: ``arch.tag``; with ``@sha256:...`` after it only with that hash.
+        name: ``arch.tag``, or its address, ``hf://user/repo/arch.tag``, in a registry that is searched alone; with
+            ``@sha256:...`` after it only with that hash.
         sha256: The same hash: of the checkpoint's card.json, which pins everything, or of its weights. None takes
             whatever the name means.
         registry: As in :func:`icnn_zoo.load_checkpoint`.
@@ -293,9 +254,13 @@ def find_checkpoint(
     Raises:
         ValueError: None has it (the message lists the nearest names), it has another hash, or the hash is not one.
     """
+    if is_address(name):
+        if registry is not None:
+            raise ValueError(f"`name`={shown(name)!r} is an address, which has its registry in it; give no `registry`.")
+        registry, name = split_last(name)
     name, mark, pinned = name.partition("@")
     if mark and not pinned.startswith("sha256:"):
-        raise ValueError(f"a name is pinned as {name}{_PIN}<64 hexadecimal digits>; got {name}@{pinned}.")
+        raise ValueError(f"a name is pinned as {name}{PIN}<64 hexadecimal digits>; got {name}@{pinned}.")
     pins = {pin.lower() for pin in (sha256, pinned.removeprefix("sha256:") if mark else None) if pin is not None}
     for pin in pins:
         if not re.fullmatch("[0-9a-f]{64}", pin):

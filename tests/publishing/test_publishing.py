@@ -192,7 +192,7 @@ publisher.publish(run, name, folder, json.loads(about))
     assert icnn_zoo.list_checkpoints(registry=tmp_path) == ["test_resnet.first"]
     publish(zoo_run, NAME, tmp_path, MEASURED)
     verify_checkpoint(NAME, registry=tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {NAME, "test_resnet.first", "index.json", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {NAME, "test_resnet.first", "index.json", "README.md", ".lock"}
 
 
 def test_another_output_after_reading_back_is_not_published(zoo_run, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def test_a_kill_before_any_change_of_a_file_leaves_a_registry_and_the_way_free(
     assert json.loads((folder / "index.json").read_text())["version"] == before["version"] + 1
     publish(zoo_run, "test_resnet.third", folder, MEASURED)  # tidies what kills left
     names = {path.name for path in folder.iterdir()}
-    assert names == {NAME, "test_resnet.first", "test_resnet.third", "index.json", ".lock"}
+    assert names == {NAME, "test_resnet.first", "test_resnet.third", "index.json", "README.md", ".lock"}
 
 
 @pytest.mark.parametrize("step", ["write", "fsync", "replace", "rename"])

@@ -11,8 +11,10 @@ import torch
 from icnn_zoo.zoo.card_readme import readme, training_config
 from icnn_zoo.zoo.cards import Card, dump, parse
 from icnn_zoo.zoo.golden import check_golden, golden_image, golden_of
+from icnn_zoo.zoo.hub_card import front_matter
+from icnn_zoo.zoo.indices import Index
 from icnn_zoo.zoo.networks import create_model, rebuild
-from icnn_zoo.zoo.registry import PACKAGED, Index, find_checkpoint, list_checkpoints
+from icnn_zoo.zoo.registry import PACKAGED, find_checkpoint, list_checkpoints
 
 SHIPPED = list_checkpoints(registry="default")
 
@@ -33,7 +35,8 @@ def test_a_shipped_checkpoint_is_valid_and_gives_its_golden_output(name):
     pictures = {path.name for path in (PACKAGED / name).iterdir()} - known
     text = (PACKAGED / name / "README.md").read_text(encoding="utf-8")
     assert all(f"]({picture})" in text for picture in pictures)
-    assert text.startswith(readme(card, {}).split("\n## ")[0].rsplit("Everything else", 1)[0].rstrip())
+    page = front_matter([card]) + readme(card, {})
+    assert text.startswith(page.split("\n## ")[0].rsplit("Everything else", 1)[0].rstrip())
 
 
 @pytest.fixture

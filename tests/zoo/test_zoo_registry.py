@@ -100,7 +100,7 @@ def test_a_place_without_an_index_is_no_registry(tmp_path, zoo_server):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda index: index.update(format=3), "has format 3; .* Upgrade"),
+        (lambda index: index.update(format=4), "has format 4; .* Upgrade"),
         (lambda index: index["checkpoints"][0].update(name="../outside.tag"), r"checkpoints\.0\.name"),
         (lambda index: index["checkpoints"][0].update(name="/etc/passwd"), r"checkpoints\.0\.name"),
         (lambda index: index["checkpoints"][0]["weights"].update(sha256="../x"), "sha256"),
