@@ -1,5 +1,6 @@
 """Callbacks of a training run."""
 
+from icnn_zoo.training.callbacks.averaging import NetworkAverage
 from icnn_zoo.training.callbacks.monitors import DisplacementMonitor, ScoreTable
 from icnn_zoo.training.callbacks.pictures import PredictionWriter, SamplePictures
 from icnn_zoo.training.callbacks.progress import StepProgress
@@ -12,6 +13,7 @@ __all__ = [
     "GeneratorStates",
     "LastCheckpoint",
     "NarrowSpreads",
+    "NetworkAverage",
     "PredictionWriter",
     "SamplePictures",
     "ScoreTable",
