@@ -176,7 +176,7 @@ def _mark(options: argparse.Namespace) -> None:
     if not options.clear:
         kind, reason = ("yanked", options.yanked) if options.superseded is None else ("superseded", options.superseded)
         try:
-            mark = Mark(kind=kind, reason=reason, successor=options.successor)
+            mark = Mark.model_validate({"kind": kind, "reason": reason, "successor": options.successor})
         except ValidationError as error:
             raise ValueError(f"the mark is not valid: {complaints(error)}") from error
     mark_checkpoint(options.name, options.to, mark)

@@ -34,7 +34,13 @@ def write_listing(target: Target, index: Index, files: dict[str, Path], message:
         index: The new index.
         files: What goes before, by names in the registry.
         message: What is done.
+
+    Raises:
+        ValueError: Nobody could read the index.
+        RuntimeError: The target cannot be written.
     """
+    content = dump(index)
+    parse(Index, content, "the new index")  # readers are stricter than what made it: about hidden characters, for one
     with TemporaryDirectory() as folder:
         readme, listing = Path(folder) / README, Path(folder) / INDEX
         present = target.read(README)
@@ -43,7 +49,7 @@ def write_listing(target: Target, index: Index, files: dict[str, Path], message:
             cards = [card for entry in index.checkpoints if (card := _card(target, entry, files)) is not None]
             readme.write_text(front_matter(cards) + registry_readme(index), encoding="utf-8")
             files[README] = readme
-        listing.write_bytes(dump(index))
+        listing.write_bytes(content)
         target.write({**files, INDEX: listing}, message)
 
 
@@ -112,7 +118,7 @@ def mark_checkpoint(name: str, to: str | Path, mark: Mark | None) -> None:
             raise ValueError(f"`successor`: {name} cannot be its own; name another checkpoint.")
         changed = entries[name].model_copy(update={"mark": mark})
         with TemporaryDirectory() as folder:
-            files = {}
+            files: dict[str, Path] = {}
             page = target.read(f"{name}/{README}")
             if page is not None:
                 files[f"{name}/{README}"] = Path(folder) / README

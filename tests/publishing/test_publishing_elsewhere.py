@@ -242,6 +242,7 @@ def test_marked_checkpoints_say_why_and_what_to_take(place, memory, zoo_run, zoo
         ([NAME, "--superseded", "why", "--successor", NAME], "cannot be its own"),
         ([NAME, "--clear", "--successor", NAME], "--clear takes the mark off"),
         ([NAME, "--yanked", "two\nlines"], "the mark is not valid: reason: String should match"),
+        ([NAME, "--yanked", "turned \u202e"], r"has a control character, U\+202E"),
     ],
 )
 def test_a_wrong_mark_is_refused_and_changes_nothing(zoo_folder, arguments, message):
