@@ -85,7 +85,7 @@ def check_averaging(trainer: pl.Trainer, model: nn.Module) -> None:
             layers.
     """
     reasons = {
-        EMAWeightAveraging: "it rounds the regular positions, by 0.004 px at a decay of 0.9999",
+        EMAWeightAveraging: "it rounds regular positions, by thousandths of a pixel at a decay of 0.9999",
         StochasticWeightAveraging: "it gives positions the rate of the weights, and saves and evaluates no average",
     }
     for callback in getattr(trainer, "callbacks", []):
