@@ -6,8 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
-from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
+from torch import Tensor, nn
 
 from icnn_zoo.nn.irregular_conv import irregular_layers
 
@@ -36,10 +35,8 @@ class NetworkAverage(WeightAveraging):
             raise ValueError(
                 f"`start_step` must be at least 0 and `every_n_steps` at least 1; got {start_step} and {every_n_steps}."
             )
-        # Not by Lightning's formula, decay * average + (1 - decay) * number, which rounds what should stay.
-        rule = get_swa_multi_avg_fn() if decay is None else get_ema_multi_avg_fn(decay)
-        super().__init__(use_buffers=True, multi_avg_fn=rule)
-        self.start_step, self.every_n_steps = start_step, every_n_steps
+        super().__init__(use_buffers=True, avg_fn=self._update)
+        self.decay, self.start_step, self.every_n_steps = decay, start_step, every_n_steps
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether a step is one whose network is averaged."""
@@ -71,6 +68,13 @@ class NetworkAverage(WeightAveraging):
         # One without an average is of a run that had none yet: the first update takes the network as it is then.
         if self._average_model is not None and "averaging_state" in checkpoint:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def _update(self, average: Tensor, newest: Tensor, number: Tensor) -> Tensor:
+        """The average of ``number`` updates and one more; counts are the newest."""
+        if not average.is_floating_point():
+            return newest
+        # Lightning's formula, decay * average + (1 - decay) * newest, rounds what should stay as it is.
+        return average.lerp(newest, 1 / (int(number) + 1) if self.decay is None else 1 - self.decay)
 
     @property
     def _begun(self) -> bool:
