@@ -75,7 +75,10 @@ def fails(command: list[str]) -> str:
         (["publish", "RUN", "--name", NAME, "--to", "new", "--about", "broken.yaml"], "is not YAML"),
         (["publish", "RUN", "--name", NAME, "--to", "new", "--about", "list.yaml"], "`about`: "),
         (["publish", "RUN", "--name", NAME, "--to", "new", "--about", "bytes.yaml"], "bytes.yaml"),
-        (["publish", "RUN", "--name", NAME, "--to", "https://example.org/zoo", "--about", "about.yaml"], "`to` must be a folder"),
+        (
+            ["publish", "RUN", "--name", NAME, "--to", "https://example.org/zoo", "--about", "about.yaml"],
+            "`to` must be a folder",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(place, zoo_run, command, message):
