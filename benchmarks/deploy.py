@@ -83,19 +83,24 @@ def why_no_onnx() -> str | None:
     return f'it needs {", ".join(missing)}: pip install "icnn-zoo[export]"' if missing else None
 
 
-def in_onnxruntime(module: nn.Module, input: Tensor) -> Run:
-    """A call of the module in onnxruntime, with as many threads as PyTorch has."""
-    import onnxruntime
-
+def exported(module: nn.Module, input: Tensor) -> bytes:
+    """The module as ONNX, for inputs of this size."""
     file = io.BytesIO()
     logging.disable(logging.WARNING)  # of the exporter about its own insides
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # likewise
         torch.onnx.export(module, (input,), dynamo=True, input_names=["images"], verbose=False).save(file)
     logging.disable(logging.NOTSET)
+    return file.getvalue()
+
+
+def in_onnxruntime(file: bytes, input: Tensor) -> Run:
+    """A call of an ONNX file in onnxruntime, with as many threads as PyTorch has."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     feed = {"images": input.numpy()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])
 
@@ -109,7 +114,8 @@ def runs(layer: Layer, onnx: bool) -> dict[tuple[str, str], Run]:
     calls = {("PyTorch", name): in_pytorch(module) for name, module in layer.modules.items()}
     if onnx:
         for name in (REGULAR, DEPLOYED):
-            calls["onnxruntime", name] = in_onnxruntime(layer.modules[name], layer.input)
+            file = exported(layer.modules[name], layer.input)
+            calls["onnxruntime", name] = in_onnxruntime(file, layer.input)
     return calls
 
 

@@ -192,3 +192,30 @@ def test_protocol_cost_measures_each_part_in_a_process_of_its_own(tmp_path):
     for part in report["results"].values():
         assert len(part["seconds"]) == 2
         assert part["peak_mib"] > 50
+
+
+@pytest.mark.slow
+def test_networks_prints_one_table_and_writes_json(tmp_path, capsys):
+    path = tmp_path / "networks.json"
+    with imported("networks") as networks:
+        assert networks.main(["--quick", "--repeats", "1", "--threads", "1", "--json", str(path)]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads(path.read_text())
+    assert {"machine", "versions", "date", "settings", "networks"} <= report.keys()
+    records = report["networks"][0]["records"]
+    kinds = {(record["runtime"], record["form"]) for record in records}
+    assert {("training step", "irregular"), ("PyTorch", "deployed"), ("PyTorch", "irregular")} <= kinds
+    assert all(f"| {runtime}, {form} | " in printed for runtime, form in kinds)
+    assert all(min(record["seconds"]) > 0 and len(record["ratios"]) == 1 for record in records)
+
+
+@pytest.mark.slow
+def test_busy_measures_every_setting_idle_and_beside_programs(tmp_path, capsys):
+    path = tmp_path / "busy.json"
+    with imported("busy") as busy:
+        assert busy.main(["--repeats", "1", "--seconds", "0.01", "--threads", "2", "--json", str(path)]) == 0
+        rows = json.loads(path.read_text())["rows"]
+        assert [row["setting"] for row in rows] == list(busy.SETTINGS) * 2
+    assert [row["beside"] > 0 for row in rows] == [False] * 4 + [True] * 4
+    assert all(round_[kind]["cpu"] > 0 for row in rows for round_ in row["rounds"] for kind in ("regular", "irregular"))
+    assert "beside 0 busy programs" in capsys.readouterr().out
