@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from icnn_zoo.nn.spreads import Interpolation, spread_of
+from icnn_zoo.nn.spreads import Interpolation, SpreadPer, spread_of
 from icnn_zoo.ops.interpolation import smooth_interval
 from icnn_zoo.ops.tap_reading import Reading
 
@@ -17,6 +19,7 @@ class TapReading:
     kernel_size: tuple[int, int]
     interpolation: Interpolation
     widening: Tensor | None
+    spread_per: SpreadPer
 
     @property
     def positions(self) -> Tensor:
@@ -48,7 +51,9 @@ class TapReading:
 
         That is the cell of pixels, but for a gaussian, which has no kinks: its gradient reaches as far as its spread.
         """
-        if self.interpolation == "gaussian":
-            spread = self.spread.detach() if self.spread is not None else 0
-            return coordinates - spread, coordinates + spread
+        spread: Any = self.spread
+        if self.interpolation == "gaussian" and spread is not None:
+            if hasattr(spread, "to_local"):  # FSDP2 shards it as it does the displacement
+                spread = spread.full_tensor() if self.spread_per == "layer" else spread.to_local()
+            return coordinates - spread.detach(), coordinates + spread.detach()
         return smooth_interval(coordinates)

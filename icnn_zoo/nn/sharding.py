@@ -11,7 +11,7 @@ from icnn_zoo.nn.irregular_conv import irregular_layers
 
 
 def whole_displacements(model: nn.Module, group: Any = None) -> set[nn.Parameter]:
-    """Displacements for FSDP to leave out, their gradients averaged over the processes as FSDP would.
+    """Displacements, and spreads, for FSDP to leave out, their gradients averaged over the processes as FSDP would.
 
     With ``MixedPrecisionPolicy(param_dtype=...)`` FSDP2 rounds what it shards to half precision, positions included,
     which irregular layers refuse. Left out, a displacement stays whole, float32, and the same on all processes. Without
@@ -35,7 +35,11 @@ def whole_displacements(model: nn.Module, group: Any = None) -> set[nn.Parameter
         >>> [tuple(parameter.shape) for parameter in icnn_zoo.whole_displacements(model)]
         [(3, 9, 2)]
     """
-    found = {parameter for layer in irregular_layers(model).values() for parameter in layer.displacement_parameters()}
+    found = {
+        parameter
+        for layer in irregular_layers(model).values()
+        for parameter in (*layer.displacement_parameters(), *layer.spread_parameters())
+    }
     if not found:
         raise ValueError(f"`model` must have irregular layers; {type(model).__name__} has none. See icnn_zoo.convert.")
 
