@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="needs the package triton (pip install triton)")
 
 ROOT = Path(__file__).parents[2]
-ABSENT = ["albumentations", "wandb", "jsonargparse", "lightning", "icnn_zoo.cli", "DCLS"]
+ABSENT = ["albumentations", "wandb", "jsonargparse", "pydantic", "platformdirs", "tenacity", "lightning", "DCLS"]
 REHEARSAL = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys({ABSENT}))  # an import of these raises
