@@ -25,9 +25,9 @@ def test_one_command_writes_a_folder_and_goes_on_where_time_was_short(tmp_path):
         command = [sys.executable, "-W", "ignore", "-c", REHEARSAL, "--rehearse", "--out", folder, "--seconds", seconds]
         return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True)
 
-    short = rehearse(25)
+    short = rehearse(0)
     assert short.returncode == 3, short.stderr
-    assert "gate: no time left; the same command goes on from here" in short.stdout
+    assert "card: no time left; the same command goes on from here" in short.stdout
     full = rehearse(10**6)
     assert full.returncode == 0, full.stderr
     states = json.loads((folder / "parts.json").read_text())
