@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from miniature import write_folder
 from zoo_cases import ABOUT, NAME
 
-from icnn_zoo.cli.programs import COMMANDS, zoo_main
+from icnn_zoo.cli.programs import COMMANDS, lightning_main, zoo_main
 from icnn_zoo.publishing.about import read_about
 from icnn_zoo.publishing.publisher import publish
 from icnn_zoo.training.lightning_cli import ZooCLI
@@ -94,11 +95,25 @@ def test_python_blocks_run_as_they_stand(block, tmp_path, monkeypatch):
     exec(block, {"__name__": "block"})
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("block", blocks("yaml"))
-def test_yaml_blocks_are_parts_of_a_config(block, tmp_path, monkeypatch):
-    part = tmp_path / "part.yaml"
-    part.write_text(block)
-    parse_lightning(["lightning", "fit", "-c", str(ROOT / "configs" / "drawn_voc.yaml"), "-c", str(part)], monkeypatch)
+def test_yaml_blocks_train(block, tmp_path, monkeypatch):
+    """As parts of a config, for a step on small scenes, or on small files where they are about data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "part.yaml").write_text(block)
+    own = "data:" in block
+    if own:
+        write_folder(tmp_path / "data")
+    base = ROOT / "configs" / "folder.yaml" if own else ROOT / "tests" / "shapes.yaml"
+    small = (
+        "--trainer.accelerator cpu --trainer.max_steps 1 --trainer.val_check_interval 1 --trainer.limit_val_batches 1"
+    )
+    small += " --trainer.enable_progress_bar false --pictures.num_samples 0"
+    small += " --data.init_args.num_workers 0 --data.init_args.batch_size 2 --data.init_args.crop_size 65"
+    files = " --data.init_args.root data --model.backbone test_resnet --model.start layer3 --model.pretrained false"
+    small += files if own else " --data.init_args.num_train 4 --data.init_args.num_val 2"
+    lightning_main(["fit", "-c", str(base), "-c", "part.yaml", *small.split()])
+    assert list((tmp_path / "runs").rglob("last.ckpt"))
 
 
 def test_files_that_bash_blocks_write_are_what_publish_reads(tmp_path):

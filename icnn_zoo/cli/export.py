@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from icnn_zoo.cli.options import NETWORK, Command, check_output
+from icnn_zoo.cli.options import NETWORK, Command, add_allow, check_output
 from icnn_zoo.io.files import user_path
 
 
@@ -20,6 +20,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="image size to check and time with; the file takes any (default: 257 321)",
     )
+    add_allow(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
 
@@ -31,10 +32,11 @@ def _export(options: argparse.Namespace) -> None:
     from icnn_zoo.models import PixelsToLogits
     from icnn_zoo.training.network_sources import find_source, load_task
 
-    source = find_source(options.source)
-    network = PixelsToLogits(load_task(source).model)
+    source = find_source(options.source, allow=options.allow)
+    model = load_task(source).model
+    network = PixelsToLogits(model)
     print(f"Weights: {source.weights()}")
-    print(export_onnx(network, options.to, (3, *options.size), overwrite=options.force))
+    print(export_onnx(network, options.to, (model.in_channels, *options.size), overwrite=options.force))
 
 
 COMMANDS = {"export": Command(_export, _export_options)}

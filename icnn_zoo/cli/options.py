@@ -40,6 +40,17 @@ def add_registry(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    """Which networks of other packages may be imported because a card or a checkpoint names them."""
+    parser.add_argument(
+        "--allow",
+        action="append",
+        metavar="CLASS",
+        help="dotted name of a class or package that a checkpoint may name as its network, once or several times "
+        "(default: ICNN_ZOO_ALLOW, else none)",
+    )
+
+
 def add_white_level(parser: argparse.ArgumentParser) -> None:
     """How images of 16 bits are read."""
     parser.add_argument(

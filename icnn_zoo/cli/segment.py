@@ -1,75 +1,99 @@
-"""``icnn-zoo segment``: what a published network sees in a photograph, or in every page of a PDF."""
+"""``icnn-zoo segment``: what a network sees in photographs, in pages of PDFs, and in images larger than memory."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from icnn_zoo.cli.options import Command, add_registry, add_white_level, check_output
+from icnn_zoo.cli.options import NETWORK, Command, add_allow, add_registry, add_white_level, check_output
 from icnn_zoo.io.files import user_path
 
-if TYPE_CHECKING:
-    import numpy as np
-
-_PAGE_SIDE = 800  # pixels of a page's longer side, as the networks of documents were trained
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def _segment_options(parser: argparse.ArgumentParser) -> None:
     add_registry(parser)
-    parser.add_argument("name", help="arch.tag")
-    parser.add_argument("image", type=user_path, help="photograph, or PDF")
+    parser.add_argument("name", help=NETWORK)
+    parser.add_argument("images", nargs="+", help="photographs, PDFs, folders of them, or patterns such as 'a/*.jpg'")
     parser.add_argument(
         "--to",
         type=user_path,
         required=True,
-        help="picture to write, such as picture.png; of a PDF, a PDF",
+        help="of one image: picture to write, such as picture.png (of a PDF, a PDF). Else a folder: label maps, PNGs "
+        "of class indices in their colors, <name>.png or <name>_page<n>.png",
     )
+    parser.add_argument("--labels", type=user_path, help="of one image: label map to write, a PNG; of a PDF a TIFF")
+    parser.add_argument("--pictures", action="store_true", help="in a folder: write <name>_picture.png too")
     parser.add_argument(
-        "--labels",
-        type=user_path,
-        help="label map to write, a PNG of class indices in their colors; of a PDF a TIFF, page by page",
+        "--probabilities",
+        action="store_true",
+        help="in a folder: write <name>_probabilities.npz too",
     )
     parser.add_argument(
         "--longest-side",
         type=int,
         help="scale larger images down to this many pixels for the network; "
-        f"render pages of a PDF with this many (default: {_PAGE_SIDE})",
+        "render pages of a PDF with this many (default: 800)",
     )
+    parser.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="see images in overlapping windows of this side, labels written band by band (default: the run's own way; "
+        "1025 for images of more than 25 million pixels)",
+    )
+    parser.add_argument("--batch", type=int, default=1, help="images of one size, or windows, at once (default: 1)")
     add_white_level(parser)
+    add_allow(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     parser.add_argument("--force", action="store_true", help="replace existing files")
 
 
 def _segment(options: argparse.Namespace) -> None:
-    """Labels an image, or every page of a PDF: a picture of it beside its labels, with a legend."""
-    is_pdf = options.image.suffix.lower() == ".pdf"
-    check_output(options.to, options.force, (".pdf",) if is_pdf else (".png", ".jpg", ".jpeg", ".webp"))
+    """Labels images, or every page of PDFs: label maps, pictures beside their labels, probabilities."""
+    for name in ("longest_side", "window", "batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1{_unit(name)}; got {value}.")
+
+    from icnn_zoo.cli.segment_inputs import find_inputs
+
+    single = len(options.images) == 1 and options.to.suffix and not user_path(options.images[0]).is_dir()
+    inputs = find_inputs(options.images)
+    if single and len(inputs) == 1:
+        _one(inputs[0].path, options)
+    else:
+        _many(inputs, options)
+
+
+def _one(image: Path, options: argparse.Namespace) -> None:
+    is_pdf = image.suffix.lower() == ".pdf"
+    check_output(options.to, options.force, (".pdf",) if is_pdf else _PICTURES)
     if options.labels is not None:  # formats that keep indices
         check_output(options.labels, options.force, (".tif", ".tiff") if is_pdf else (".png",))
-    if options.longest_side is not None and options.longest_side < 1:
-        raise ValueError(f"--longest-side must be at least 1 pixel; got {options.longest_side}.")
+    if options.pictures or options.probabilities:
+        raise ValueError(f"--pictures and --probabilities are for a folder: --to {options.to.with_suffix('')}.")
 
+    from icnn_zoo.cli.segment_inputs import check_input, load_network, pages_of
     from icnn_zoo.io.files import replacing
-    from icnn_zoo.io.images import read_image
     from icnn_zoo.io.label_pictures import palette_picture, segmentation_picture
-    from icnn_zoo.zoo.networks import load_checkpoint
+    from icnn_zoo.io.rasters import TIFF_ENDINGS, visible
 
-    if is_pdf:
-        pages = _pages(options.image, options.longest_side or _PAGE_SIDE)
-        longest_side = None
-    else:
-        pages = iter([read_image(options.image, white_level=options.white_level)])
-        longest_side = options.longest_side
-    first = next(pages)  # before the network is fetched
-    model = load_checkpoint(options.name, device=options.device, registry=options.registry, cache=options.cache)
+    check_input(image, options)
+    ready = image.suffix.lower() not in TIFF_ENDINGS  # TIFFs are read as the network takes them
+    pages = pages_of(image, options)
+    first = next(pages) if ready else None  # before the network is fetched
+    network = load_network(options)
+    if first is None:
+        pages = pages_of(image, options, network.model.in_channels)
+        first = next(pages)
     pictures, maps = [], []
     for pixels in (first, *pages):
-        labels = model.predict(pixels, longest_side=longest_side)
-        pictures.append(segmentation_picture(pixels, labels, model.classes, model.palette))
-        maps.append(palette_picture(labels, model.palette))
+        labels = network.label(pixels, None if is_pdf else options.longest_side).labels
+        pictures.append(segmentation_picture(visible(pixels), labels, network.classes, network.palette))
+        maps.append(palette_picture(labels, network.palette))
     with ExitStack() as stack:  # both files, or none
         for path, images in ((options.to, pictures), (options.labels, maps)):
             if path is not None:
@@ -80,19 +104,21 @@ def _segment(options: argparse.Namespace) -> None:
     print("\n".join(f"Written: {path}{number}" for path in (options.to, options.labels) if path is not None))
 
 
-def _pages(path: Path, longest_side: int) -> Iterator[np.ndarray]:
-    """The rendered pages of a PDF; errors name the page."""
-    from icnn_zoo.io.pdf import open_pdf, render_page
+def _many(inputs: Any, options: argparse.Namespace) -> None:
+    if options.labels is not None:
+        raise ValueError("--labels is for one image; into a folder label maps are written anyway.")
 
-    document = open_pdf(path)
-    try:
-        for number in range(len(document)):
-            try:
-                yield render_page(document[number], longest_side)
-            except Exception as error:  # what a broken page leads pdfium to
-                raise ValueError(f"page {number + 1} of {str(path)!r} cannot be rendered: {error}") from error
-    finally:
-        document.close()
+    from icnn_zoo.cli.segment_inputs import check_folder, check_input, load_network, write_all
+
+    check_folder(inputs, options)
+    for each in inputs:
+        check_input(each.path, options)
+    written = write_all(load_network(options), inputs, options)
+    print(f"Written: {written} label maps in {options.to}")
+
+
+def _unit(name: str) -> str:
+    return "" if name == "batch" else " pixel"
 
 
 COMMANDS = {"segment": Command(_segment, _segment_options)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from icnn_zoo.cli.options import Command, add_registry, check_output
+from icnn_zoo.cli.options import Command, add_allow, add_registry, check_output
 from icnn_zoo.io.addresses import is_address, shown
 from icnn_zoo.io.files import user_path
 
@@ -41,6 +41,7 @@ def _list_names(options: argparse.Namespace) -> None:
 def _show_options(parser: argparse.ArgumentParser) -> None:
     add_registry(parser)
     parser.add_argument("name", help=_NAME_HELP)
+    add_allow(parser)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the whole card")
     form.add_argument("--config", action="store_true", help="print the training configuration, starting from it")
@@ -58,12 +59,13 @@ def _show(options: argparse.Namespace) -> None:
         print(dump(card).decode(), end="")
     else:
         page = marked(readme(card, {}), entry.mark)
-        print(training_config(card, entry.card.sha256) if options.config else page, end="")
+        print(training_config(card, entry.card.sha256, options.allow) if options.config else page, end="")
 
 
 def _load_options(parser: argparse.ArgumentParser) -> None:
     add_registry(parser)
     parser.add_argument("name", help=_NAME_HELP)
+    add_allow(parser)
     parser.add_argument("--to", type=user_path, help="write the weights to this file too, such as model.safetensors")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
@@ -79,9 +81,9 @@ def _load(options: argparse.Namespace) -> None:
     from icnn_zoo.zoo.registry import find_checkpoint
 
     place, entry = find_checkpoint(options.name, registry=options.registry, cache=options.cache)
-    checkpoint = read_checkpoint(place, entry)
+    checkpoint = read_checkpoint(place, entry, options.allow)
     card = checkpoint.card
-    assemble(card, checkpoint.tensors)
+    assemble(card, checkpoint.tensors, options.allow)
     if options.to is not None:
         write_whole(options.to, checkpoint.data)
     form = "regular" if card.conversion is None else f"irregular from {card.conversion.start!r} on"
@@ -95,6 +97,7 @@ def _load(options: argparse.Namespace) -> None:
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     add_registry(parser)
     parser.add_argument("names", nargs="*", metavar="NAME", help="arch.tag (default: all)")
+    add_allow(parser)
     parser.add_argument("--metrics", action="store_true", help="measure the card's metrics too, on its data")
     parser.add_argument(
         "--data-root", type=user_path, help="folder of the data for --metrics (default: the one of the training run)"
@@ -112,7 +115,7 @@ def _verify(options: argparse.Namespace) -> None:
     failures = []
     for name in names:
         try:
-            model, card = rebuild(*find_checkpoint(name, **where))
+            model, card = rebuild(*find_checkpoint(name, **where), options.allow)
             print(f"{name}: hashes right, golden output reproduced to {check_golden(model, card.golden):.1e}")
             if options.metrics:
                 from icnn_zoo.publishing.card_metrics import check_metrics
@@ -129,6 +132,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _publish_options(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "What follows -- goes to the measuring of metrics, such as -- --data.init_args.root elsewhere."
+    add_allow(parser)
     parser.add_argument("source", type=user_path, help="run folder (runs/<name>/version_<n>) or .ckpt in one")
     parser.add_argument("--name", required=True, help="arch.tag, such as resnet18.drawn_voc_irregular")
     parser.add_argument("--to", type=_place, required=True, help=_PLACE_HELP)
@@ -147,7 +151,13 @@ def _publish(options: argparse.Namespace) -> None:
     from icnn_zoo.publishing.publisher import publish
 
     place = publish(
-        options.source, options.name, options.to, options.about, overrides=options.overrides, half=options.half
+        options.source,
+        options.name,
+        options.to,
+        options.about,
+        overrides=options.overrides,
+        half=options.half,
+        allow=options.allow,
     )
     print(f"Published: {shown(place)}")
 

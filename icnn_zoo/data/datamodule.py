@@ -35,7 +35,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
     the next batch. In evaluation every image comes exactly once, at its native size or padded to ``eval_size``; where
     processes need an equal number, repeated images fill up, their mask all ``ignore_index`` and flagged in "padding".
 
-    Batches hold "image", uint8 [B, 3, H, W] RGB in 0..255 (the network normalizes, on its device), "mask", int64
+    Batches hold "image", uint8 or float32 [B, C, H, W] in 0..255 (the network normalizes, on its device), "mask", int64
     [B, H, W], "name", list of str, and "padding", bool [B]; in evaluation also "size", int64 [B, 2], the height and
     width of the image without what was added at its right and bottom.
 
@@ -50,10 +50,12 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
         scales: Scale augmentation: factors to choose from, or the ends of a range.
         scale_mode: "choice" or "uniform"; see :class:`icnn_zoo.data.TrainTransform`.
         mirror: Mirrors training samples with probability 0.5.
-        fill: RGB, 0 to 255, of padded pixels; None for the mean that the network subtracts, which is ImageNet's where
-            there is none to ask.
+        fill: Value of each channel, 0 to 255, of padded pixels; None for the mean that the network subtracts, which is
+            ImageNet's where there is none to ask.
+        augmentations: File of further training augmentations, as ``albumentations.save`` writes it; they come first.
 
     Attributes:
+        channels: 3, the channels of an image.
         ignore_index: 255, the label that is not a class.
         transform: The training augmentation.
 
@@ -62,6 +64,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
     """
 
     ignore_index: int = 255
+    channels: int = 3
 
     def __init__(
         self,
@@ -76,6 +79,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
         mirror: bool = True,
         eval_size: Size | None = None,
         fill: Sequence[int] | None = None,
+        augmentations: str | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -98,6 +102,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
         self.eval_size = None if eval_size is None else size_pair("eval_size", eval_size)
         self.fill = fill
         self._augmentation = (crop_size, scales, scale_mode, mirror)
+        self.augmentations = augmentations
         self.transform = self._make_transform()
         self._datasets: dict[Split, SampleDataset] = {}
 
@@ -118,7 +123,9 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
 
     @abstractmethod
     def make_dataset(self, split: Split) -> SampleDataset:
-        """The samples of a split, unshuffled and not augmented: "image" uint8 [H, W, 3], "mask" uint8 [H, W], "name".
+        """The samples of a split, unshuffled and not augmented.
+
+        "image" uint8 or float32 [H, W, C], "mask" uint8 [H, W], "name".
 
         Raises:
             FileNotFoundError: The data are not there; the message names the command that fetches them.
@@ -131,6 +138,34 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
     def encode_labels(self, labels: np.ndarray) -> Image.Image:
         """A predicted label map, uint8 [H, W], as the picture to store: of class indices in the dataset's colors."""
         return palette_picture(labels, self.palette)
+
+    def count_pixels(self) -> np.ndarray:
+        """Pixels of every class in the training masks, int64 [num_classes]; processes count their share of images."""
+        dataset = self._dataset("train")
+        rank, world_size = self._process()
+        read = getattr(dataset, "read_mask", lambda index: dataset[index]["mask"])  # files need no image for it
+        counts = torch.zeros(256, dtype=torch.int64)
+        for index in range(rank, len(dataset), world_size):
+            counts += torch.from_numpy(np.bincount(read(index).ravel(), minlength=256))
+        if world_size > 1:
+            assert self.trainer is not None
+            on_device = counts.to(self.trainer.strategy.root_device)
+            counts = self.trainer.strategy.reduce(on_device, reduce_op="sum").cpu()
+        return counts[: self.num_classes].numpy()
+
+    def measure_channels(self, images: int = 500) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the channels in 0 to 1, of up to ``images`` training images, spread evenly."""
+        dataset = self._dataset("train")
+        number = 0
+        total, squares = np.zeros(self.channels), np.zeros(self.channels)
+        for index in np.linspace(0, len(dataset) - 1, min(images, len(dataset))).astype(int).tolist():
+            pixels = dataset[index]["image"].reshape(-1, self.channels).astype(np.float64) / 255
+            number += len(pixels)
+            total += pixels.sum(0)
+            squares += (pixels**2).sum(0)
+        mean = total / number
+        std = np.sqrt(np.maximum(squares / number - mean**2, 1e-12))
+        return [round(float(value), 6) for value in mean], [max(round(float(value), 6), 1e-6) for value in std]
 
     def setup(self, stage: str) -> None:
         """Makes the datasets of a stage and looks at a few masks, so that errors come before training begins."""
@@ -153,6 +188,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
         """
         shares = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         rank, world_size = self._process()
+        self.transform = self._make_transform()  # again: the network's mean may have been measured meanwhile
         samples = TrainSamples(
             self._dataset("train"),
             self.transform,
@@ -186,6 +222,7 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
 
     def _eval_dataloader(self, split: Split) -> DataLoader[Sample]:
         rank, world_size = self._process()
+        self.transform = self._make_transform()
         samples = EvalSamples(
             self._dataset(split),
             num_classes=self.num_classes,
@@ -212,13 +249,21 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
     def _make_transform(self) -> TrainTransform:
         crop_size, scales, scale_mode, mirror = self._augmentation
         fill = self._network_mean() if self.fill is None else self.fill
-        return TrainTransform(crop_size, scales, scale_mode, mirror, fill=fill, ignore_index=self.ignore_index)
+        return TrainTransform(
+            crop_size,
+            scales,
+            scale_mode,
+            mirror,
+            fill=fill,
+            ignore_index=self.ignore_index,
+            augmentations=self.augmentations,
+        )
 
     def _network_mean(self) -> Sequence[int]:
         network: Any = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
         mean = getattr(network, "mean", None)  # RGB in 0 to 1, as SegmentationModel has it from timm
-        if not isinstance(mean, torch.Tensor) or mean.numel() != 3:
-            return IMAGENET_FILL
+        if not isinstance(mean, torch.Tensor) or mean.numel() != self.channels:
+            return IMAGENET_FILL if self.channels == 3 else [128] * self.channels
         return [round(255 * value) for value in mean.flatten().tolist()]
 
     def _process(self) -> tuple[int, int]:

@@ -11,9 +11,10 @@ import numpy as np
 
 from icnn_zoo.data.datamodule import SegmentationDataModule, Split
 from icnn_zoo.data.folders import missing_files
-from icnn_zoo.data.label_files import read_classes
+from icnn_zoo.data.label_files import ColorTable, read_classes
 from icnn_zoo.data.samples import Sample
 from icnn_zoo.io.images import read_header, read_image
+from icnn_zoo.io.rasters import read_measured
 
 Number = int | Literal["official", "any"]
 
@@ -37,7 +38,7 @@ class Item(NamedTuple):
     name: str
     image: Path
     labels: Path | None
-    table: np.ndarray
+    table: np.ndarray | ColorTable
 
 
 class FileSamples:
@@ -46,17 +47,27 @@ class FileSamples:
     Files are read by :func:`icnn_zoo.io.images.read_image`; of several pages the first, without a warning for each.
     """
 
-    def __init__(self, items: Sequence[Item], ignore_index: int, white_level: int | None = None) -> None:
+    def __init__(
+        self, items: Sequence[Item], ignore_index: int, white_level: float | None = None, channels: int | None = None
+    ) -> None:
         self.items = items
         self.ignore_index = ignore_index
         self.white_level = white_level
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self.items)
 
+    def read_mask(self, index: int) -> np.ndarray:
+        """The mask of a sample alone."""
+        item = self.items[index]
+        if item.labels is None:
+            return np.full(0, self.ignore_index, dtype=np.uint8)
+        return read_classes(item.labels, item.table, warn_pages=False)
+
     def __getitem__(self, index: int, /) -> Sample:
         item = self.items[index]
-        image = read_image(item.image, white_level=self.white_level, warn_pages=False)
+        image = read_as(item.image, self.channels, self.white_level)
         if item.labels is None:
             mask = np.full(image.shape[:2], self.ignore_index, dtype=np.uint8)
         else:
@@ -79,12 +90,14 @@ class FileDataModule(SegmentationDataModule):
 
     Attributes:
         white_level: The value that is white in images of 16 bits, which are refused where it is None.
+        stored_channels: Channels of images that are read as they are stored; None for photographs, in RGB of 8 bits.
 
     Raises:
         ValueError: An argument out of its range.
     """
 
-    white_level: int | None = None
+    white_level: float | None = None
+    stored_channels: int | None = None
 
     def __init__(
         self,
@@ -141,7 +154,14 @@ class FileDataModule(SegmentationDataModule):
         items = self.items(split)
         self.check_number(split, len(items))
         require_files(items, self.advice)
-        return FileSamples(items, self.ignore_index, self.white_level)
+        return FileSamples(items, self.ignore_index, self.white_level, self.stored_channels)
+
+
+def read_as(path: Path, channels: int | None, white_level: float | None) -> np.ndarray:
+    """An image: a photograph, uint8 [H, W, 3], or with a number of channels as it is stored, float32 [H, W, C]."""
+    if channels is None:
+        return read_image(path, white_level=None if white_level is None else int(white_level), warn_pages=False)
+    return read_measured(path, channels, white_level)
 
 
 def require_files(items: Sequence[Item], advice: str) -> None:

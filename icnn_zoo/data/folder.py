@@ -15,7 +15,8 @@ from icnn_zoo.data.datamodule import Split
 from icnn_zoo.data.file_datamodule import FileDataModule, Item
 from icnn_zoo.data.folders import files_below
 from icnn_zoo.data.inspection import SHOWN_PROBLEMS, survey
-from icnn_zoo.data.label_files import class_table, read_labels
+from icnn_zoo.data.label_files import ColorTable, class_table, read_labels
+from icnn_zoo.data.layouts import FilePatterns, is_pattern, read_colors
 from icnn_zoo.data.transforms import Size
 from icnn_zoo.io.files import read_text, user_path
 
@@ -39,14 +40,20 @@ class FolderDataModule(FileDataModule):
     Args:
         root: Folder that holds both.
         class_names: Names by class index, background first. At least 2.
-        images: Folder of images, relative to ``root``.
-        masks: Folder of masks, relative to ``root``.
+        images: Folder of images, relative to ``root``; or a pattern such as "{split}/*_image.tif", with one "*" in
+            the file's name: what image and mask have in common.
+        masks: Folder of masks, relative to ``root``; or a pattern such as "{split}/{stem}_mask.png", in which "{stem}"
+            is that common part. A pattern without folders is beside the image.
         mask_suffix: What a mask's name has between the image's name and its ending, such as "_mask".
         mask_values: The value that a mask has for each class, where that is not its index: [0, 255] for masks of
             black and white.
+        mask_colors: The color that a mask has for each class, "#rrggbb" or (R, G, B), for masks that are color
+            pictures; None for masks of numbers. Black is no class if none has it.
         ignore_value: The value of masks that is not a class; None if there is none.
-        white_level: The value that is white in images of 16 bits a channel, such as 65535, or 4095 for 12 bits; None
-            refuses them.
+        white_level: The value that is white in images of 16 bits a channel, such as 65535, 4095 for 12 bits, or of
+            floats; None refuses them.
+        channels: Channels of images that are read as they are stored, with all their bits, neither turned upright nor
+            flattened: TIFFs of any number of channels, PNGs of 16 bits. None for photographs, read in RGB of 8 bits.
         check: Whether to look at all files first. False leaves it to the moment that a sample is read.
         predict_split: "val", "train" or "test". Masks are not read.
         crop_size: Training crop in pixels: one number or (height, width).
@@ -72,7 +79,9 @@ class FolderDataModule(FileDataModule):
         mask_suffix: str = "",
         mask_values: Sequence[int] | None = None,
         ignore_value: int | None = 255,
-        white_level: int | None = None,
+        mask_colors: Sequence[str | Sequence[int]] | None = None,
+        white_level: float | None = None,
+        channels: int | None = None,
         check: bool = True,
         predict_split: Literal["train", "val", "test"] = "val",
         crop_size: Size = 321,
@@ -90,9 +99,14 @@ class FolderDataModule(FileDataModule):
                 f"`mask_values` must be {len(self._classes)} different numbers, 0 to 65535, one for each of "
                 f"class_names; got {list(values)}."
             )
+        if channels is not None and channels < 1:
+            raise ValueError(f"`channels` must be at least 1, or null for photographs; got {channels}.")
         self.root = user_path(root)
         self.images = self.root / images
         self.masks = self.root / masks
+        self.patterns = FilePatterns(self.root, images, masks) if is_pattern(images) or is_pattern(masks) else None
+        self.colors = None if mask_colors is None else read_colors(mask_colors, self._classes)
+        self.channels, self.stored_channels = channels or 3, channels
         self.mask_suffix = mask_suffix
         self.mask_values = values
         self.ignore_value = None if ignore_value in values else ignore_value
@@ -136,7 +150,9 @@ class FolderDataModule(FileDataModule):
         items: dict[str, list[Item]] = {split: self.items(split) for split in self._needed()}
         if not self.check or not items:
             return
-        found = survey(items, self.classes, whole_images=False, white_level=self.white_level)
+        found = survey(
+            items, self.classes, whole_images=False, white_level=self.white_level, channels=self.stored_channels
+        )
         for note in found.notes:
             warnings.warn(note, stacklevel=2)
         if found.problems:
@@ -179,11 +195,13 @@ class FolderDataModule(FileDataModule):
         meanings = {value: index for index, value in enumerate(self.mask_values)}
         if self.ignore_value is not None:
             meanings[self.ignore_value] = self.ignore_index
-        table = class_table(meanings)
+        table = class_table(meanings) if self.colors is None else ColorTable(self.colors)
         return [Item(key, path, masks.get(key), table) for key, path in images.items()]
 
     def _exists(self, name: str) -> bool:
-        return (self.root / f"{name}.txt").is_file() or (self.images / name).is_dir()
+        if (self.root / f"{name}.txt").is_file():
+            return True
+        return (self.images / name).is_dir() if self.patterns is None else bool(self.patterns.find(name)[0])
 
     def _files(self, name: str) -> tuple[dict[str, Path], dict[str, Path]]:
         """Images and masks of a split by name."""
@@ -202,6 +220,8 @@ class FolderDataModule(FileDataModule):
 
     def _pairs(self, below: str) -> tuple[dict[str, Path], dict[str, Path]]:
         """Images and masks by name in a folder below the folders of both."""
+        if self.patterns is not None:
+            return self.patterns.find(below)
         images = files_below(self.images / below, _IMAGE_ENDINGS)
         masks = files_below(self.masks / below, _MASK_ENDINGS)
         if self.images.resolve() == self.masks.resolve():

@@ -10,9 +10,10 @@ from typing import TypeVar
 import numpy as np
 from rich.progress import track
 
-from icnn_zoo.data.file_datamodule import Item, check_sizes
+from icnn_zoo.data.file_datamodule import Item, check_sizes, read_as
 from icnn_zoo.data.label_files import read_classes
-from icnn_zoo.io.images import ImageHeader, read_header, read_image, require_white_level
+from icnn_zoo.io.images import ImageHeader, read_header, require_white_level
+from icnn_zoo.io.rasters import read_measured
 from icnn_zoo.io.tables import text_table
 
 T = TypeVar("T")
@@ -59,7 +60,8 @@ def survey(
     classes: Sequence[str],
     *,
     whole_images: bool = True,
-    white_level: int | None = None,
+    white_level: float | None = None,
+    channels: int | None = None,
 ) -> Survey:
     """Reads every label file, and every image or its header, with a progress bar.
 
@@ -68,6 +70,7 @@ def survey(
         classes: Class names by index.
         whole_images: Decodes images; False only reads their headers, which misses truncated ones.
         white_level: The value that is white in images of 16 bits; None counts them as problems.
+        channels: Of images that are read as they are stored; None for photographs.
 
     Returns:
         What was found. Nothing that is wrong with a file is raised.
@@ -79,11 +82,15 @@ def survey(
         counts = np.zeros(256, dtype=np.int64)
         for item in progress(items, f"Checking {split}"):
             try:
-                header = read_header(item.image)
-                if whole_images:
-                    read_image(item.image, white_level=white_level, warn_pages=False)
+                if channels is not None:
+                    size = read_measured(item.image, channels, white_level).shape[:2]
+                    header = ImageHeader((size[0], size[1]), 1, 1, False)
+                else:
+                    header = read_header(item.image)
+                if whole_images and channels is None:
+                    read_as(item.image, None, white_level)
                 elif header.deep:
-                    require_white_level(repr(str(item.image)), white_level)
+                    require_white_level(repr(str(item.image)), None if white_level is None else int(white_level))
                 several += [item.image] if header.pages > 1 else []
                 if item.labels is not None:
                     labels = read_classes(item.labels, item.table, warn_pages=False)

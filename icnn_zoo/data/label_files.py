@@ -59,12 +59,42 @@ def class_table(classes: Mapping[int, int]) -> np.ndarray:
     return table
 
 
-def read_classes(path: Path, table: np.ndarray, *, warn_pages: bool = True) -> np.ndarray:
+class ColorTable:
+    """What the colors of label pictures mean, for :func:`read_classes`.
+
+    Args:
+        colors: Class index (or the ignore index) of each color, (R, G, B) in 0 to 255.
+    """
+
+    def __init__(self, colors: Mapping[tuple[int, int, int], int]) -> None:
+        packed = {red << 16 | green << 8 | blue: index for (red, green, blue), index in colors.items()}
+        self._values = np.array(sorted(packed), dtype=np.int64)
+        self._classes = np.array([packed[value] for value in self._values.tolist()], dtype=np.uint8)
+
+    def read(self, path: Path, *, warn_pages: bool = True) -> np.ndarray:
+        """A label picture as class indices, uint8 [H, W].
+
+        Raises:
+            ValueError: It holds a color without a meaning; the message names file and colors.
+        """
+        pixels = np.asarray(read_upright(path, warn_pages=warn_pages).convert("RGB")).astype(np.int64)
+        values = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
+        places = np.searchsorted(self._values, values).clip(max=len(self._values) - 1)
+        wrong = values[self._values[places] != values]
+        if len(wrong):
+            raise ValueError(
+                f"{str(path)!r}: colors must be {_colors(self._values)}; got {_colors(np.unique(wrong))}. Masks with "
+                "colors between those of classes were scaled or stored as JPEG."
+            )
+        return self._classes[places]
+
+
+def read_classes(path: Path, table: np.ndarray | ColorTable, *, warn_pages: bool = True) -> np.ndarray:
     """A label file as class indices.
 
     Args:
         path: What :func:`read_labels` reads.
-        table: Of :func:`class_table`.
+        table: Of :func:`class_table`, or of colors.
         warn_pages: As in :func:`read_labels`.
 
     Returns:
@@ -73,6 +103,8 @@ def read_classes(path: Path, table: np.ndarray, *, warn_pages: bool = True) -> n
     Raises:
         ValueError: As :func:`read_labels`, or it holds a value without a meaning; the message names file and values.
     """
+    if isinstance(table, ColorTable):
+        return table.read(path, warn_pages=warn_pages)
     labels = read_labels(path, warn_pages=warn_pages)
     if labels.min() >= 0 and labels.max() < len(table):
         classes = table[labels]
@@ -101,6 +133,11 @@ def _read_mat(path: Path) -> np.ndarray:
     except Exception as error:  # scipy raises whatever the bytes lead it to
         raise ValueError(f"{str(path)!r} is not a readable .mat file: {error}") from error
     raise ValueError(f"{str(path)!r} must hold GTcls (SBD) or LabelMap (PASCAL-Context); it holds {sorted(content)}.")
+
+
+def _colors(values: np.ndarray, number: int = 8) -> str:
+    shown = ", ".join(f"#{value:06x}" for value in values[:number].tolist())
+    return f"{shown}, ..." if len(values) > number else shown
 
 
 def _ranges(table: np.ndarray) -> str:

@@ -16,7 +16,7 @@ Batch = dict[str, Any]
 
 
 class SampleDataset(Protocol):
-    """A map-style dataset whose samples hold "image", uint8 [H, W, 3] RGB, "mask", uint8 [H, W], and "name"."""
+    """A map-style dataset whose samples hold "image", uint8 or float32 [H, W, C], "mask", uint8 [H, W], and "name"."""
 
     def __len__(self) -> int: ...
 
@@ -27,14 +27,14 @@ def check_sample(sample: Sample, num_classes: int, ignore_index: int) -> Sample:
     """Returns a sample unchanged if a network of ``num_classes`` can learn from it.
 
     Raises:
-        TypeError: Image or mask is not a uint8 array.
+        TypeError: The image is neither uint8 nor float32, or the mask not uint8.
         ValueError: Their shapes do not fit, or the mask holds a value that is neither a class nor ``ignore_index``.
     """
     image, mask, name = sample["image"], sample["mask"], sample["name"]
-    if image.dtype != np.uint8 or mask.dtype != np.uint8:
+    if image.dtype not in (np.uint8, np.float32) or mask.dtype != np.uint8:
         raise TypeError(f"{name}: image and mask must be uint8; got {image.dtype} and {mask.dtype}.")
-    if image.ndim != 3 or image.shape[2] != 3 or mask.shape != image.shape[:2]:
-        raise ValueError(f"{name}: expected image [H, W, 3] and mask [H, W]; got {image.shape} and {mask.shape}.")
+    if image.ndim != 3 or mask.shape != image.shape[:2]:
+        raise ValueError(f"{name}: expected image [H, W, C] and mask [H, W]; got {image.shape} and {mask.shape}.")
     allowed = np.zeros(256, dtype=bool)
     allowed[:num_classes] = True
     allowed[ignore_index] = True
@@ -135,8 +135,8 @@ class EvalSamples(Dataset[Sample]):
                 f"{name}: an image of {height} x {width} does not fit into `eval_size` = {self.size[0]} x "
                 f"{self.size[1]} (height x width): set a larger one, of 8k + 1, or null for native sizes."
             )
-        padded = np.empty((*self.size, 3), dtype=np.uint8)
-        padded[:] = np.asarray(self.fill, dtype=np.uint8)
+        padded = np.empty((*self.size, image.shape[2]), dtype=image.dtype)
+        padded[:] = np.asarray(self.fill, dtype=image.dtype)
         padded[:height, :width] = image
         labels = np.full(self.size, self.ignore_index, dtype=np.uint8)
         labels[:height, :width] = mask
@@ -147,8 +147,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stacks samples to a batch.
 
     Returns:
-        "image", uint8 [B, 3, H, W], RGB in 0..255; "mask", int64 [B, H, W]; "name", list of str; "padding", bool [B];
-        of samples of evaluation also "size", int64 [B, 2].
+        "image", uint8 or float32 [B, C, H, W] in 0..255; "mask", int64 [B, H, W]; "name", list of str; "padding", bool
+        [B]; of samples of evaluation also "size", int64 [B, 2].
 
     Raises:
         ValueError: The images differ in size.

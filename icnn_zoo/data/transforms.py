@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,6 +14,8 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask
 
 import albumentations as A
 import cv2
+
+from icnn_zoo.io.files import require_file
 
 Size = int | Sequence[int]
 IMAGENET_FILL = (124, 116, 104)  # the ImageNet mean in 8 bits, RGB
@@ -45,8 +49,9 @@ class TrainTransform:
         scales: Factors to choose from; for ``scale_mode="uniform"`` the two ends of the range.
         scale_mode: "choice" draws one of ``scales``, "uniform" any factor between two.
         mirror: Mirrors left to right with probability 0.5.
-        fill: RGB, 0 to 255, of padded pixels. The default is the ImageNet mean.
+        fill: Value of each channel, 0 to 255, of padded pixels. The default is the ImageNet mean.
         ignore_index: Label of padded pixels.
+        augmentations: A file of albumentations' own (``A.save``, JSON or YAML) to apply first; None for none.
 
     Attributes:
         fill: As given.
@@ -70,6 +75,7 @@ class TrainTransform:
         mirror: bool = True,
         fill: Sequence[int] = IMAGENET_FILL,
         ignore_index: int = 255,
+        augmentations: str | Path | None = None,
     ) -> None:
         height, width = size_pair("crop_size", crop_size)
         if not scales or min(scales) <= 0:
@@ -78,20 +84,14 @@ class TrainTransform:
             raise ValueError(f"`scale_mode` must be choice or uniform; got {scale_mode!r}.")
         if scale_mode == "uniform" and len(scales) != 2:
             raise ValueError(f"`scales` must be the range's two ends for scale_mode uniform; got {tuple(scales)}.")
-        if len(fill) != 3 or min(fill) < 0 or max(fill) > 255:
-            raise ValueError(f"`fill` must be one number for each of R, G and B, 0 to 255; got {tuple(fill)}.")
+        if not len(fill) or min(fill) < 0 or max(fill) > 255:
+            raise ValueError(f"`fill` must be one number for each channel, 0 to 255; got {tuple(fill)}.")
         self.fill = tuple(fill)
         self._compose = A.Compose(
             [
+                *([] if augmentations is None else [read_augmentations(augmentations)]),
                 _scale(scales) if scale_mode == "uniform" else A.OneOf([_scale((s, s)) for s in scales], p=1.0),
-                A.PadIfNeeded(
-                    min_height=height,
-                    min_width=width,
-                    position="top_left",
-                    border_mode=cv2.BORDER_CONSTANT,
-                    fill=tuple(fill),
-                    fill_mask=ignore_index,
-                ),
+                _padding((height, width), tuple(fill), ignore_index),
                 A.RandomCrop(height, width),
                 A.HorizontalFlip(p=0.5 if mirror else 0.0),
             ]
@@ -101,16 +101,58 @@ class TrainTransform:
         """Augments one sample.
 
         Args:
-            image: uint8 [H, W, 3], RGB.
+            image: uint8 or float32 [H, W, C].
             mask: uint8 [H, W], class indices.
             seed: Decides everything that is random; at least 0 and below 2**32.
 
         Returns:
-            Image [crop height, crop width, 3] and mask [crop height, crop width].
+            Image [crop height, crop width, C] and mask [crop height, crop width].
         """
         self._compose.set_random_seed(seed)
         result = self._compose(image=image, mask=mask)
         return result["image"], result["mask"]
+
+
+def read_augmentations(path: str | Path) -> A.BasicTransform | A.BaseCompose:
+    """Augmentations from a file that ``albumentations.save`` wrote, JSON or YAML.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds something else; the message says what albumentations says of it.
+    """
+    file = require_file(path)
+    try:
+        found = A.load(file, "json" if file.suffix == ".json" else "yaml")
+        if not isinstance(found, (A.BasicTransform, A.BaseCompose)):
+            raise TypeError(f"it holds a {type(found).__name__}")
+    except Exception as error:  # of many kinds, whatever the file leads to
+        raise ValueError(
+            f"`augmentations`: {str(path)!r} is not a file of albumentations.save (.json or .yaml): {error}"
+        ) from error
+    return found
+
+
+def _padding(size: tuple[int, int], fill: tuple[int, ...], ignore_index: int) -> A.BasicTransform:
+    if len(fill) <= 4:
+        return A.PadIfNeeded(
+            min_height=size[0],
+            min_width=size[1],
+            position="top_left",
+            border_mode=cv2.BORDER_CONSTANT,
+            fill=fill,
+            fill_mask=ignore_index,
+        )
+    # OpenCV knows colors of four channels at most.
+    image, mask = partial(_padded, size=size, fill=fill), partial(_padded, size=size, fill=ignore_index)
+    return A.Lambda(image=image, mask=mask, name="padding", p=1.0)
+
+
+def _padded(values: np.ndarray, *, size: tuple[int, int], fill: int | tuple[int, ...], **_: object) -> np.ndarray:
+    rows, cols = values.shape[:2]
+    padded = np.empty((max(rows, size[0]), max(cols, size[1]), *values.shape[2:]), values.dtype)
+    padded[:] = np.asarray(fill, values.dtype)
+    padded[:rows, :cols] = values
+    return padded
 
 
 def _scale(ends: Sequence[float]) -> A.RandomScale:

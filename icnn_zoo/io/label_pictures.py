@@ -58,10 +58,16 @@ def palette_picture(labels: np.ndarray, palette: np.ndarray) -> Image.Image:
     Values beyond the palette get PASCAL VOC's colors.
     """
     picture = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8))
-    # All 256 colors: with fewer, PNG stores fewer bits and a 255 comes back as another number.
-    colors = np.concatenate([palette.astype(np.uint8), color_map(256)[len(palette) :]])
-    picture.putpalette(colors.tobytes())
+    picture.putpalette(full_palette(palette).tobytes())
     return picture
+
+
+def full_palette(palette: np.ndarray) -> np.ndarray:
+    """All 256 colors of a file, uint8: ``palette``, then PASCAL VOC's.
+
+    With fewer, PNG stores fewer bits and a 255 comes back as another number.
+    """
+    return np.concatenate([palette.astype(np.uint8), color_map(256)[len(palette) :]])
 
 
 def colored(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:

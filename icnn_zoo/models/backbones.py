@@ -12,6 +12,8 @@ import torch
 from timm.layers import Conv2dSame
 from torch import nn
 
+from icnn_zoo.nn.modules import replace_modules
+
 OUTPUT_STRIDES = (2, 4, 8, 16)
 DILATION_RULES = ("caffe", "timm")
 BackboneArgs = Mapping[str, Any]
@@ -48,7 +50,12 @@ def check_backbone_args(arguments: BackboneArgs) -> None:
 
 
 def create_backbone(
-    name: str, output_stride: int, arguments: BackboneArgs | None = None, *, pretrained: bool = False
+    name: str,
+    output_stride: int,
+    arguments: BackboneArgs | None = None,
+    *,
+    pretrained: bool = False,
+    in_channels: int = 3,
 ) -> nn.Module:
     """A timm network that gives the last stage's features.
 
@@ -57,6 +64,7 @@ def create_backbone(
         output_stride: Input pixels per pixel of the features.
         arguments: Sizes and rates that the network's class takes, such as ``{"channels": [32, 64, 128, 256]}``.
         pretrained: Loads timm's weights.
+        in_channels: Channels of the images; timm adapts the first convolution's weights.
 
     Raises:
         ValueError: There is no such network, timm cannot dilate it so, or it does not take the arguments.
@@ -67,7 +75,13 @@ def create_backbone(
     check_backbone_args(arguments or {})
     try:
         backbone = timm.create_model(
-            name, pretrained, features_only=True, output_stride=output_stride, out_indices=(-1,), **(arguments or {})
+            name,
+            pretrained,
+            features_only=True,
+            output_stride=output_stride,
+            out_indices=(-1,),
+            in_chans=in_channels,
+            **(arguments or {}),
         )
         reduction = feature_info(backbone).reduction()[-1]
     except (TypeError, AssertionError, RuntimeError) as error:
@@ -79,7 +93,78 @@ def create_backbone(
         raise ValueError(_cannot_dilate(name, output_stride)) from error
     if reduction != output_stride:
         raise ValueError(_cannot_dilate(name, output_stride))
-    return backbone
+    return with_channels(backbone, in_channels)  # of a network that has no such argument
+
+
+def create_pyramid(
+    name: str,
+    output_stride: int,
+    arguments: BackboneArgs | None = None,
+    *,
+    pretrained: bool = False,
+    in_channels: int = 3,
+) -> nn.Module:
+    """A timm network that is not dilated, giving its stages from ``output_stride`` on, the last of each size.
+
+    Args:
+        name: timm's name.
+        output_stride: Input pixels per pixel of the finest stage.
+        arguments: As in :func:`create_backbone`.
+        pretrained: Loads timm's weights.
+        in_channels: Channels of the images; timm adapts the first convolution's weights.
+
+    Raises:
+        ValueError: There is no such network, or it has no stages of several sizes, or none of this stride.
+    """
+    check_backbone(name)
+    check_backbone_args(arguments or {})
+    options = dict(arguments or {})
+    try:
+        with torch.device("meta"):
+            try:  # transformers that are made for one size, and take others if told so
+                timm.create_model(name, strict_img_size=False)
+                options["strict_img_size"] = False
+            except TypeError:
+                pass
+            reductions = feature_info(timm.create_model(name, features_only=True, **options)).reduction()
+        stages = {reduction: index for index, reduction in enumerate(reductions) if reduction >= output_stride}
+        if output_stride in stages and len(stages) > 1:
+            places = tuple(stages[reduction] for reduction in sorted(stages))
+            options["in_chans"] = in_channels
+            return timm.create_model(name, pretrained, features_only=True, out_indices=places, **options)
+    except (TypeError, AssertionError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"`backbone`={name!r} gives no features of several sizes with {options}: {error}") from error
+    raise ValueError(
+        f"`backbone`={name!r} has stages with {sorted(set(reductions))} input pixels per pixel; `output_stride` must "
+        f"be one of them but the last for the head fpn; got {output_stride}."
+    )
+
+
+def with_channels(network: nn.Module, in_channels: int) -> nn.Module:
+    """A network whose first convolution takes images of ``in_channels``: made anew where it takes those of three.
+
+    Raises:
+        ValueError: It has no such convolution.
+    """
+    name, first = next(((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d)), ("", None))
+    if first is None or first.in_channels == in_channels:
+        return network
+    if first.in_channels != 3 or first.groups != 1:
+        raise ValueError(
+            f"`in_channels` is {in_channels}, and the network's first convolution, {name}, takes {first.in_channels}."
+        )
+    new = nn.Conv2d(
+        in_channels,
+        first.out_channels,
+        first.kernel_size,  # type: ignore[arg-type]
+        first.stride,  # type: ignore[arg-type]
+        first.padding,  # type: ignore[arg-type]
+        first.dilation,  # type: ignore[arg-type]
+        bias=first.bias is not None,
+        padding_mode=first.padding_mode,
+        device=first.weight.device,
+    )
+    return replace_modules(network, {first: new})
 
 
 def dilate_as_caffe(backbone: nn.Module, name: str, output_stride: int, arguments: BackboneArgs | None = None) -> None:
@@ -125,5 +210,6 @@ def feature_info(backbone: nn.Module) -> Any:
 def _cannot_dilate(name: str, output_stride: int) -> str:
     return (
         f"`backbone`={name!r} cannot be dilated to output stride {output_stride} by timm; families that can: resnet, "
-        "resnetv2, regnet, efficientnet, mobilenetv3, convnext, rexnet, nfnet, byobnet, cspnet, xception."
+        "resnetv2, regnet, efficientnet, mobilenetv3, convnext, rexnet, nfnet, byobnet, cspnet, xception. The head fpn "
+        "takes backbones as they are: head='fpn', output_stride=4."
     )

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from icnn_zoo.io.label_pictures import color_map
 from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.nn.class_paths import without_weights
 from icnn_zoo.publishing.about import About
 from icnn_zoo.publishing.card_metrics import measure
 from icnn_zoo.training.checkpoints import read_checkpoint
@@ -115,8 +116,12 @@ def make_card(
     taken = set(inspect.signature(SegmentationModel).parameters) - {"num_classes", "mean", "std"}
     start = options["start"]
     palette = about.palette or [f"#{bytes(color).hex()}" for color in color_map(len(task.class_names))]
-    network = {key: value for key, value in options.items() if key in taken}
-    if network.get("head_dilation") is None:  # a default that another version might choose otherwise
+    usual = {"network": None, "in_channels": 3}  # what earlier versions do not know is left out where it says nothing
+    network = {key: value for key, value in options.items() if key in taken and usual.get(key, ...) != value}
+    if model.spec is not None:
+        network = {"network": without_weights("network", model.spec), "freeze_norm": options["freeze_norm"]}
+        network["in_channels"] = model.in_channels
+    elif network.get("head_dilation") is None:  # a default that another version might choose otherwise
         network["head_dilation"] = model.head_dilation
     try:
         return Card(
@@ -157,6 +162,5 @@ def _metrics(
     return tuple(Metric(name=metric.name, value=round(value, 6), protocol=metric.protocol) for metric, value in values)
 
 
-def _channels(values: torch.Tensor) -> tuple[float, float, float]:
-    red, green, blue = (float(f"{value:.7g}") for value in values.flatten().tolist())
-    return red, green, blue
+def _channels(values: torch.Tensor) -> tuple[float, ...]:
+    return tuple(float(f"{value:.7g}") for value in values.flatten().tolist())

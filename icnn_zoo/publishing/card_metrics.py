@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.training.checkpoints import NO_LOSS
 from icnn_zoo.training.lightning_cli import ZooCLI
 from icnn_zoo.zoo.card_config import run_config
 from icnn_zoo.zoo.cards import Card
@@ -39,7 +40,8 @@ def measure(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that `args` replace sys.argv, and that loaders have few workers
             cli = ZooCLI.build(
-                {**config, "model": {**config.get("model", {}), "pretrained": False, "compile": False}}, overrides
+                {**config, "model": {**config.get("model", {}), **NO_LOSS, "pretrained": False, "compile": False}},
+                overrides,
             )
             try:
                 cli.model.model.load_state_dict(model.state_dict())
@@ -73,7 +75,8 @@ def check_metrics(model: SegmentationModel, card: Card, overrides: Sequence[str]
         ValueError: One differs by more than 0.001; else as :func:`measure`.
         FileNotFoundError: As :func:`measure`.
     """
-    found = measure(model, run_config(card), [metric.name for metric in card.metrics], overrides)
+    allow = [] if card.spec is None else [card.architecture]  # the network is of that class
+    found = measure(model, run_config(card, allow), [metric.name for metric in card.metrics], overrides)
     for metric in card.metrics:
         if not abs(found[metric.name] - metric.value) <= TOLERANCE:
             raise ValueError(

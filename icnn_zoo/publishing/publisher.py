@@ -43,6 +43,7 @@ def publish(
     *,
     overrides: Sequence[str] = (),
     half: bool = False,
+    allow: Sequence[str] | None = None,
 ) -> Path | str:
     """Adds the network of a run to a registry.
 
@@ -63,6 +64,7 @@ def publish(
         half: Stores kernels in 16 bits, in half the space; displacements, biases and norm layers keep all bits. What is
             published, and measured where ``about`` does not say a metric, is the network with rounded kernels, and
             loads in 32 bits.
+        allow: As in :func:`icnn_zoo.load_checkpoint`, for a run with a network of another package.
 
     Returns:
         The checkpoint's folder, or its address.
@@ -83,7 +85,7 @@ def publish(
     wanted, pictures = read_about(about)
     file = find_ckpt(Path(source))
     config = read_config(file)
-    task = load_task(file)
+    task = load_task(file, allow=allow)
     training = training_of(file, config, wanted)
     tensors = _plain_tensors(task.model)
     if half:
@@ -198,7 +200,8 @@ def _add(
 
 def _read_back(staging: Path, name: str, original: SegmentationModel) -> None:
     card = parse(Card, (staging / CARD).read_bytes(), name)
-    model = assemble(card, parse_weights((staging / WEIGHTS).read_bytes(), name))
+    allow = [] if card.spec is None else [card.architecture]  # the original is of that class
+    model = assemble(card, parse_weights((staging / WEIGHTS).read_bytes(), name), allow)
     for seed in (card.golden.seed, card.golden.seed + 1):
         before, after = (golden_logits(network, seed, card.golden.size) for network in (original, model))
         if not torch.equal(before, after):

@@ -14,7 +14,7 @@ from icnn_zoo.io.label_pictures import colored
 from icnn_zoo.nn.irregular_conv import irregular_layers
 from icnn_zoo.report.payload import data_uri
 from icnn_zoo.report.samples import Sample
-from icnn_zoo.training.scores import iou_names
+from icnn_zoo.training.scores import score_names
 from icnn_zoo.training.task import SegmentationTask
 from icnn_zoo.zoo.cards import Card
 
@@ -36,7 +36,7 @@ def header_section(task: SegmentationTask, scores: Mapping[str, float]) -> dict[
     if layers:
         tiles += [("irregular layers", str(len(layers))), ("taps with a position", f"{positions // 2:,}")]
     start = f"learnable shapes from {task.start or 'the first layer'} on" if layers else "regular convolutions"
-    return {"backbone": task.hparams["backbone"], "start": start, "tiles": tiles}
+    return {"backbone": task.model.backbone_name, "start": start, "tiles": tiles}
 
 
 def card_section(card: Card) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def shapes_section(statistics: Sequence[ShapeStatistics], trends: Mapping[str, f
 def iou_section(class_names: Sequence[str], scores: Mapping[str, float]) -> dict[str, Any] | None:
     """IoU of every class in percent, as bars; None where it was not measured."""
     for split in ("val", "test"):
-        keys = zip(class_names, iou_names(split, class_names), strict=True)
+        keys = zip(class_names, score_names(split, class_names), strict=True)
         found = {name: scores[key] for name, key in keys if key in scores}
         if found:
             return {"split": split, "bars": [(name, f"{100 * value:.1f}") for name, value in found.items()]}

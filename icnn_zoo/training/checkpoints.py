@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from icnn_zoo.io.files import replacing
 from icnn_zoo.io.transports import is_local, local_path
+from icnn_zoo.nn.class_paths import check_allowed, without_memory
 from icnn_zoo.ops.sharing import rename_per_kernel
+
+NO_LOSS = {"loss": None, "class_weights": None}  # of a task that is not trained: no class is imported for it
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -93,8 +96,26 @@ def task_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if not str(key).startswith("_")}
 
 
+def check_network(checkpoint: Mapping[str, Any], source: str | Path, allow: Sequence[str] | None = None) -> None:
+    """Checks that a network of another package may be imported because a checkpoint says so.
+
+    Args:
+        checkpoint: What :func:`read_task` gave.
+        source: File to name in messages.
+        allow: As in :func:`icnn_zoo.load_checkpoint`.
+
+    Raises:
+        ValueError: It may not.
+    """
+    spec = checkpoint["hyper_parameters"].get("network")
+    if spec is not None:
+        check_allowed("network", spec, allow, repr(str(source)))
+
+
 def check_size(task: Callable[..., nn.Module], checkpoint: Mapping[str, Any], source: str | Path) -> None:
     """Checks that a checkpoint holds the tensors that its options ask for, before memory is given to any of them.
+
+    The network's class must have been allowed, see :func:`check_network`.
 
     Args:
         task: Class of the task.
@@ -105,10 +126,10 @@ def check_size(task: Callable[..., nn.Module], checkpoint: Mapping[str, Any], so
         ValueError: Tensors are missing, of another shape, or larger than what the file holds of them.
     """
     # The regular network, which can be made without memory; displacements are no larger than twice its weights.
-    options = {**task_options(checkpoint), "start": None, "pretrained": False}
+    options = {**task_options(checkpoint), **NO_LOSS, "start": None, "pretrained": False}
     try:
-        with torch.device("meta"):
-            expected = {name: value.shape for name, value in task(**options).state_dict().items()}
+        outline = without_memory(lambda: task(**options), trusted=options.get("network") is not None)
+        expected = {name: value.shape for name, value in outline.state_dict().items()}
     except (TypeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{str(source)!r} is not a checkpoint of a {task.__name__}: {error}") from error
     found = checkpoint["state_dict"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,32 @@ def all_finite(values: Tensor) -> bool:
     """Whether no element is infinite or NaN, without a copy of the tensor's size."""
     least, most = torch.aminmax(values.detach())  # both are NaN where any element is
     return bool(torch.isfinite(least) & torch.isfinite(most))
+
+
+def raise_not_finite_loss(loss: Tensor, network: nn.Module, images: Tensor, step: int, advice: str) -> NoReturn:
+    """Ends a run whose loss is not finite.
+
+    Raises:
+        FloatingPointError: Always; the message says the step, the layer and what to try.
+    """
+    raise FloatingPointError(
+        f"the loss of step {step} is {float(loss)}: {find_nonfinite(network, images)}. Nothing of this step is kept; "
+        f"checkpoints are of earlier ones. {advice}, or set trainer.gradient_clip_val; a half precision may be too "
+        "narrow."
+    )
+
+
+def check_output(values: Tensor, network: nn.Module, images: Tensor) -> None:
+    """Checks that a network's output is finite.
+
+    Raises:
+        FloatingPointError: It is not; the message says the layer and what to try.
+    """
+    if not all_finite(values):
+        raise FloatingPointError(
+            f"the network's output is not finite: {find_nonfinite(network, images)}. Take a checkpoint of an earlier "
+            "step, train with lower rates, or evaluate with trainer.precision 32-true."
+        )
 
 
 @torch.no_grad()

@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from icnn_zoo.io.label_pictures import check_classes
 from icnn_zoo.io.transports import is_local
+from icnn_zoo.nn.class_paths import without_weights
 from icnn_zoo.training.run_folder import RunFolder
 
-LINKED = ("num_classes", "ignore_index", "class_names")  # the data say them
+LINKED = ("num_classes", "ignore_index", "class_names", "in_channels")  # the data say them
+_NAMED = ("network", "loss")  # classes that only the user names
 
 
 def remembered(options: Mapping[str, Any], given: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
@@ -21,7 +24,9 @@ def remembered(options: Mapping[str, Any], given: Mapping[str, Any], known: Sequ
         known: Names that the task of this version has; others are of an earlier one.
     """
     return {
-        name: value for name, value in options.items() if name in known and name not in given and name not in LINKED
+        name: value
+        for name, value in options.items()
+        if name in known and name not in given and name not in (*LINKED, *_NAMED)
     }
 
 
@@ -40,7 +45,7 @@ def check_agreement(
         ValueError: They disagree, or have the same classes in another order; the message says both.
     """
     for name in architecture:
-        if name in options and name in checkpoint and options[name] != checkpoint[name]:
+        if name in options and name in checkpoint and _plain(options[name]) != _plain(checkpoint[name]):
             raise ValueError(
                 f"`{name}`: the {source} is of a network with {checkpoint[name]!r}, this one has {options[name]!r}. "
                 "Leave it out to take the checkpoint's, or give another checkpoint."
@@ -51,6 +56,48 @@ def check_agreement(
             f"the classes of the data are those of the {source} in another order: {', '.join(ours)} here, "
             f"{', '.join(theirs)} there. Scores would compare unlike classes."
         )
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """Checks that an option is one of a few words.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if value not in known:
+        raise ValueError(f"`{name}` must be {' or '.join(known)}; got {value!r}.")
+
+
+def named_classes(number: int, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of classes, numbers where there are none.
+
+    Raises:
+        ValueError: More classes than label maps can hold, not as many names, or names that do not do.
+    """
+    if not 2 <= number <= 256:
+        raise ValueError(f"`num_classes` must be 2 to 256, as label maps have 8 bits; got {number}.")
+    if names is not None and len(names) != number:
+        raise ValueError(f"`class_names` must have num_classes = {number} names; got {len(names)}.")
+    return check_classes("class_names", names or [str(index) for index in range(number)])
+
+
+def check_given(command: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Checks that classes which a checkpoint names are named in what the user gave: nothing else imports them.
+
+    Args:
+        command: "fit", or another one, which needs no loss.
+        saved: The options of the checkpoint.
+        given: Those of the command line and of config files.
+
+    Raises:
+        ValueError: They are not.
+    """
+    for name in ("network", "loss") if command == "fit" else ("network",):
+        if saved.get(name) is not None and given.get(name) is None:
+            raise ValueError(
+                f"`{name}`: the checkpoint was made with {saved[name]}, which is imported only if you name it: "
+                "give it in the config (-c, the run's own config.yaml has it) or on the command line."
+            )
 
 
 def name_weights(pretrained: bool | str, ckpt_path: str | Path | None = None, step: int | None = None) -> str:
@@ -66,6 +113,10 @@ def name_weights(pretrained: bool | str, ckpt_path: str | Path | None = None, st
     if not pretrained:
         return "random"
     return "timm's for the backbone, a random head" if pretrained is True else str(pretrained)
+
+
+def _plain(value: Any) -> Any:
+    return without_weights("network", value) if isinstance(value, Mapping) and "class_path" in value else value
 
 
 def check_source(ckpt_path: str | None) -> None:

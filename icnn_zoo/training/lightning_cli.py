@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from icnn_zoo.data import SegmentationDataModule
 from icnn_zoo.io.files import write_whole
 from icnn_zoo.io.transports import is_local
+from icnn_zoo.nn.class_paths import read_spec
 from icnn_zoo.ops.sharing import rename_per_kernel
 from icnn_zoo.training.callbacks import (
     LastCheckpoint,
@@ -30,9 +31,16 @@ from icnn_zoo.training.callbacks import (
     StepProgress,
     ValidateAtEnd,
 )
-from icnn_zoo.training.checkpoints import WholeCheckpointIO, check_size, read_task, task_options
+from icnn_zoo.training.checkpoints import WholeCheckpointIO, check_network, check_size, read_task, task_options
 from icnn_zoo.training.console import calm
-from icnn_zoo.training.given_options import check_agreement, check_source, check_trained, name_weights, remembered
+from icnn_zoo.training.given_options import (
+    check_agreement,
+    check_given,
+    check_source,
+    check_trained,
+    name_weights,
+    remembered,
+)
 from icnn_zoo.training.loggers import NoLogs
 from icnn_zoo.training.run_folder import RunFolder
 from icnn_zoo.training.task import SegmentationTask
@@ -133,6 +141,7 @@ class ZooCLI(LightningCLI):
         parser.add_lightning_class_args(SamplePictures, "pictures")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.ignore_index", "model.ignore_index", apply_on="instantiate")
+        parser.link_arguments("data.channels", "model.in_channels", apply_on="instantiate")
         parser.link_arguments("data.classes", "model.class_names", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -148,9 +157,12 @@ class ZooCLI(LightningCLI):
         if not path or not is_local(path) or not Path(path).is_file():
             return
         checkpoint = read_task(path)
+        given = parser.parse_args(args, defaults=False)[command].get("model", {})
+        check_given(command, task_options(checkpoint), given)
+        if given.get("network") is not None:
+            check_network(checkpoint, path, [read_spec("network", given["network"])[0]])
         check_size(self.task, checkpoint, path)
         self._remembered, self._step = task_options(checkpoint), checkpoint.get("global_step")
-        given = parser.parse_args(args, defaults=False)[command].get("model", {})
         given = rename_per_kernel(dict(given.items()))
         options = remembered(self._remembered, given, list(section["model"].keys()))
         self.config = parser.parse_object({command: {"model": options}}, self.config)

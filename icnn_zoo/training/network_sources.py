@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 
 from icnn_zoo.io.addresses import is_address
 from icnn_zoo.ops.sharing import rename_per_kernel
-from icnn_zoo.training.checkpoints import check_size, read_checkpoint, read_task, task_options
+from icnn_zoo.training.checkpoints import NO_LOSS, check_network, check_size, read_checkpoint, read_task, task_options
 from icnn_zoo.training.given_options import name_weights
 from icnn_zoo.training.run_folder import RunFolder, find_ckpt
 from icnn_zoo.training.run_metrics import Series, read_metrics
@@ -33,11 +34,13 @@ class Source:
         title: What to call it.
         file: The checkpoint (.ckpt) or config (.yaml); None for one of the zoo.
         published: Its registry and entry there; None for a file.
+        allow: As in :func:`icnn_zoo.load_checkpoint`.
     """
 
     title: str
     file: Path | None = None
     published: tuple[Registry, Entry] | None = None
+    allow: Sequence[str] | None = None
 
     def card(self) -> Card | None:
         """The card of a checkpoint of the zoo, None for a file."""
@@ -56,7 +59,7 @@ class Source:
         """The configuration of the run, None where there is none beside the checkpoint."""
         if self.file is None:
             card = self.card()
-            return None if card is None else run_config(card)
+            return None if card is None else run_config(card, self.allow)
         path = self.file if self.file.suffix in _CONFIGS else RunFolder.around(self.file).config
         return _read_yaml(path) if path.is_file() else None
 
@@ -73,7 +76,13 @@ class Source:
         return read_metrics(table, read_checkpoint(self.file, mmap=True)["global_step"])
 
 
-def find_source(source: str | Path, *, registry: Registries = None, cache: str | Path | None = None) -> Source:
+def find_source(
+    source: str | Path,
+    *,
+    registry: Registries = None,
+    cache: str | Path | None = None,
+    allow: Sequence[str] | None = None,
+) -> Source:
     """Finds what a name means, without reading the network.
 
     Args:
@@ -82,6 +91,7 @@ def find_source(source: str | Path, *, registry: Registries = None, cache: str |
             front, its address (``hf://user/repo/arch.tag``), or its folder.
         registry: As in :func:`icnn_zoo.load_checkpoint`, for names of the zoo.
         cache: Likewise.
+        allow: Likewise, for networks of other packages that a card or a checkpoint names.
 
     Returns:
         The source.
@@ -94,12 +104,12 @@ def find_source(source: str | Path, *, registry: Registries = None, cache: str |
     bare = text.removeprefix("zoo:")
     named = not path.exists() and path.suffix not in _SUFFIXES and re.fullmatch(f"{NAME}(@.*)?", text)
     if bare != text or is_address(text) or named:
-        return Source(bare, published=find_checkpoint(bare, registry=registry, cache=cache))
+        return Source(bare, published=find_checkpoint(bare, registry=registry, cache=cache), allow=allow)
     if path.is_file() and path.name == WEIGHTS:
         path = path.parent
     if path.is_dir():
         if (path / WEIGHTS).is_file() or (path / CARD).is_file():
-            return _from_folder(path, cache)
+            return _from_folder(path, cache, allow)
         path = find_ckpt(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -109,15 +119,16 @@ def find_source(source: str | Path, *, registry: Registries = None, cache: str |
     if path.suffix not in (".ckpt", *_CONFIGS):
         raise ValueError(f"The source must be a checkpoint (.ckpt) or a config (.yaml); got {text!r}.")
     title = f"{path.parent.parent.parent.name}, {path.name}" if path.suffix == ".ckpt" else path.stem
-    return Source(title, file=path)
+    return Source(title, file=path, allow=allow)
 
 
-def load_task(source: str | Path | Source) -> SegmentationTask:
+def load_task(source: str | Path | Source, *, allow: Sequence[str] | None = None) -> SegmentationTask:
     """Builds the task that a checkpoint or a config describes, in eval mode on the CPU.
 
     Args:
         source: What :func:`find_source` takes, or what it found. The task has the weights of a checkpoint; for a
             config they are random or pretrained, as its ``seed_everything`` and ``model.pretrained`` say.
+        allow: As in :func:`find_source`, where ``source`` is not one yet.
 
     Returns:
         The task; ``task.model`` is the network.
@@ -126,14 +137,16 @@ def load_task(source: str | Path | Source) -> SegmentationTask:
         FileNotFoundError: See :func:`find_source`.
         ValueError: The file is neither, or of something else; the message says what is missing.
     """
-    found = source if isinstance(source, Source) else find_source(source)
+    found = source if isinstance(source, Source) else find_source(source, allow=allow)
     if found.file is None:
         assert found.published is not None
-        return _from_zoo(*found.published)
-    return _from_config(found.file) if found.file.suffix in _CONFIGS else _from_checkpoint(found.file)
+        return _from_zoo(*found.published, found.allow)
+    if found.file.suffix in _CONFIGS:
+        return _from_config(found.file)
+    return _from_checkpoint(found.file, found.allow)
 
 
-def _from_folder(folder: Path, cache: str | Path | None) -> Source:
+def _from_folder(folder: Path, cache: str | Path | None, allow: Sequence[str] | None) -> Source:
     for name, what in ((CARD, "card"), (WEIGHTS, "weights")):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -141,17 +154,18 @@ def _from_folder(folder: Path, cache: str | Path | None) -> Source:
                 "whole, or name the checkpoint (.ckpt) of a run."
             )
     folder = folder.resolve()
-    return Source(folder.name, published=find_checkpoint(folder.name, registry=folder.parent, cache=cache))
+    published = find_checkpoint(folder.name, registry=folder.parent, cache=cache)
+    return Source(folder.name, published=published, allow=allow)
 
 
-def _from_zoo(place: Registry, entry: Entry) -> SegmentationTask:
+def _from_zoo(place: Registry, entry: Entry, allow: Sequence[str] | None) -> SegmentationTask:
     from icnn_zoo.zoo.networks import rebuild
 
-    network, card = rebuild(place, entry)
+    network, card = rebuild(place, entry, allow)
     conversion = {"start": None} if card.conversion is None else card.conversion.model_dump()
     # How it was trained and how it evaluates come from the run's config, the network from the card.
     arguments = {
-        **rename_per_kernel(run_config(card).get("model", {})),
+        **rename_per_kernel(run_config(card, allow).get("model", {})),
         **card.network,
         **conversion,
         "num_classes": len(card.classes),
@@ -176,11 +190,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _from_checkpoint(source: Path) -> SegmentationTask:
+def _from_checkpoint(source: Path, allow: Sequence[str] | None) -> SegmentationTask:
     checkpoint = read_task(source)
+    check_network(checkpoint, source, allow)
     check_size(SegmentationTask, checkpoint, source)
     try:
-        task = SegmentationTask(**task_options(checkpoint))
+        task = SegmentationTask(**{**task_options(checkpoint), **NO_LOSS})
         task.load_state_dict(checkpoint["state_dict"])
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{str(source)!r} is not a checkpoint of a SegmentationTask: {error}") from error

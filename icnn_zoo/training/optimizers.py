@@ -24,7 +24,7 @@ def make_optimizer(
     """Makes the optimizer of a network, the arguments those of :class:`icnn_zoo.training.task.SegmentationTask`.
 
     Args:
-        model: The network.
+        model: The network; one that is not a backbone and a head has one rate for all weights.
         name: "sgd" or "adamw".
         position_rule: "layer" or "optimizer"; None for a regular network.
         lr: Rate of the backbone's weights.
@@ -48,7 +48,7 @@ def make_optimizer(
         lr=lr,
         position_lr=position_lr,
         weight_decay=weight_decay,
-        head="classifier",
+        head="classifier" if model.spec is None else None,
         head_lr_factor=head_lr_factor,
         head_bias_lr_factor=2 * head_lr_factor,
         spread_lr=spread_lr,

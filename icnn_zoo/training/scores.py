@@ -28,14 +28,35 @@ def background_miou(confusion: Tensor) -> float:
     return float(iou_and_accuracy(background)[0].nanmean())
 
 
-def iou_names(split: str, classes: Sequence[str]) -> list[str]:
-    """Names of the IoU of classes in logs, such as "val/IoU/dog".
+def class_scores(split: str, classes: Sequence[str], confusion: Tensor) -> dict[str, Tensor | float]:
+    """What is logged of a confusion matrix [true, predicted], by name.
+
+    "IoU", "Dice", "precision" and "recall" of every class, NaN where there is nothing to divide by; "mIoU" and "mDice",
+    means over the classes that occur or are predicted; "mIoU_background" and "pixel_accuracy".
+    """
+    counts = confusion.cpu().double()
+    right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    iou, accuracy = iou_and_accuracy(confusion)
+    dice = 2 * right / (true + predicted)
+    values: dict[str, Tensor | float] = {}
+    for score, of_classes in (("IoU", iou), ("Dice", dice), ("precision", right / predicted), ("recall", right / true)):
+        numbers = of_classes.float().to(confusion.device)
+        values |= zip(score_names(split, classes, score), numbers, strict=True)
+    values[f"{split}/mIoU"] = iou.nanmean()
+    values[f"{split}/mDice"] = dice.nanmean().float().to(confusion.device)
+    values[f"{split}/mIoU_background"] = background_miou(confusion)
+    values[f"{split}/pixel_accuracy"] = accuracy
+    return values
+
+
+def score_names(split: str, classes: Sequence[str], score: str = "IoU") -> list[str]:
+    """Names of a score of classes in logs, such as "val/IoU/dog".
 
     Loggers refuse some characters (MLflow brackets and letters beyond ASCII): those become "_", with the number of the
     class where that makes two names the same.
     """
     plain = [re.sub(r"[^\w .:/-]", "_", name, flags=re.ASCII) or "_" for name in classes]
     return [
-        f"{split}/IoU/{name}" if plain.count(name) == 1 else f"{split}/IoU/{name}_{index}"
+        f"{split}/{score}/{name}" if plain.count(name) == 1 else f"{split}/{score}/{name}_{index}"
         for index, name in enumerate(plain)
     ]

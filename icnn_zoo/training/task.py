@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed
-import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from icnn_zoo.conversion.converter import convert
-from icnn_zoo.io.label_pictures import check_classes
+from icnn_zoo.models.evaluation import Evaluation
 from icnn_zoo.models.segmentation import SegmentationModel, shrink_labels
+from icnn_zoo.nn.class_paths import asked_weights
 from icnn_zoo.nn.irregular_conv import irregular_layers
 from icnn_zoo.nn.spreads import Interpolation, SpreadPer
 from icnn_zoo.nn.tying import tie_by_name
@@ -25,12 +23,13 @@ from icnn_zoo.ops.sharing import Shapes, rename_per_kernel
 from icnn_zoo.optim import poly_policy
 from icnn_zoo.training.callbacks.monitors import DisplacementMonitor
 from icnn_zoo.training.callbacks.resuming import GeneratorStates
-from icnn_zoo.training.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits
-from icnn_zoo.training.finiteness import all_finite, find_nonfinite
-from icnn_zoo.training.given_options import check_agreement
+from icnn_zoo.training.checkpoints import NO_LOSS, check_network, read_task
+from icnn_zoo.training.finiteness import all_finite, check_output, raise_not_finite_loss
+from icnn_zoo.training.given_options import check_agreement, check_choice, named_classes
+from icnn_zoo.training.losses import PixelLoss, balanced_weights
 from icnn_zoo.training.optimizers import make_optimizer
 from icnn_zoo.training.provenance import find_provenance
-from icnn_zoo.training.scores import background_miou, iou_and_accuracy, iou_names
+from icnn_zoo.training.scores import class_scores
 from icnn_zoo.training.strategies import check_strategy
 from icnn_zoo.zoo.pretrained import load_pretrained
 
@@ -50,7 +49,7 @@ class SegmentationTask(pl.LightningModule):
         architecture: Names of the options that a network and a checkpoint of it must share.
 
     Args:
-        backbone: Any timm name that can be dilated.
+        backbone: Any timm name that can be dilated, with the head "fpn" any with stages; None for resnet101.
         num_classes: Classes, background included: 2 to 256, as label maps have 8 bits. The command line takes it from
             the data.
         ignore_index: Label that does not stand for a class. The command line takes it from the data.
@@ -60,19 +59,23 @@ class SegmentationTask(pl.LightningModule):
         epsilon: Initial displacement in pixels.
         shapes: Who shares a shape: a "layer", "group", input "channel", or nobody, "kernel"; see `icnn_zoo.convert`.
         tied: Groups of irregular layers, by name, that share one displacement (:func:`icnn_zoo.tie_shapes`).
+        network: In the place of a backbone and its head, any network of images to logits by class path; see
+            :class:`icnn_zoo.models.SegmentationModel`. All of its weights have the rate ``lr``.
         output_stride: Input pixels per logit: 8, 16, or what else the backbone can.
-        head: "largefov".
+        head: "largefov", "aspp", "fcn" or "fpn".
         head_dilation: Dilation of the head; None for 12 at output stride 8 and 6 at 16. Smaller for feature maps that
             its taps would not meet.
         dilation_rule: "caffe" as in the paper's baseline or "timm"; see :class:`icnn_zoo.models.SegmentationModel`.
         backbone_args: Sizes and rates for timm's network, such as ``{channels: [32, 64, 128, 256]}``.
-        pretrained: True for timm's default backbone weights, a path for a local file, "zoo:NAME" for a checkpoint of
-            the zoo, False for none. Loaded when training begins, so that a checkpoint can be loaded without them; one
-            of the zoo, which has a head, also when a network without other weights is evaluated.
+        pretrained: True for timm's default backbone weights (of a ``network``: those that its arguments ask for), the
+            path of a file or run folder, "zoo:NAME" or "hf://user/repo/NAME" for a published checkpoint, False for
+            none. Loaded when training begins, so that a checkpoint loads without them; one of the zoo also when a
+            network without weights is evaluated.
         pretrained_partial: Accepts a file that lacks tensors of the backbone, which is refused otherwise.
         freeze_norm: Freezes norm layers' statistics and affine parameters.
-        mean: RGB mean in 0 to 1, None for timm's.
-        std: RGB standard deviation in 0 to 1, None for timm's.
+        in_channels: Channels of the images. The command line takes it from the data.
+        mean: Mean of the channels in 0 to 1, None for timm's, "auto" to measure mean and std of the training images.
+        std: Standard deviation of the channels likewise.
         optimizer: "sgd" or "adamw".
         lr: Rate of the backbone's weights.
         head_lr_factor: Rate of the head's weights over ``lr``; its biases have twice that. DeepLab's 10 is for SGD.
@@ -84,6 +87,8 @@ class SegmentationTask(pl.LightningModule):
         weight_decay: Decay of weights; never of positions, biases and norm parameters.
         poly_power: Power of the poly policy, over the run's whole number of steps.
         bound_epsilon: How far one step may carry a position across its cell's border, in pixels (Eq. 7).
+        loss: None for the cross-entropy, or any, also several; see :class:`icnn_zoo.training.losses.PixelLoss`.
+        class_weights: One number for each class, or "auto" for the median of their pixels over those of each.
         loss_resolution: "logits" shrinks labels to the logit grid (image sizes of 8k + 1), "image" upsamples logits.
         evaluation: "whole" runs an image in one forward, "sliding" in overlapping windows.
         window: Side of the windows in pixels, 8k + 1. They lie two thirds of it apart.
@@ -104,6 +109,7 @@ class SegmentationTask(pl.LightningModule):
 
     architecture: tuple[str, ...] = (
         "backbone",
+        "network",
         "num_classes",
         "start",
         "shapes",
@@ -115,11 +121,12 @@ class SegmentationTask(pl.LightningModule):
         "head_dilation",
         "dilation_rule",
         "backbone_args",
+        "in_channels",
     )
 
     def __init__(
         self,
-        backbone: str = "resnet101",
+        backbone: str | None = None,
         num_classes: int = 21,
         ignore_index: int = 255,
         class_names: Sequence[str] | None = None,
@@ -139,8 +146,9 @@ class SegmentationTask(pl.LightningModule):
         pretrained: bool | str = False,
         pretrained_partial: bool = False,
         freeze_norm: bool = False,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        in_channels: int = 3,
+        mean: Sequence[float] | Literal["auto"] | None = None,
+        std: Sequence[float] | Literal["auto"] | None = None,
         optimizer: Literal["sgd", "adamw"] = "sgd",
         lr: float = 1e-3,
         head_lr_factor: float = 10.0,
@@ -158,60 +166,54 @@ class SegmentationTask(pl.LightningModule):
         scales: Sequence[float] = (1.0,),
         channels_last: bool = False,
         compile: bool = False,
+        network: dict[str, Any] | None = None,
+        loss: dict[str, Any] | list[dict[str, Any]] | None = None,
+        class_weights: Literal["auto"] | list[float] | None = None,
         per_kernel: bool | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="per_kernel")
         shapes = rename_per_kernel({"shapes": shapes, "per_kernel": per_kernel})["shapes"]
         self.hparams.update(shapes=shapes, tied=[list(names) for names in tied])
-        if optimizer not in ("sgd", "adamw"):
-            raise ValueError(f"`optimizer` must be sgd or adamw; got {optimizer!r}.")
-        if position_rule not in ("layer", "optimizer"):
-            raise ValueError(f"`position_rule` must be layer or optimizer; got {position_rule!r}.")
-        if loss_resolution not in ("logits", "image"):
-            raise ValueError(f"`loss_resolution` must be logits or image; got {loss_resolution!r}.")
-        check_evaluation(evaluation, window, scales, window_batch)
-        if not 2 <= num_classes <= 256:
-            raise ValueError(f"`num_classes` must be 2 to 256, as label maps have 8 bits; got {num_classes}.")
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(f"`class_names` must have num_classes = {num_classes} names; got {len(class_names)}.")
+        if backbone is None and network is None:
+            self.hparams["backbone"] = backbone = "resnet101"
+        check_choice("optimizer", optimizer, ("sgd", "adamw"))
+        check_choice("position_rule", position_rule, ("layer", "optimizer"))
+        check_choice("loss_resolution", loss_resolution, ("logits", "image"))
         self.ignore_index = ignore_index
-        self.class_names = check_classes("class_names", class_names or [str(index) for index in range(num_classes)])
+        self.class_names = named_classes(num_classes, class_names)
         self.start = start
         self.pretrained = pretrained
         self.pretrained_partial = pretrained_partial
         self._has_weights = False
-        self.optimizer_name = optimizer
         self.lr = lr
         self.head_lr_factor = head_lr_factor
         self.position_lr = position_lr
         self.position_rule = position_rule
         self.poly_power = poly_power
-        self.bound_epsilon = bound_epsilon
         self.loss_resolution = loss_resolution
-        self.evaluation = evaluation
-        self.window = window
-        self.window_batch = window_batch
-        self.flip = flip
-        self.scales = tuple(scales)
+        self.evaluation = Evaluation(evaluation, window, window_batch, flip, tuple(scales))
         self.channels_last = channels_last
         self.compile_network = compile
         self.model = SegmentationModel(
             backbone,
             num_classes,
+            network=network,
             output_stride=output_stride,
             head=head,
             head_dilation=head_dilation,
             dilation_rule=dilation_rule,
             backbone_args=backbone_args,
             freeze_norm=freeze_norm,
-            mean=mean,
-            std=std,
+            in_channels=in_channels,
+            mean=None if isinstance(mean, str) else mean,
+            std=None if isinstance(std, str) else std,
         )
         if start is not None:
             reading: Any = {"interpolation": interpolation, "spread": spread, "spread_per": spread_per}
             convert(self.model, start, epsilon=epsilon, shapes=shapes, **reading)
             tie_by_name(self.model, tied)
+        self.loss = PixelLoss(loss, num_classes, ignore_index, class_weights)
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index)
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -229,18 +231,30 @@ class SegmentationTask(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Loads pretrained weights, unless a checkpoint was restored, which holds all weights."""
         # Not in setup: there Lightning does not yet say whether it resumes.
-        if self.pretrained and self.trainer.ckpt_path is None:
-            self.load_pretrained()
+        if self.trainer.ckpt_path is None:
+            if self.pretrained:
+                self.load_pretrained()
+            elif self.model.spec is not None and (asked := asked_weights("network", self.model.spec)):
+                raise ValueError(f"`network` asks for weights, {asked}: set model.pretrained true, or leave them out.")
+            if "auto" in (self.hparams["mean"], self.hparams["std"]):
+                self._set_statistics(*self.trainer.datamodule.measure_channels())  # type: ignore[attr-defined]
         self._has_weights = True
+        if self.hparams["class_weights"] == "auto":
+            weights = balanced_weights(self.trainer.datamodule.count_pixels())  # type: ignore[attr-defined]
+            rank_zero_info(f"Class weights: {', '.join(f'{weight:.4g}' for weight in weights)}")
+            self.loss = PixelLoss(self.hparams["loss"], len(weights), self.ignore_index, weights)
+
+    def _set_statistics(self, mean: Any, std: Any) -> None:
+        """Puts numbers in the place of "auto", here and in the network."""
+        for name, values in (("mean", mean), ("std", std)):
+            if self.hparams[name] == "auto" and isinstance(values, (list, tuple)):
+                self.hparams[name] = list(values)
+                self.model.set_statistic(name, values)
 
     def on_validation_start(self) -> None:
         self._load_from_zoo()
 
-    def on_test_start(self) -> None:
-        self._load_from_zoo()
-
-    def on_predict_start(self) -> None:
-        self._load_from_zoo()
+    on_test_start = on_predict_start = on_validation_start
 
     def load_pretrained(self) -> None:
         """Loads what ``pretrained`` names."""
@@ -256,17 +270,25 @@ class SegmentationTask(pl.LightningModule):
         """Refuses a checkpoint of another network, and to go on with what it holds no optimizer state for."""
         saved = rename_per_kernel(checkpoint.get("hyper_parameters", {}))
         check_agreement(self.architecture, self.hparams, saved)
+        if "auto" in (self.hparams["mean"], self.hparams["std"]):
+            self._set_statistics(saved.get("mean"), saved.get("std"))
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             check_agreement(("optimizer", "freeze_norm"), self.hparams, saved)
             if "position_rule" not in saved:  # a run from before there was one goes on as it began
                 self.position_rule = "optimizer"
 
     def describe(self) -> str:
-        """The network in a line: backbone, size and what is irregular."""
+        """The network in a line."""
         layers = len(irregular_layers(self.model))
         form = f"irregular from {self.start} on ({layers} layers)" if layers else "regular"
         number = sum(parameter.numel() for parameter in self.model.parameters())
-        return f"{self.hparams['backbone']}, {number:,} parameters, {len(self.class_names)} classes, {form}"
+        return f"{self.model.backbone_name}, {number:,} parameters, {len(self.class_names)} classes, {form}"
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> SegmentationTask:
+        """As Lightning's; a network of another package is built only where ``ICNN_ZOO_ALLOW`` lists it, no loss is."""
+        check_network(read_task(checkpoint_path), checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **{**NO_LOSS, **kwargs})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a published checkpoint has to say of its making."""
@@ -283,14 +305,14 @@ class SegmentationTask(pl.LightningModule):
             raise ValueError("The poly policy needs the run's length: set trainer.max_steps or trainer.max_epochs.")
         optimizer = make_optimizer(
             self.model,
-            self.optimizer_name,
+            self.hparams["optimizer"],
             self.position_rule if self.start is not None else None,
             lr=self.lr,
             head_lr_factor=self.head_lr_factor,
             position_lr=self.position_lr,
             momentum=self.hparams["momentum"],
             weight_decay=self.hparams["weight_decay"],
-            bound_epsilon=self.bound_epsilon,
+            bound_epsilon=self.hparams["bound_epsilon"],
             spread_lr=self.hparams["spread_lr"],
         )
         scheduler = poly_policy(optimizer, int(steps), self.poly_power)
@@ -311,12 +333,7 @@ class SegmentationTask(pl.LightningModule):
             labels = shrink_labels(labels, self.model.output_stride)
         else:
             logits = self.model.upsample(logits, labels.shape[-2:])
-        total = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
-        valid = (labels != self.ignore_index).sum()
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(valid)
-        # Distributed training averages gradients over processes; times their number makes that the global sum.
-        loss = total * self.trainer.world_size / valid.clamp(min=1)
+        loss = self.loss(logits, labels, self.trainer.world_size)
         self._check_loss(loss, batch["image"])
         self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
         return loss
@@ -325,12 +342,8 @@ class SegmentationTask(pl.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if all_finite(loss) or scaler is not None:  # a scaler leaves such a step out and goes on with a smaller scale
             return
-        place = find_nonfinite(self.model, self.model.preprocess(images))
-        raise FloatingPointError(
-            f"the loss of step {self.trainer.global_step} is {float(loss)}: {place}. Nothing of this step is kept; "
-            f"checkpoints are of earlier ones. Lower model.lr ({self.lr:g}) or model.position_lr "
-            f"({self.position_lr:g}), or set trainer.gradient_clip_val; a half precision may be too narrow."
-        )
+        advice = f"Lower model.lr ({self.lr:g}) or model.position_lr ({self.position_lr:g})"
+        raise_not_finite_loss(loss, self.model, self.model.preprocess(images), self.trainer.global_step, advice)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch)
@@ -364,23 +377,9 @@ class SegmentationTask(pl.LightningModule):
         self._log_scores("test")
 
     def _predict(self, images: Tensor) -> Tensor:
-        if self.evaluation == "sliding":
-            logits = partial(
-                sliding_logits,
-                self._full_logits,
-                window=self.window,
-                flip=self.flip,
-                window_batch=self.window_batch,
-            )
-        else:
-            logits = partial(whole_logits, self._full_logits, flip=self.flip)
         pixels = self.model.preprocess(images)
-        values = multi_scale(logits, pixels, self.scales)
-        if not all_finite(values):
-            raise FloatingPointError(
-                f"the network's output is not finite: {find_nonfinite(self.model, pixels)}. Take a checkpoint of an "
-                "earlier step, train with lower rates, or evaluate with trainer.precision 32-true."
-            )
+        values = self.evaluation.scores(self._full_logits, pixels)
+        check_output(values, self.model, pixels)
         return values.argmax(dim=1)
 
     def _full_logits(self, images: Tensor) -> Tensor:
@@ -392,9 +391,8 @@ class SegmentationTask(pl.LightningModule):
     def _log_scores(self, split: str) -> None:
         confusion = self.confusion.compute()  # summed over processes
         self.confusion.reset()
-        iou, accuracy = iou_and_accuracy(confusion)
-        values: dict[str, Any] = dict(zip(iou_names(split, self.class_names), iou, strict=True))
-        values |= {f"{split}/mIoU_background": background_miou(confusion), f"{split}/pixel_accuracy": accuracy}
+        values: dict[str, Any] = class_scores(split, self.class_names, confusion)
+        miou = values.pop(f"{split}/mIoU")
         # All processes hold the same numbers; sync_dist only keeps Lightning from warning that they might not.
         self.log_dict(values, sync_dist=True)
-        self.log(f"{split}/mIoU", iou.nanmean(), prog_bar=True, sync_dist=True)
+        self.log(f"{split}/mIoU", miou, prog_bar=True, sync_dist=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from icnn_zoo.nn.class_paths import check_allowed
 from icnn_zoo.zoo.cards import Card, check_plain
 
 # By name, since importing them is what must not depend on a card.
@@ -13,6 +14,7 @@ DATA_MODULES: Final = frozenset(
     for name in ("Shapes", "DrawnVOC", "VOC2012", "PascalContext", "Cityscapes", "Folder", "Lines", "Documents")
 )
 _OF_ITS_MACHINE: Final = ("pretrained", "pretrained_partial", "compile")
+_OF_TRAINING: Final = ("loss", "class_weights")
 # The largest numbers that evaluating on a card's data may take; for what is not named, 10,000.
 _BOUNDS: Final = {
     "seed": 2**63,
@@ -33,7 +35,7 @@ _BOUNDS: Final = {
 }
 
 
-def run_config(card: Card) -> dict[str, Any]:
+def run_config(card: Card, allow: Sequence[str] | None = None) -> dict[str, Any]:
     """The parts of a run's configuration that a card may decide: seed, network and data.
 
     A configuration is a program: it names classes to build and checkpoints to read. A card comes from elsewhere, so
@@ -42,6 +44,7 @@ def run_config(card: Card) -> dict[str, Any]:
 
     Args:
         card: The card.
+        allow: As in :func:`icnn_zoo.load_checkpoint`: a network of another package is given out only if it is listed.
 
     Returns:
         "seed_everything", "model" and "data", those of them that the card has.
@@ -54,8 +57,14 @@ def run_config(card: Card) -> dict[str, Any]:
     _check({"seed_everything": config["seed_everything"]}, card, "")
     if "model" in found:
         model = _mapping(found["model"], card, "model")
-        config["model"] = {key: value for key, value in model.items() if key not in _OF_ITS_MACHINE}
+        left_out = (*_OF_ITS_MACHINE, *_OF_TRAINING, "network", "backbone_args")
+        config["model"] = {key: value for key, value in model.items() if key not in left_out}
         _check(config["model"], card, "model.")
+        if card.network.get("backbone_args"):  # checked with the card
+            config["model"]["backbone_args"] = dict(card.network["backbone_args"])
+        if card.spec is not None:
+            check_allowed("network", card.spec, allow, f"the card of {card.name}")
+            config["model"] |= {"backbone": None, "network": dict(card.spec)}
     if "data" in found:
         data = _mapping(found["data"], card, "data")
         path, arguments = data.get("class_path"), _mapping(data.get("init_args") or {}, card, "data.init_args")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -105,7 +105,7 @@ def readme(card: Card, pictures: Mapping[str, str]) -> str:
     form = "regular" if card.conversion is None else f"irregular from `{card.conversion.start or 'the first layer'}` on"
     run = card.training
     rows = {
-        "backbone": f"`{card.network['backbone']}`, {form}",
+        "backbone" if card.spec is None else "network": f"`{card.architecture}`, {form}",
         "parameters": f"{card.weights.parameters:,}",
         "weights": f"{card.weights.size / 1e6:.1f} MB, {_escape(card.weights.licence)}, sha256 `{card.weights.sha256}`",
         "training data": _escape(f"{card.dataset.name}, {card.dataset.split} ({card.dataset.licence})"),
@@ -122,7 +122,7 @@ def _render(template: str, **values: Any) -> str:
     return environment.from_string(template).render(values)
 
 
-def training_config(card: Card, pin: str) -> str:
+def training_config(card: Card, pin: str, allow: Sequence[str] | None = None) -> str:
     """Seed, network and data of the run as YAML, with the checkpoint itself as ``pretrained``.
 
     ``lightning test -c`` on it gives the card's metric; ``lightning fit -c`` trains on from the checkpoint.
@@ -130,11 +130,12 @@ def training_config(card: Card, pin: str) -> str:
     Args:
         card: The card.
         pin: SHA-256 of card.json, so that the name keeps its meaning.
+        allow: As in :func:`icnn_zoo.load_checkpoint`.
 
     Raises:
         ValueError: As :func:`icnn_zoo.zoo.card_config.run_config`.
     """
-    config = run_config(card)
+    config = run_config(card, allow)
     config["model"] = {**config.get("model", {}), "pretrained": f"zoo:{card.name}@sha256:{pin}"}
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 

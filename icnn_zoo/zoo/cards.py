@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from icnn_zoo.models.backbones import check_backbone_args
+from icnn_zoo.nn.class_paths import read_spec
 from icnn_zoo.nn.spreads import Interpolation, SpreadPer
 from icnn_zoo.ops.sharing import Shapes, rename_per_kernel
 
@@ -25,7 +26,7 @@ Module = Annotated[str, StringConstraints(pattern=r"^[\w.]*$", max_length=200)]
 Color = Annotated[str, StringConstraints(pattern=r"^#[0-9a-f]{6}$")]
 Size = Annotated[int, Field(gt=0, le=2**40)]
 Side = Annotated[int, Field(gt=0, le=1025)]
-Channels = tuple[float, float, float]
+Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=1024)]
 
 _BOUNDS = {"head_dilation": 128, "output_stride": 64}  # of the network's arguments, where a larger one costs memory
 _JOINERS = "\u200c\u200d"  # invisible, and needed by some scripts and emoji
@@ -117,13 +118,14 @@ class Card(Record):
 
     Attributes:
         format: Version of this schema.
-        name: ``arch.tag``, with the backbone's timm name as arch.
+        name: ``arch.tag``, with the backbone's timm name or the network's class as arch.
         description: One paragraph.
-        network: Arguments of :class:`icnn_zoo.models.SegmentationModel` but for the classes, mean and std.
+        network: Arguments of :class:`icnn_zoo.models.SegmentationModel` but for the classes, mean and std. A network of
+            another package is named by its class; it is imported where the user allows it.
         conversion: Arguments of :func:`icnn_zoo.convert`; None for a regular network.
         classes: Names by index, background first.
         palette: Colors by class, as #rrggbb.
-        mean: Of the RGB channels in 0 to 1.
+        mean: Of the channels in 0 to 1.
         std: Likewise.
         dataset: The training data.
         metrics: At least one result.
@@ -149,22 +151,37 @@ class Card(Record):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Card:
-        backbone = self.network.get("backbone")
-        if not isinstance(backbone, str) or not re.fullmatch(r"\w+(\.\w+)?", backbone):
-            raise ValueError("`network` must name its backbone as timm does")
         check_backbone_args(self.network.get("backbone_args") or {})
-        for key, value in self.network.items():
-            if key == "backbone_args":
-                continue
+        if self.spec is not None:
+            path, arguments = read_spec("network", self.spec)
+            for key, value in arguments.items():
+                check_plain(value, f"`network.init_args.{key}`", 4096)
+            architecture = path.rpartition(".")[2].lower()
+        else:
+            backbone = self.network.get("backbone")
+            if not isinstance(backbone, str) or not re.fullmatch(r"\w+(\.\w+)?", backbone):
+                raise ValueError("`network` must name its backbone as timm does")
+            architecture = backbone.partition(".")[0]
+        plain = {key: value for key, value in self.network.items() if key not in ("network", "backbone_args")}
+        for key, value in plain.items():
             check_plain(value, f"`network.{key}`", _BOUNDS.get(key, 4096))
-        architecture = backbone.partition(".")[0]
         if not self.name.startswith(f"{architecture}."):
-            raise ValueError(f"`name` must be {architecture}.<tag>, after the backbone; got {self.name!r}")
+            raise ValueError(f"`name` must be {architecture}.<tag>, after the backbone or class; got {self.name!r}")
         if len(self.palette) != len(self.classes):
             raise ValueError(f"`palette` must have a color for each of {len(self.classes)} classes")
         if min(self.std) <= 0:
             raise ValueError(f"`std` must be positive; got {self.std}")
         return self
+
+    @property
+    def spec(self) -> dict[str, Any] | None:
+        """Class path and arguments of a network of another package; None for a backbone and its head."""
+        return self.network.get("network")
+
+    @property
+    def architecture(self) -> str:
+        """The backbone's timm name, or the network's class path."""
+        return str(self.network.get("backbone") if self.spec is None else self.spec["class_path"])
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)

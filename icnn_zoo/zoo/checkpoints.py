@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from icnn_zoo.conversion.planning import plan
 from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.nn.class_paths import check_allowed, without_memory
 from icnn_zoo.nn.spreads import spread_shape
 from icnn_zoo.ops.sharing import shape_owners
 from icnn_zoo.zoo.cards import Card, Conversion
@@ -36,8 +38,8 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
 
-def read_checkpoint(place: Registry, entry: Entry) -> Checkpoint:
-    """Reads card and weights.
+def read_checkpoint(place: Registry, entry: Entry, allow: Sequence[str] | None = None) -> Checkpoint:
+    """Reads card and weights; ``allow`` is that of :func:`icnn_zoo.load_checkpoint`.
 
     Raises:
         ValueError: They are not what the index promises, do not fit each other, or hold NaN or infinities.
@@ -45,7 +47,7 @@ def read_checkpoint(place: Registry, entry: Entry) -> Checkpoint:
         RuntimeError: The registry cannot be reached, or the cache not be written.
     """
     card = place.read_card(entry)
-    shapes = outline(card)
+    shapes = outline(card, allow)
     size = sum(tensor.nbytes for tensor in shapes.values())
     if not size / 2 <= card.weights.size <= size + _HEADER:  # half of it in 16 bits
         raise ValueError(
@@ -70,16 +72,22 @@ def check_tensors(card: Card, tensors: dict[str, Tensor], shapes: dict[str, Tens
             raise ValueError(f"the weights of {card.name} hold NaN or infinities in {name}.")
 
 
-def outline(card: Card) -> dict[str, Tensor]:
+def outline(card: Card, allow: Sequence[str] | None = None) -> dict[str, Tensor]:
     """The tensors of a card's network by name, with shapes and dtypes but without memory for their numbers.
 
+    Args:
+        card: The card.
+        allow: As in :func:`icnn_zoo.load_checkpoint`.
+
     Raises:
-        ValueError: The card describes no network that can be built.
+        ValueError: The card describes no network that can be built, or one whose class may not be imported.
     """
     check_arguments(card)
+    if card.spec is not None:
+        check_allowed("network", card.spec, allow, f"the card of {card.name}")
+    arguments = {"backbone": None, **card.network, "num_classes": len(card.classes), "mean": card.mean, "std": card.std}
     try:
-        with torch.device("meta"):
-            model = SegmentationModel(num_classes=len(card.classes), mean=card.mean, std=card.std, **card.network)
+        model = without_memory(lambda: SegmentationModel(**arguments), trusted=card.spec is not None)
         state: dict[str, Tensor] = dict(model.state_dict())
         if card.conversion is not None:
             state |= _displacements(model, card.conversion)

@@ -14,7 +14,7 @@ TOLERANCE = 1e-3
 AGREEMENT = 0.98
 
 
-def golden_image(seed: int, size: tuple[int, int]) -> Tensor:
+def golden_image(seed: int, size: tuple[int, int], channels: int = 3) -> Tensor:
     """An image that needs no file: ramps in every channel over patches of 16 px.
 
     Channel k at row r and column c is (7 r + 13 (k + 1) c + 29 (r // 16) (c // 16) + 53 k + 97 seed) modulo 256.
@@ -22,9 +22,10 @@ def golden_image(seed: int, size: tuple[int, int]) -> Tensor:
     Args:
         seed: Chooses the image.
         size: Height and width in pixels.
+        channels: How many.
 
     Returns:
-        uint8 [1, 3, height, width].
+        uint8 [1, channels, height, width].
 
     Example:
         >>> from icnn_zoo.zoo.golden import golden_image
@@ -33,14 +34,14 @@ def golden_image(seed: int, size: tuple[int, int]) -> Tensor:
     """
     row = torch.arange(size[0])[None, :, None]
     col = torch.arange(size[1])[None, None, :]
-    channel = torch.arange(3)[:, None, None]
+    channel = torch.arange(channels)[:, None, None]
     values = 7 * row + 13 * (channel + 1) * col + 29 * (row // 16) * (col // 16) + 53 * channel + 97 * seed
     return (values % 256).to(torch.uint8)[None]
 
 
 def golden_logits(model: SegmentationModel, seed: int = 0, size: tuple[int, int] = SIZE) -> Tensor:
     """The logits [num_classes, h, w] of a network, in eval mode, for the golden image."""
-    image = golden_image(seed, size).to(model.mean.device)
+    image = golden_image(seed, size, model.in_channels).to(model.mean.device)
     with torch.inference_mode():
         return model(model.preprocess(image))[0].float().cpu()
 

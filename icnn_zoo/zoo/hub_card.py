@@ -65,7 +65,7 @@ def _type(name: str) -> str:
 
 
 def _backbones(cards: Sequence[Card]) -> list[str]:
-    return sorted({str(card.network["backbone"]).partition(".")[0] for card in cards})
+    return sorted({card.name.partition(".")[0] for card in cards})
 
 
 def _slug(text: str) -> str:

@@ -25,7 +25,7 @@ from icnn_zoo.zoo.weights import widened
 
 
 def create_model(
-    backbone: str,
+    backbone: str | None,
     num_classes: int,
     *,
     start: str | None = None,
@@ -44,7 +44,7 @@ def create_model(
     """Makes a segmentation network, with learnable shapes from ``start`` on.
 
     Args:
-        backbone: Any timm name that can be dilated ("resnet101", "tf_efficientnet_lite0").
+        backbone: Any timm name that can be dilated ("resnet101", "tf_efficientnet_lite0"); None with a ``network``.
         num_classes: Classes, background included.
         start: First module to make irregular: a backbone module ("layer3.11"), "classifier" for the head alone, None
             for a regular network.
@@ -59,7 +59,8 @@ def create_model(
         pretrained_partial: Accepts a file that lacks tensors of the backbone, which is refused otherwise.
         classes: Names by index, background first; None for numbers.
         palette: RGB, 0 to 255, by class; None for PASCAL VOC's colors.
-        **network: Further arguments of :class:`icnn_zoo.models.SegmentationModel`: output_stride, ...
+        **network: Further arguments of :class:`icnn_zoo.models.SegmentationModel`: output_stride, head, or
+            ``network={"class_path": ..., "init_args": {...}}`` in the place of a backbone.
 
     Returns:
         The network in training mode; ``predict`` labels an image.
@@ -96,6 +97,7 @@ def load_checkpoint(
     registry: Registries = None,
     cache: str | Path | None = None,
     progress: bool = True,
+    allow: Sequence[str] | None = None,
 ) -> Segmenter:
     """Loads a published network, ready to use.
 
@@ -110,42 +112,46 @@ def load_checkpoint(
             without it the checkpoints of this package. "default" names those too.
         cache: Folder for downloads; None for ``ICNN_ZOO_CACHE``, and without it the platform's.
         progress: Shows a bar while downloading, on a terminal.
+        allow: Packages, modules and classes, by dotted name, that a card may name as its network's class. Nothing else
+            is imported because a card says so. None for ``ICNN_ZOO_ALLOW`` (separated by commas), and without it none.
 
     Returns:
         The network in eval mode, with ``classes``, ``palette``, ``card`` and ``predict``.
 
     Raises:
-        ValueError: No such checkpoint (the message has the nearest), a file that is not what the registry promises
-            (both hashes), or one of a newer version of this package.
+        ValueError: No such checkpoint (the message has the nearest), a network of a class that is not allowed, a file
+            that is not what the registry promises (both hashes), or one of a newer version of this package.
         FileNotFoundError: A registry without an index, or without a file that it lists.
         RuntimeError: A registry cannot be reached, the cache cannot be written, or the device does not exist.
     """
     torch.empty(0, device=device)  # an unknown device should not cost a download
     place, entry = find_checkpoint(_bare(name), sha256=sha256, registry=registry, cache=cache, progress=progress)
-    model, _ = rebuild(place, entry)
+    model, _ = rebuild(place, entry, allow)
     return model.to(device)
 
 
-def rebuild(place: Registry, entry: Entry) -> tuple[Segmenter, Card]:
-    """The network of an entry, in eval mode on the CPU, and its card.
+def rebuild(place: Registry, entry: Entry, allow: Sequence[str] | None = None) -> tuple[Segmenter, Card]:
+    """The network of an entry, in eval mode on the CPU, and its card; ``allow`` as in :func:`load_checkpoint`.
 
     Raises:
         ValueError: Card and weights disagree, or are not what the index promises.
         FileNotFoundError: A file is missing.
         RuntimeError: The registry cannot be reached, or the cache not be written.
     """
-    checkpoint = read_checkpoint(place, entry)
-    return assemble(checkpoint.card, checkpoint.tensors), checkpoint.card
+    checkpoint = read_checkpoint(place, entry, allow)
+    return assemble(checkpoint.card, checkpoint.tensors, allow), checkpoint.card
 
 
-def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
+def assemble(card: Card, tensors: Mapping[str, Tensor], allow: Sequence[str] | None = None) -> Segmenter:
     """The network that a card describes with these weights, in eval mode on the CPU.
+
+    ``allow`` is that of :func:`load_checkpoint`.
 
     Raises:
         ValueError: They do not belong together; the message names the first tensors.
     """
     where = f"the card of {card.name}"
-    wanted = outline(card)
+    wanted = outline(card, allow)
     tensors = widened(tensors, wanted)
     check_tensors(card, tensors, wanted)
     try:
@@ -157,7 +163,7 @@ def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
                 palette=[tuple(bytes.fromhex(color[1:])) for color in card.palette],
                 mean=card.mean,
                 std=card.std,
-                **card.network,
+                **{"backbone": None, **card.network},
                 **conversion,
             )
     except (TypeError, ValueError) as error:
@@ -170,13 +176,20 @@ def assemble(card: Card, tensors: Mapping[str, Tensor]) -> Segmenter:
     return model.eval()
 
 
-def verify_checkpoint(name: str, *, registry: Registries = None, cache: str | Path | None = None) -> float:
+def verify_checkpoint(
+    name: str,
+    *,
+    registry: Registries = None,
+    cache: str | Path | None = None,
+    allow: Sequence[str] | None = None,
+) -> float:
     """Checks a published checkpoint from end to end: index, card, hashes, weights, golden output.
 
     Args:
         name: ``arch.tag``.
         registry: As in :func:`load_checkpoint`.
         cache: As in :func:`load_checkpoint`.
+        allow: As in :func:`load_checkpoint`.
 
     Returns:
         The largest difference to the golden logits, over the largest of them.
@@ -186,7 +199,7 @@ def verify_checkpoint(name: str, *, registry: Registries = None, cache: str | Pa
         FileNotFoundError: As :func:`load_checkpoint`.
         RuntimeError: As :func:`load_checkpoint`.
     """
-    model, card = rebuild(*find_checkpoint(_bare(name), registry=registry, cache=cache))
+    model, card = rebuild(*find_checkpoint(_bare(name), registry=registry, cache=cache), allow)
     try:
         return check_golden(model, card.golden)
     except ValueError as error:

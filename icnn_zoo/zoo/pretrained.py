@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ import timm
 import torch
 from torch import Tensor
 
-from icnn_zoo.models.backbones import create_backbone
+from icnn_zoo.io.addresses import is_address
 from icnn_zoo.models.segmentation import SegmentationModel
+from icnn_zoo.nn.class_paths import read_spec
 from icnn_zoo.zoo.checkpoints import read_checkpoint
 from icnn_zoo.zoo.registry import Registries, find_checkpoint
 from icnn_zoo.zoo.weights import read_file, state_of
 
 ZOO = "zoo:"
-_BACKBONE, _HEAD = "backbone.", "classifier."
+_BACKBONE, _NETWORK = "backbone.", "network."
 _PREFIXES = ("module", "_orig_mod", "model", "network", "backbone", "encoder")  # that others put before timm's names
 _UNCOUNTED = ("displacement", "num_batches_tracked")  # a regular network lacks the first, old files the second
 
@@ -33,16 +34,18 @@ class Loaded:
         loaded: Names of the network's tensors that were loaded.
         missing: Names of the network's tensors that the source lacks, and that stay as they were.
         unused: Names of the source's tensors that the network has no use for.
+        fresh: Names of the head's tensors where they stay as they were: the classes differ, or the source has no head.
     """
 
     source: str
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
+    fresh: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         displacements = sum(name.endswith(".displacement") for name in self.loaded)
-        head = "loaded" if any(name.startswith(_HEAD) for name in self.loaded) else "new"
+        head = "new" if self.fresh else "loaded"
         return (
             f"{self.source}: {len(self.loaded)} tensors loaded (of them {displacements} displacements; the head is "
             f"{head}), {len(self.missing)} missing{_some(self.missing)}, {len(self.unused)} unused{_some(self.unused)}"
@@ -66,10 +69,12 @@ def load_pretrained(
 
     Args:
         model: The network.
-        source: True for timm's default weights of the backbone, which are downloaded; ``"zoo:NAME"`` for a checkpoint
-            of the zoo; else a file: a checkpoint of this package (.ckpt), or weights of the backbone (safetensors, pth)
-            under timm's names, with or without what other packages put before them (``encoder.``, ``backbone.``,
-            ``model.``, ``module.``). Files are read as data; nothing in them is run.
+        source: True for timm's default weights of the backbone, which are downloaded (of another network those that its
+            arguments ask for); ``"zoo:NAME"`` for a checkpoint of the zoo, or an address with its name at the end
+            (``"hf://user/repo/NAME"``); a run folder, of which best.ckpt is taken, else last.ckpt; else a file: a
+            checkpoint of this package (.ckpt), or weights (safetensors, pth) of the backbone under timm's names, or of
+            another network under its own, with or without what other packages put before them (``encoder.``,
+            ``backbone.``, ``model.``, ``module.``). Files are read as data; nothing in them is run.
         classes: The network's class names; None compares only their number.
         partial: Accepts a source that lacks tensors of the backbone; they stay as they are.
         registry: As in :func:`icnn_zoo.load_checkpoint`, for names of the zoo.
@@ -79,20 +84,20 @@ def load_pretrained(
         What was loaded, by name.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: There is no such file, or no checkpoint in the folder.
         ValueError: The source lacks tensors of the backbone, or has other shapes; the message names them.
         RuntimeError: A download failed.
     """
+    head = model.head_names()
     if isinstance(source, bool):
         if not source:
             raise ValueError("`pretrained` must name weights, or be True for timm's; got False.")
-        state = create_backbone(
-            model.backbone_name, model.output_stride, model.backbone_args, pretrained=True
-        ).state_dict()
-        tensors = {_BACKBONE + name: tensor for name, tensor in state.items()}
-        return _load(model, tensors, f"timm's {model.backbone_name}", same_classes=False, partial=partial)
-    if isinstance(source, str) and source.startswith(ZOO):
+        if model.spec is not None:
+            return _load(model, model.own_weights(), f"{model.backbone_name}'s own", fresh=(), partial=partial)
+        return _load(model, model.own_weights(), f"timm's {model.backbone_name}", fresh=head, partial=partial)
+    if isinstance(source, str) and (source.startswith(ZOO) or is_address(source)):
         return load_start(model, source, classes, registry=registry, cache=cache)
+    source = _checkpoint_in(Path(source))
     if not Path(source).is_file():
         hint = " Make it with: icnn-zoo prepare efficientnet-lite0 --root data" if "lite0" in str(source) else ""
         raise FileNotFoundError(f"`pretrained`: there is no file {str(source)!r}.{hint}")
@@ -100,11 +105,12 @@ def load_pretrained(
     content = read_file(source)
     made: Any = content.get("hyper_parameters")
     theirs = made if isinstance(made, dict) else {}
-    _check_origin(model, where, theirs.get("backbone"), theirs.get("mean"), theirs.get("std"))
+    _check_origin(model, where, _architecture(theirs), theirs.get("mean"), theirs.get("std"))
     tensors = _own_names(model, state_of(content, where))
-    head = tensors.get(f"{_HEAD}weight")
-    same = head is not None and _same_classes(model, classes, theirs.get("class_names"), len(head))
-    return _load(model, tensors, where, same_classes=same, partial=partial)
+    own = model.state_dict()
+    fits = [name in tensors and tensors[name].shape == own[name].shape for name in head if _counts(name)]
+    same = all(fits) and _same_classes(model, classes, theirs.get("class_names"), model.num_classes)
+    return _load(model, tensors, where, fresh=() if same else head, partial=partial)
 
 
 def load_start(
@@ -136,25 +142,44 @@ def load_start(
     """
     name = name.removeprefix(ZOO)
     place, entry = find_checkpoint(name, registry=registry, cache=cache)
-    checkpoint = read_checkpoint(place, entry)
+    allow = [] if model.spec is None else [model.backbone_name]  # the class of the network itself
+    checkpoint = read_checkpoint(place, entry, allow)
     card = checkpoint.card
-    where = f"`pretrained`={ZOO}{name}"
-    _check_origin(model, where, card.network["backbone"], card.mean, card.std)
+    where = f"`pretrained`={name if is_address(name) else ZOO + name}"
+    _check_origin(model, where, card.architecture, card.mean, card.std)
     same = _same_classes(model, classes, card.classes, len(card.classes))
-    return _load(model, checkpoint.tensors, where, same_classes=same, partial=False)
+    return _load(model, checkpoint.tensors, where, fresh=() if same else model.head_names(), partial=False)
+
+
+def _checkpoint_in(source: Path) -> Path:
+    """The checkpoint of a run folder; anything else as it is."""
+    found = [source / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")] if source.is_dir() else []
+    if source.is_dir() and not any(file.is_file() for file in found):
+        raise FileNotFoundError(
+            f"`pretrained`: the folder {str(source)!r} is not that of a run (runs/<name>/version_<n>): it has no "
+            "checkpoints/best.ckpt or last.ckpt."
+        )
+    return next((file for file in found if file.is_file()), source)
 
 
 def _check_origin(model: SegmentationModel, where: str, backbone: Any, mean: Any, std: Any) -> None:
     """Checks what a source says of the network that it is of; None where it says nothing."""
     if backbone is not None and backbone != model.backbone_name:
-        raise ValueError(f"{where} has the backbone {backbone}, the network {model.backbone_name}.")
+        raise ValueError(f"{where} is of {backbone}, the network is {model.backbone_name}.")
     for key, theirs in (("mean", mean), ("std", std)):
         own = getattr(model, key).flatten().cpu()
-        if theirs is not None and not torch.allclose(own, torch.tensor(theirs)):
+        if theirs is None or len(theirs) != len(own):  # of other channels, to which weights are adapted
+            continue
+        if not torch.allclose(own, torch.tensor(theirs)):
             raise ValueError(
                 f"{where} was trained with {key} {list(theirs)}, the network has "
                 f"{[round(value, 6) for value in own.tolist()]}: set {key} to the former."
             )
+
+
+def _architecture(options: Mapping[str, Any]) -> Any:
+    spec = options.get("network")
+    return options.get("backbone") if spec is None else read_spec("network", spec)[0]
 
 
 def _same_classes(model: SegmentationModel, own: Sequence[str] | None, theirs: Any, number: int) -> bool:
@@ -173,7 +198,7 @@ def _own_names(model: SegmentationModel, tensors: Mapping[str, Tensor]) -> dict[
         return {name: wanted[flat] for name, flat in pairs if flat in wanted}
 
     prefixes = sorted({prefix for name in tensors for prefix in _leading(name)}, key=len)
-    ways = [counterparts(tensors, prefix, inner) for prefix in prefixes for inner in ("", _BACKBONE)]
+    ways = [counterparts(tensors, prefix, inner) for prefix in prefixes for inner in ("", _BACKBONE, _NETWORK)]
     best = max(ways, key=len)
     lacking = [name for name in set(wanted.values()) - set(best.values()) if name.startswith(_BACKBONE)]
     if any(_counts(name) for name in lacking):
@@ -217,11 +242,11 @@ def _counts(name: str) -> bool:
 
 
 def _load(
-    model: SegmentationModel, tensors: Mapping[str, Tensor], where: str, *, same_classes: bool, partial: bool
+    model: SegmentationModel, tensors: Mapping[str, Tensor], where: str, *, fresh: Collection[str], partial: bool
 ) -> Loaded:
     state = model.state_dict()
-    wanted = [name for name in state if same_classes or not name.startswith(_HEAD)]
-    loaded = {name: tensors[name] for name in wanted if name in tensors}
+    wanted = [name for name in state if name not in fresh]
+    loaded = {name: _adapted(tensors[name], state[name]) for name in wanted if name in tensors}
     for name, tensor in loaded.items():
         if tensor.shape != state[name].shape or tensor.is_floating_point() != state[name].is_floating_point():
             raise ValueError(
@@ -229,7 +254,9 @@ def _load(
                 f"source has {tensor.dtype} {list(tensor.shape)}."
             )
     missing = [name for name in wanted if name not in tensors and _counts(name)]
-    report = Loaded(where, tuple(loaded), tuple(missing), tuple(name for name in tensors if name not in loaded))
+    report = Loaded(
+        where, tuple(loaded), tuple(missing), tuple(name for name in tensors if name not in loaded), tuple(fresh)
+    )
     counted = [name for name in loaded if _counts(name)]
     if not counted or (missing and not partial):
         advice = "pretrained_partial=True accepts that" if counted else "nothing in it has the network's names"
@@ -239,6 +266,16 @@ def _load(
         )
     model.load_state_dict({**state, **loaded})
     return report
+
+
+def _adapted(tensor: Tensor, own: Tensor) -> Tensor:
+    """The weights of a first convolution for another number of channels than the three of photographs, as timm does."""
+    if tensor.dim() != 4 or own.dim() != 4 or tensor.shape[1] != 3 or own.shape[1] == 3:
+        return tensor
+    if (tensor.shape[0], *tensor.shape[2:]) != (own.shape[0], *own.shape[2:]):
+        return tensor
+    adapted: Tensor = timm.models.adapt_input_conv(own.shape[1], tensor)
+    return adapted
 
 
 def _some(names: Sequence[str]) -> str:

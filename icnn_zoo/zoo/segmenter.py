@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
 
 from icnn_zoo.io.images import ImageLike, read_image
 from icnn_zoo.io.label_pictures import check_classes, color_map
+from icnn_zoo.io.rasters import read_measured
+from icnn_zoo.models.evaluation import Evaluation
 from icnn_zoo.models.segmentation import SegmentationModel
-from icnn_zoo.nn.modules import evaluating
 from icnn_zoo.zoo.cards import Card
+from icnn_zoo.zoo.segmenting import segment_images
 
 
 class Segmenter(SegmentationModel):
@@ -38,7 +38,7 @@ class Segmenter(SegmentationModel):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: str | None,
         num_classes: int,
         *,
         classes: Sequence[str] | None = None,
@@ -53,21 +53,28 @@ class Segmenter(SegmentationModel):
         self.palette = color_map(num_classes) if palette is None else np.array(palette, dtype=np.uint8)
         self.card: Card | None = None
 
-    @torch.inference_mode()
     def predict(
-        self, image: ImageLike, *, longest_side: int | None = None, white_level: int | None = None
+        self,
+        image: ImageLike,
+        *,
+        longest_side: int | None = None,
+        white_level: int | None = None,
+        evaluation: Evaluation | None = None,
     ) -> np.ndarray:
         """Labels every pixel of an image, in eval mode, on the network's device.
 
         Logits are those of :meth:`icnn_zoo.models.SegmentationModel.full_logits`. Memory grows with the image: 4 bytes
-        for each class and pixel, twice.
+        for each class and pixel, twice. For many images see :func:`icnn_zoo.zoo.segmenting.segment_images`, for those
+        that are larger than memory :func:`icnn_zoo.zoo.segmenting.label_bands`.
 
         Args:
             image: A file, a PIL image, or a uint8 array [H, W, 3] (RGB) or [H, W] (gray), read as
-                :func:`icnn_zoo.io.images.read_image` says: upright, transparency on white, the first page.
+                :func:`icnn_zoo.io.images.read_image` says: upright, transparency on white, the first page. For a
+                network of other than three channels a file or an array [H, W, C] in 0..255.
             longest_side: Scales larger images down to this many pixels before the network sees them, for photographs
                 that are larger than what the network was trained on; None never does.
             white_level: The value that is white in images of 16 bits, which are refused without it.
+            evaluation: Windows, mirroring and scales; None runs the image in one forward.
 
         Returns:
             uint8 [H, W], class indices, of the image's own size.
@@ -77,17 +84,15 @@ class Segmenter(SegmentationModel):
             TypeError: Not an image: another type, or an array of another dtype.
             ValueError: A file that is not an image, an array of another shape, an empty image.
         """
-        pixels = read_image(image, white_level=white_level)
-        if longest_side is not None and longest_side < 1:
-            raise ValueError(f"`longest_side` must be at least 1 pixel; got {longest_side}.")
-        height, width = pixels.shape[:2]
-        scale = 1.0 if longest_side is None else min(1.0, longest_side / max(height, width))
-        if scale < 1:
-            smaller = (max(1, round(width * scale)), max(1, round(height * scale)))
-            pixels = np.asarray(Image.fromarray(pixels).resize(smaller, Image.Resampling.BILINEAR))
-        images = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].to(self.mean.device)
-        with evaluating(self):
-            logits = self.full_logits(self.preprocess(images))
-        if scale < 1:
-            logits = F.interpolate(logits, size=(height, width), mode="bilinear", align_corners=False)
-        return logits.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+        if self.in_channels == 3:
+            pixels = read_image(image, white_level=white_level)
+        elif isinstance(image, np.ndarray):
+            pixels = image if image.ndim == 3 else image[..., None]
+        elif isinstance(image, (str, Path)):
+            pixels = read_measured(image, self.in_channels, white_level)
+        else:
+            raise TypeError(f"`image` must be a path or an array for {self.in_channels} channels; got {type(image)}.")
+        if pixels.shape[2] != self.in_channels:
+            raise ValueError(f"`image` must be [H, W, {self.in_channels}]; got {list(pixels.shape)}.")
+        (found,) = segment_images(self, [pixels], evaluation=evaluation, longest_side=longest_side)
+        return found.labels

@@ -14,7 +14,7 @@ from icnn_zoo.cli.programs import zoo_main
 from icnn_zoo.io.console import print_table
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
 from icnn_zoo.training.callbacks.monitors import ScoreTable
-from icnn_zoo.training.scores import iou_names
+from icnn_zoo.training.scores import score_names
 
 NAMES = ["[wet]", "a[/b]", ":dog:", "日本"]
 
@@ -27,7 +27,10 @@ def windows_console(monkeypatch) -> io.BytesIO:
 
 
 def show_scores() -> None:
-    values = {name: torch.tensor(0.5) for name in iou_names("val", NAMES)}
+    values = {name: torch.tensor(0.5) for name in score_names("val", NAMES)}
+    values |= {
+        key: torch.tensor(0.5) for kind in ("Dice", "precision", "recall") for key in score_names("val", NAMES, kind)
+    }
     values |= {f"val/{name}": torch.tensor(0.5) for name in ("mIoU", "mIoU_background", "pixel_accuracy")}
     trainer = SimpleNamespace(callback_metrics=values, is_global_zero=True)
     ScoreTable().on_fit_end(trainer, SimpleNamespace(class_names=NAMES))

@@ -109,7 +109,7 @@ def test_caffes_rule_leaves_stages_that_keep_their_stride_alone():
         ({"backbone": "vit_tiny_patch16_224"}, "cannot be dilated"),
         ({"output_stride": 3}, "`output_stride`"),
         ({"output_stride": 4}, "cannot be dilated"),
-        ({"head": "aspp"}, "`head`"),
+        ({"head": "asp"}, "`head` must be one of largefov, aspp"),
         ({"num_classes": 1}, "`num_classes`"),
         ({"mean": (0.5,)}, "`mean`"),
     ],

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from icnn_zoo.models import SegmentationModel
-from icnn_zoo.training.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits, window_starts
+from icnn_zoo.models.evaluation import check_evaluation, multi_scale, sliding_logits, whole_logits, window_starts
 from icnn_zoo.training.scores import iou_and_accuracy
 from icnn_zoo.training.task import SegmentationTask
 

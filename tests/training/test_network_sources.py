@@ -37,9 +37,11 @@ def test_a_config_beside_a_checkpoint_and_on_a_card_describe_the_same_run(zoo_ru
     beside, on_card = find_source(zoo_run).config(), find_source(zoo_folder / NAME).config()
     assert on_card.keys() == {"seed_everything", "model", "data"}
     assert beside["data"] == on_card["data"]
-    # What the run started from is of its machine, and how it was compiled too.
+    # What the run started from is of its machine, how it was compiled too; losses are of training.
     assert {key: beside["model"][key] for key in on_card["model"]} == on_card["model"]
-    assert beside["model"].keys() - on_card["model"].keys() == {"pretrained", "pretrained_partial", "compile"}
+    assert beside["model"].keys() - on_card["model"].keys() == {
+        *("pretrained", "pretrained_partial", "compile", "loss", "class_weights", "network", "backbone_args")
+    }
 
 
 def test_export_takes_a_name_of_the_zoo(zoo_folder, tmp_path, monkeypatch):

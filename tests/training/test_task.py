@@ -114,7 +114,7 @@ def test_two_processes_train_and_score_as_one_does(tmp_path):
         )
         # Frozen norms: batch statistics would differ between one batch of four and two of two. Small scales pad crops
         # with ignored labels, so processes have different numbers of valid pixels. Five validation images are uneven.
-        task = make_task(freeze_norm=True, position_lr=2.0)
+        task = make_task(freeze_norm=True, position_lr=2.0, class_weights="auto")
         trainer.fit(task, make_data(scales=(0.5, 1.0)))
         results[devices] = [torch.load(folder / f"{rank}.pt") for rank in range(devices)]
     (one,), (first, second) = results[1], results[2]

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from zoo_cases import NAME
 
 from icnn_zoo import convert
 from icnn_zoo.models import SegmentationModel
@@ -110,7 +111,7 @@ def test_a_checkpoint_of_a_run_loads_with_other_classes_and_starts_too(zoo_run, 
 
 
 def test_a_checkpoint_of_another_backbone_is_refused_by_name(zoo_run):
-    with pytest.raises(ValueError, match="has the backbone test_resnet, the network resnet18"):
+    with pytest.raises(ValueError, match="is of test_resnet, the network is resnet18"):
         load_pretrained(SegmentationModel("resnet18", 6), zoo_run / "checkpoints" / "best.ckpt")
 
 
@@ -146,3 +147,27 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path):
         with pytest.raises(ValueError, match=name):
             load_pretrained(SegmentationModel("test_resnet", 3), tmp_path / name)
     assert not (tmp_path / "planted").exists()
+
+
+def test_a_run_folder_and_an_address_start_a_network_of_other_classes(zoo_run, zoo_folder, tmp_path):
+    for source in (zoo_run, str(zoo_run), f"file://{zoo_folder}/{NAME}"):
+        model = convert(SegmentationModel("test_resnet", 2, head_dilation=3), "layer3")
+        report = load_pretrained(model, source)
+        assert set(report.fresh) == set(model.head_names())
+        assert "the head is new), 0 missing" in str(report)
+        assert sum(name.endswith("displacement") for name in report.loaded) == 3  # not the head's
+    with pytest.raises(FileNotFoundError, match=r"is not that of a run.*it has no checkpoints/best\.ckpt"):
+        load_pretrained(model, tmp_path)
+    model = convert(SegmentationModel("test_resnet", 6, head_dilation=3), "layer3")
+    assert not load_pretrained(model, zoo_run).fresh
+
+
+def test_a_network_of_another_package_starts_from_one_of_other_classes(tmp_path):
+    spec = {"class_path": "segmentation_models_pytorch.FPN", "init_args": {"encoder_name": "tu-test_resnet"}}
+    first, second = (SegmentationModel(None, classes, network=spec) for classes in (3, 5))
+    torch.save(first.network.state_dict(), tmp_path / "theirs.pth")  # under its own names
+    report = load_pretrained(second, tmp_path / "theirs.pth")
+    assert report.fresh == ("network.segmentation_head.0.weight", "network.segmentation_head.0.bias")
+    assert len(report.loaded) == len(first.state_dict()) - 2
+    weight = next(name for name in report.loaded if name.endswith("weight"))
+    assert torch.equal(first.state_dict()[weight], second.state_dict()[weight])

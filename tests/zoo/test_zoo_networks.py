@@ -141,7 +141,7 @@ def test_a_start_elsewhere_loads_the_displacements_that_both_have(model, start):
 @pytest.mark.parametrize(
     ("backbone", "options", "message"),
     [
-        ("resnet18", {}, "has the backbone test_resnet, the network resnet18"),
+        ("resnet18", {}, "is of test_resnet, the network is resnet18"),
         ("test_resnet", {"mean": (0.1, 0.2, 0.3)}, r"was trained with mean .*set mean"),
         ("test_resnet", {"start": "layer3", "shapes": "kernel"}, "does not fit the network: .*displacement must be"),
     ],

@@ -11,7 +11,7 @@ import numpy as np
 from icnn_zoo.data.datamodule import Split
 from icnn_zoo.data.file_datamodule import FileDataModule, Item
 from icnn_zoo.data.inspection import SHOWN_PROBLEMS, progress, survey
-from icnn_zoo.data.label_files import read_classes
+from icnn_zoo.data.label_files import ColorTable, read_classes
 from icnn_zoo.io.files import write_whole
 from icnn_zoo.io.images import write_picture
 from icnn_zoo.io.label_pictures import palette_picture
@@ -25,7 +25,7 @@ def all_items(data: FileDataModule) -> list[Item]:
 
 
 def convert_labels(
-    files: Mapping[str, tuple[Path, np.ndarray]],
+    files: Mapping[str, tuple[Path, np.ndarray | ColorTable]],
     folder: Path,
     palette: np.ndarray,
     notes: Mapping[str, bytes] | None = None,

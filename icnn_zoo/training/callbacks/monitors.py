@@ -12,7 +12,9 @@ from rich.text import Text
 
 from icnn_zoo.analysis.displacement import InputSizes, displacement_statistics
 from icnn_zoo.io.console import print_table
-from icnn_zoo.training.scores import iou_names
+from icnn_zoo.training.scores import score_names
+
+_SCORES = ("IoU", "Dice", "precision", "recall")
 
 
 class DisplacementMonitor(Callback):
@@ -47,7 +49,7 @@ class DisplacementMonitor(Callback):
 
 
 class ScoreTable(Callback):
-    """Prints IoU per class, mIoU and pixel accuracy after training, validating and testing."""
+    """Prints IoU, Dice, precision and recall per class, mIoU and pixel accuracy after fit, validate and test."""
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._print(trainer, pl_module, "val")
@@ -63,13 +65,16 @@ class ScoreTable(Callback):
         metrics = trainer.callback_metrics
         if not trainer.is_global_zero or f"{split}/mIoU" not in metrics:
             return
-        table = Table(title=f"{split}: intersection over union", title_justify="left")
+        table = Table(title=f"{split}: scores of classes", title_justify="left")
         table.add_column("class")
-        table.add_column("IoU", justify="right")
+        for score in _SCORES:
+            table.add_column(score, justify="right")
         names = list(pl_module.class_names)  # type: ignore[arg-type]
-        for name, key in zip(names, iou_names(split, names), strict=True):
-            value = float(metrics[key])
-            table.add_row(Text(name), "absent" if math.isnan(value) else f"{value:.3f}")  # no markup in names
+        for name, *keys in zip(names, *(score_names(split, names, score) for score in _SCORES), strict=True):
+            values = [float(metrics[key]) for key in keys]
+            shown = ["-" if math.isnan(value) else f"{value:.3f}" for value in values[1:]]
+            iou = "absent" if math.isnan(values[0]) else f"{values[0]:.3f}"
+            table.add_row(Text(name), iou, *shown)  # no markup in names
         table.add_section()
         table.add_row("mIoU", f"{float(metrics[f'{split}/mIoU']):.3f}")
         table.add_row(Text(f"mIoU of {names[0]} everywhere"), f"{float(metrics[f'{split}/mIoU_background']):.3f}")

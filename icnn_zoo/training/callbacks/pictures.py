@@ -15,6 +15,7 @@ from PIL import Image
 from icnn_zoo.data import SegmentationDataModule
 from icnn_zoo.io.images import write_picture
 from icnn_zoo.io.label_pictures import color_map, colored, palette_picture
+from icnn_zoo.io.rasters import visible
 from icnn_zoo.training.loggers import log_picture
 from icnn_zoo.training.run_folder import RunFolder
 
@@ -58,7 +59,7 @@ class SamplePictures(Callback):
         for name, image, mask in self._kept:
             images = torch.from_numpy(image)[None].to(pl_module.device)
             prediction = pl_module.predict_step({"image": images}, 0)[0].cpu().numpy()
-            pixels = image.transpose(1, 2, 0).clip(0, 255).astype(np.uint8)
+            pixels = visible(image.transpose(1, 2, 0))
             panels = [pixels, colored(mask, palette), colored(prediction, palette)]
             flat = name.replace("/", "_").replace("\\", "_")  # with its folders: frames of two videos share names
             path = folder / f"{prefix}_{flat}.png"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +120,37 @@ def multi_scale(logits: Network, images: Tensor, scales: Sequence[float]) -> Ten
     assert total is not None
     total /= len(scales)
     return total
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a network looks at whole images.
+
+    Attributes:
+        evaluation: "whole" runs an image in one forward, "sliding" in overlapping windows.
+        window: Side of the windows in pixels. They lie two thirds of it apart.
+        window_batch: Windows that the network gets at once.
+        flip: Averages the logits with those of the mirrored image.
+        scales: Factors of image size, probabilities averaged; (1.0,) for none.
+    """
+
+    evaluation: str = "whole"
+    window: int = 713
+    window_batch: int = 1
+    flip: bool = False
+    scales: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        check_evaluation(self.evaluation, self.window, self.scales, self.window_batch)
+
+    def scores(self, network: Network, images: Tensor) -> Tensor:
+        """Class scores [B, num_classes, H, W] of normalized images [B, 3, H, W]; see :func:`multi_scale`."""
+        if self.evaluation == "sliding":
+            options = {"window": self.window, "window_batch": self.window_batch, "flip": self.flip}
+            logits: Network = partial(sliding_logits, network, **options)  # type: ignore[arg-type]
+        else:
+            logits = partial(whole_logits, network, flip=self.flip)
+        return multi_scale(logits, images, self.scales)
 
 
 def check_evaluation(evaluation: str, window: int, scales: Sequence[float], window_batch: int) -> None:
