@@ -104,7 +104,8 @@ def load_checkpoint(
     Weights are verified against their SHA-256 before they are parsed, and are data only: nothing in a registry is run.
 
     Args:
-        name: ``arch.tag``, as :func:`icnn_zoo.list_checkpoints` has it, or ``arch.tag@sha256:...``, which is pinned.
+        name: ``arch.tag``, as :func:`icnn_zoo.list_checkpoints` has it, or its address in any registry,
+            ``hf://user/repo/arch.tag``; either with ``@sha256:...`` behind it, which pins it.
         sha256: Pins the name to a hash: that of card.json, which holds the weights' own and so pins everything, or
             that of the weights. None takes whatever the registry has under the name.
         device: Where to put the network.
