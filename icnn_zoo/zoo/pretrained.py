@@ -22,7 +22,8 @@ from icnn_zoo.zoo.weights import read_file, state_of
 ZOO = "zoo:"
 _BACKBONE, _NETWORK = "backbone.", "network."
 _PREFIXES = ("module", "_orig_mod", "model", "network", "backbone", "encoder")  # that others put before timm's names
-_UNCOUNTED = ("displacement", "num_batches_tracked")  # a regular network lacks the first, old files the second
+# A regular network lacks the first and a bilinear one the second, old files the third.
+_UNCOUNTED = ("displacement", "widening", "num_batches_tracked")
 
 
 @dataclass(frozen=True)

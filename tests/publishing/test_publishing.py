@@ -255,3 +255,19 @@ def test_tied_shapes_are_published_and_come_back_tied(zoo_folder):
     loaded = assemble(card.model_copy(update=update), tensors)
     assert tied_names(loaded) == tied_names(model) == [names]
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_spreads_are_published_and_come_back(zoo_folder):
+    regular, card = rebuild(*find_checkpoint(NAME, registry=zoo_folder))
+    options = {"interpolation": "gaussian", "spread_per": "channel"}
+    conversion = card.conversion.model_copy(update=options)
+    network = {**card.network, "start": conversion.start, "shapes": conversion.shapes}
+    model = icnn_zoo.create_model(num_classes=len(card.classes), mean=card.mean, std=card.std, **network, **options)
+    for layer in irregular_layers(model).values():
+        torch.nn.init.uniform_(layer.widening)
+    tensors = safetensors.torch.load(safetensors.torch.save(_plain_tensors(model)))
+    parameters = sum(it.numel() for it in model.parameters())
+    update = {"conversion": conversion, "weights": card.weights.model_copy(update={"parameters": parameters})}
+    loaded = assemble(card.model_copy(update=update), tensors)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert parameters > sum(it.numel() for it in regular.parameters())
