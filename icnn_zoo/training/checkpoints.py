@@ -125,7 +125,7 @@ def check_size(task: Callable[..., nn.Module], checkpoint: Mapping[str, Any], so
     Raises:
         ValueError: Tensors are missing, of another shape, or larger than what the file holds of them.
     """
-    # The regular network, which can be made without memory; positions and spreads are no larger than 4 times its weights.
+    # The regular network, which can be made without memory; positions and spreads are at most 4 times its weights.
     options = {**task_options(checkpoint), **NO_LOSS, "start": None, "pretrained": False}
     try:
         outline = without_memory(lambda: task(**options), trusted=options.get("network") is not None)
