@@ -131,8 +131,8 @@ def test_an_image_of_20000_by_20000_takes_less_than_2_gb(tmp_path, zoo_run):
     program = """
 import sys, numpy as np, tifffile
 from icnn_zoo.cli.programs import zoo_main
-rows = np.random.default_rng(0).integers(0, 256, (1000, 20000, 3), dtype=np.uint8)
-tifffile.imwrite("big.tif", (rows for _ in range(20)), shape=(20000, 20000, 3), dtype=np.uint8, rowsperstrip=1000,
+tile = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+tifffile.imwrite("big.tif", (tile for _ in range(400)), shape=(20000, 20000, 3), dtype=np.uint8, tile=(1024, 1024),
                  photometric="rgb", compression="zlib")
 zoo_main(["segment", sys.argv[1], "big.tif", "--to", "out"])
 """
