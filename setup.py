@@ -12,7 +12,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 PACKAGE = "icnn_zoo.ops.native_backend"
-SOURCES = [f"{PACKAGE.replace('.', '/')}/csrc/{name}.c" for name in ("columns_forward", "columns_backward", "stencil")]
+SOURCES = sorted(map(str, Path(PACKAGE.replace(".", "/")).glob("csrc/*.c")))
 KINDS = {"x86_64": ("x86-64-v3", "x86-64-v4"), "aarch64": ("armv8-a",), "arm64": ("armv8-a",)}  # those of wheel.py
 
 

@@ -72,7 +72,7 @@ def in_a_process(setting: str, threads: int, seconds: float) -> dict[str, dict[s
     every, wanted = SETTINGS[setting]
     inherited = {name: value for name, value in os.environ.items() if name not in WAITING}
     command = [sys.executable, __file__, "--child", str(threads if every else 1), "--seconds", str(seconds)]
-    done = subprocess.run(command, env=inherited | wanted, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=inherited | wanted, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -25,7 +25,10 @@ if sys.platform != "linux" or shutil.which("cc") is None:
 
 def test_setup_makes_the_kernels_that_the_package_looks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setuptools, "setup", lambda **kwargs: None)
-    kinds = runpy.run_path(str(ROOT / "setup.py"))["KINDS"]
+    monkeypatch.chdir(ROOT)
+    setup = runpy.run_path("setup.py")
+    assert {Path(source).name for source in setup["SOURCES"]} == {source.name for source in build._SOURCES}
+    kinds = setup["KINDS"]
     assert {machine: set(names) for machine, names in kinds.items()} == {
         machine: set(names) for machine, names in wheel.KINDS.items()
     }
