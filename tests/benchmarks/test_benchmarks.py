@@ -219,3 +219,14 @@ def test_busy_measures_every_setting_idle_and_beside_programs(tmp_path, capsys):
     assert [row["beside"] > 0 for row in rows] == [False] * 4 + [True] * 4
     assert all(round_[kind]["cpu"] > 0 for row in rows for round_ in row["rounds"] for kind in ("regular", "irregular"))
     assert "beside 0 busy programs" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_interpolation_compares_with_bilinear_and_with_dcls(tmp_path):
+    pytest.importorskip("DCLS")
+    path = tmp_path / "interpolation.json"
+    command = [sys.executable, str(FOLDER / "interpolation.py"), "--shrink", "--rounds", "1", "--output", str(path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["part"] for row in rows} == {"layer3", "block"}
+    assert all(row["ratio"] > 0 for row in rows)
