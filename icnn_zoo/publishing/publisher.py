@@ -80,7 +80,7 @@ def publish(
     target.check()
     check_name(name)
     if not isinstance(target, FolderTarget):
-        return _publish_elsewhere(source, name, target, about, overrides, half)
+        return _publish_elsewhere(source, name, target, about, overrides, half, allow)
     _check_new(name, target)
     wanted, pictures = read_about(about)
     file = find_ckpt(Path(source))
@@ -105,6 +105,7 @@ def _publish_elsewhere(
     about: str | Path | Mapping[str, Any],
     overrides: Sequence[str],
     half: bool,
+    allow: Sequence[str] | None,
 ) -> str:
     wanted, pictures = read_about(about)
     file = find_ckpt(Path(source))
@@ -115,7 +116,7 @@ def _publish_elsewhere(
     staged = cache_folder() / "outgoing" / origin
     if name not in _names(FolderTarget(str(staged))):
         _check_new(name, target)
-        publish(source, name, staged, about, overrides=overrides, half=half)
+        publish(source, name, staged, about, overrides=overrides, half=half, allow=allow)
     push(staged, name, open_target(target.url))  # opened anew: the index may have changed meanwhile
     shutil.rmtree(staged)
     return join(target.url, name)

@@ -182,6 +182,16 @@ def test_a_publish_that_was_cut_off_is_not_made_again(memory, zoo_run, monkeypat
         publish(zoo_run, NAME, "memory://zoo", MEASURED)
 
 
+def test_options_of_publishing_are_those_of_the_folder_it_is_made_in(memory, zoo_run, monkeypatch):
+    given = []
+    original = publisher.load_task
+    monkeypatch.setattr(publisher, "load_task", lambda file, **options: given.append(options) or original(file))
+    publish(zoo_run, NAME, "memory://zoo", MEASURED, half=True, allow=["some.Class"])
+    assert given == [{"allow": ["some.Class"]}]
+    card = json.loads(memory.cat(f"/zoo/{NAME}/card.json"))
+    assert card["weights"]["size"] < 0.75 * 4 * card["weights"]["parameters"]
+
+
 def test_a_file_that_arrives_otherwise_is_not_listed(memory, zoo_folder, monkeypatch):
     monkeypatch.setattr(MemoryFileSystem, "put_file", lambda self, _, path: self.pipe_file(path, b"something else"))
     with pytest.raises(RuntimeError, match=r"memory://zoo cannot be written: .*model\.safetensors is not there as it"):
