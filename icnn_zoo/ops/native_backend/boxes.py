@@ -48,8 +48,7 @@ class Box:
         geometry: Sizes of the call.
         weight: Weights [N, C / G, T], of which the outliers' are not drawn.
         positions: Positions [N, C / G, T, 2] in float64.
-        drawn: Which taps are in the box [N, C / G, T], 1 or 0.
-        num_outliers: How many are not.
+        drawn: Which taps are in the box [N, C / G, T], 1 or 0: known once it was drawn.
     """
 
     geometry: Geometry
@@ -57,13 +56,12 @@ class Box:
     positions: Tensor
     drawn: Tensor
     task: Any
-    num_outliers: int = field(init=False)
     size: tuple[int, int] = field(init=False)
     margins: tuple[int, int, int, int] = field(init=False)
 
     def __post_init__(self) -> None:
         geometry = self.geometry
-        self.num_outliers, self.size = self.task.outside, tuple(self.task.size)
+        self.size = tuple(self.task.size)
         before = [-(self.task.first[axis] + geometry.origin[axis]) for axis in range(2)]
         after = [
             (geometry.output_size[axis] - 1) * geometry.stride[axis]
@@ -73,6 +71,12 @@ class Box:
             for axis in range(2)
         ]
         self.margins = (before[1], after[1], before[0], after[0])
+
+    @property
+    def num_outliers(self) -> int:
+        """Taps that are not in the box, after it was drawn."""
+        outside: int = self.task.outside
+        return outside
 
     def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """The output [B, N, Ho, Wo] of the drawn taps."""
@@ -165,6 +169,6 @@ def choose_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> Box | N
     task.drawn = address_of("drawn", drawn, torch.uint8, outputs * members * taps)
     build.load()[0][weight.dtype].drawing_choose(ctypes.byref(task))
     cost = math.prod(task.size) + OUTLIER_COST * task.outside / task.kernels
-    if task.outside == drawn.numel() or cost > taps * (STENCIL_COST if per_kernel else COLUMNS_COST):
+    if task.outside >= drawn.numel() or cost > taps * (STENCIL_COST if per_kernel else COLUMNS_COST):
         return None
     return Box(geometry, weight, positions, drawn, task)

@@ -10,7 +10,7 @@ typedef struct {
     index_t kernels, taps;
     index_t least[2], most[2];   /* cells (row, col) outside of these never meet the input */
     index_t first[2], size[2];   /* of the box, in pixels from position 0: what drawing_choose says */
-    index_t outside;             /* taps that are not drawn, likewise */
+    index_t outside;             /* taps that are not drawn: about, by drawing_choose; what drawing_draw left out */
     double outlier_cost;         /* of such a tap, in cells of a kernel */
     const REAL *weight;          /* [kernels, taps] */
     const double *positions;     /* [kernels, taps, 2] */
@@ -21,7 +21,8 @@ typedef struct {
     double *grad_shift;          /* [kernels, taps, 2] */
 } drawing_t;
 
-enum { REACH = 128, CHUNK = 64 }; /* pixels from position 0 beyond which nothing is drawn; kernels of a unit */
+/* Pixels from position 0 beyond which nothing is drawn; kernels of a unit; kernels, about, that the box is chosen by. */
+enum { REACH = 128, CHUNK = 64, SAMPLE = 1024 };
 
 /* The cell of a tap, relative to the box; false where one of its corners, or a position that is no number, is outside. */
 static int find_cell(const drawing_t *task, const double *position, index_t *cell, double *fraction) {
@@ -38,22 +39,26 @@ static int find_cell(const drawing_t *task, const double *position, index_t *cel
  * one cell; the cheapest box on the way is taken. */
 void drawing_choose(drawing_t *task) {
     index_t counts[2][2 * REACH] = {{0}}, first[2] = {0, 0}, last[2] = {2 * REACH - 1, 2 * REACH - 1};
-    index_t taps = task->kernels * task->taps, lost = 0, lost_best = 0, count = 0;
-    for (index_t tap = 0; tap < taps; tap++) {
-        double low[2];
-        int near = 1;
-        for (int axis = 0; axis < 2; axis++) {
-            low[axis] = __builtin_floor(task->positions[2 * tap + axis]);
-            near &= low[axis] >= largest(task->least[axis], -REACH) && low[axis] <= smallest(task->most[axis], REACH - 1);
+    index_t step = largest(task->kernels / SAMPLE, 1), sampled = 0, count = 0, lost = 0, lost_best = 0;
+    double least[2], most[2];
+    for (int axis = 0; axis < 2; axis++) {
+        least[axis] = largest(task->least[axis], -REACH);
+        most[axis] = smallest(task->most[axis], REACH - 1);
+    }
+    for (index_t kernel = 0; kernel < task->kernels; kernel += step, sampled++) {
+        const double *position = task->positions + 2 * kernel * task->taps;
+        for (index_t tap = 0; tap < task->taps; tap++, position += 2) {
+            double row = __builtin_floor(position[0]), col = __builtin_floor(position[1]);
+            if (!(row >= least[0] && row <= most[0] && col >= least[1] && col <= most[1])) continue;
+            counts[0][(index_t)row + REACH]++;
+            counts[1][(index_t)col + REACH]++;
+            count++;
         }
-        count += near;
-        if (near)
-            for (int axis = 0; axis < 2; axis++) counts[axis][(index_t)low[axis] + REACH]++;
     }
     double cost_best = -1;
     for (;;) {
         index_t size[2] = {last[0] - first[0] + 2, last[1] - first[1] + 2};
-        double cost = (double)size[0] * size[1] + task->outlier_cost * lost / task->kernels, freed_best = -1;
+        double cost = (double)size[0] * size[1] + task->outlier_cost * lost / sampled, freed_best = -1;
         if (cost_best < 0 || cost < cost_best) {
             cost_best = cost;
             lost_best = lost;
@@ -77,14 +82,7 @@ void drawing_choose(drawing_t *task) {
         lost += counts[axis_best][*side];
         *side += end_best ? -1 : 1;
     }
-    index_t cell[2];
-    double fraction[2];
-    task->outside = 0;
-    if (count == taps && lost_best == 0) return; /* and nobody asks which are drawn */
-    for (index_t tap = 0; tap < taps; tap++) {
-        task->drawn[tap] = find_cell(task, task->positions + 2 * tap, cell, fraction);
-        task->outside += !task->drawn[tap];
-    }
+    task->outside = (sampled * task->taps - count + lost_best) * task->kernels / sampled;
 }
 
 static void draw_work(const void *data, index_t unit, REAL *scratch) {
@@ -97,7 +95,9 @@ static void draw_work(const void *data, index_t unit, REAL *scratch) {
         for (index_t tap = kernel * task->taps; tap < (kernel + 1) * task->taps; tap++) {
             index_t cell[2];
             double fraction[2];
-            if (!find_cell(task, task->positions + 2 * tap, cell, fraction)) continue;
+            int inside = find_cell(task, task->positions + 2 * tap, cell, fraction);
+            task->drawn[tap] = inside;
+            if (!inside) continue;
             REAL down = (REAL)fraction[0], right = (REAL)fraction[1], weight = task->weight[tap];
             REAL *at = cells + cell[0] * width + cell[1];
             at[0] += (1 - down) * (1 - right) * weight;
@@ -130,8 +130,11 @@ static void gradients_work(const void *data, index_t unit, REAL *scratch) {
     }
 }
 
-int drawing_draw(parallel_t parallel, unsigned threads, const drawing_t *task) {
-    return run_parallel(parallel, threads, task, (task->kernels + CHUNK - 1) / CHUNK, 1, draw_work);
+int drawing_draw(parallel_t parallel, unsigned threads, drawing_t *task) {
+    if (run_parallel(parallel, threads, task, (task->kernels + CHUNK - 1) / CHUNK, 1, draw_work)) return 1;
+    task->outside = 0;
+    for (index_t tap = 0; tap < task->kernels * task->taps; tap++) task->outside += !task->drawn[tap];
+    return 0;
 }
 
 int drawing_gradients(parallel_t parallel, unsigned threads, const drawing_t *task) {
