@@ -15,7 +15,7 @@ from measuring import LINUX, SEED, counter
 from torch import Tensor
 
 import icnn_zoo
-from icnn_zoo.ops.sharing import Shapes
+from icnn_zoo.ops.sharing import Shapes, expand_shapes
 
 OFF_INTEGER = 0.01  # distance of positions from integers, where bilinear interpolation has kinks
 
@@ -34,6 +34,8 @@ class Shape:
     stride: int = 1
     spread: float = 0.75
     shapes: Shapes = "channel"
+    outliers: float = 0.0
+    """Share of taps that are 15 pixels away."""
 
     def shrunk(self) -> Shape:
         """The same kind of shape with about 16 channels on an 11 x 11 map."""
@@ -50,7 +52,8 @@ class Shape:
     def __str__(self) -> str:
         words = f"B{self.batch} C{self.channels} N{self.outputs} {self.size}x{self.size}"
         words += f" k{self.kernel} d{self.dilation} g{self.groups} s{self.stride} ±{self.spread:g} px"
-        return words + (f" per {self.shapes}" if self.shapes != "channel" else "")
+        words += f" per {self.shapes}" if self.shapes != "channel" else ""
+        return words + (f", {self.outliers:.1%} of taps 15 px away" if self.outliers else "")
 
 
 SHAPES = {
@@ -64,7 +67,9 @@ SHAPES = {
     "grouped": Shape(2, 256, 256, 41, groups=32),
     "stride2": Shape(2, 256, 256, 41, stride=2),
     "spread8": Shape(2, 256, 256, 41, spread=8.0),
+    "layer": Shape(2, 256, 256, 41, shapes="layer"),
     "full": Shape(1, 64, 64, 41, shapes="kernel"),
+    "full-outliers": Shape(1, 64, 64, 41, shapes="kernel", outliers=0.001),
 }
 
 
@@ -80,6 +85,8 @@ class Case:
         owners = {"layer": (1,), "channel": (shape.channels,), "kernel": (shape.outputs, fan_in)}
         lead = owners[shape.shapes]
         moved = self.grid.cpu() + (torch.rand(*lead, taps, 2, generator=generator) * 2 - 1) * shape.spread
+        if shape.outliers:
+            moved += 15 * (torch.rand(*lead, taps, 1, generator=generator) < shape.outliers)
         self.positions = (moved.floor() + (moved % 1).clamp(OFF_INTEGER, 1 - OFF_INTEGER)).to(device)
         out = (shape.size - 1) // shape.stride + 1
         self.input = torch.randn(shape.batch, shape.channels, shape.size, shape.size, generator=generator).to(device)
@@ -149,7 +156,7 @@ class Dcls:
         logging.disable(logging.NOTSET)
         positions = case.positions
         if shape.shapes != "kernel":
-            positions = positions.unflatten(0, (shape.groups, 1, -1))
+            positions = expand_shapes(positions, shape.channels).unflatten(0, (shape.groups, 1, -1))
             positions = positions.expand(-1, shape.outputs // shape.groups, -1, -1, -1).flatten(0, 1)
         module.weight.data = case.weight.flatten(2).clone()
         module.P.data = positions.permute(3, 0, 1, 2).flip(0).contiguous()  # DCLS puts columns first

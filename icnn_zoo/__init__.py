@@ -18,6 +18,7 @@ from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 from icnn_zoo.nn.norms import freeze_norm
 from icnn_zoo.nn.sharding import whole_displacements
 from icnn_zoo.nn.spreads import narrow_spreads
+from icnn_zoo.nn.tap_limits import distance_penalty, limit_taps, place_taps
 from icnn_zoo.nn.tying import tie_shapes
 from icnn_zoo.ops import irregular_conv2d
 from icnn_zoo.optim import bound_positions, check_gradients, move_positions, parameter_groups, poly_policy
@@ -42,15 +43,18 @@ __all__ = [
     "convert",
     "create_model",
     "deploy",
+    "distance_penalty",
     "freeze_norm",
     "from_dcls",
     "irregular_conv2d",
     "irregular_layers",
+    "limit_taps",
     "list_checkpoints",
     "load_checkpoint",
     "move_positions",
     "narrow_spreads",
     "parameter_groups",
+    "place_taps",
     "plan",
     "poly_policy",
     "register_conv_rules",

@@ -1,6 +1,6 @@
 """Looking at learned shapes: their numbers, their pictures, and what a network's output depends on."""
 
-from icnn_zoo.analysis.displacement import InputSizes, displacement_statistics
+from icnn_zoo.analysis.displacement import InputSizes, displacement_statistics, warn_of_dead_taps
 from icnn_zoo.analysis.heatmaps import heatmap, input_gradient, plot_heatmaps
 from icnn_zoo.analysis.kernel_shapes import LayerShapes, layer_shapes
 from icnn_zoo.analysis.receptive_field import ReceptiveField, effective_receptive_field, plot_receptive_fields
@@ -28,4 +28,5 @@ __all__ = [
     "signal_share",
     "signal_shares",
     "statistics_table",
+    "warn_of_dead_taps",
 ]

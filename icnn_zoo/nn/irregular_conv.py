@@ -15,6 +15,7 @@ from icnn_zoo.nn.free_taps import count_taps, scatter_taps
 from icnn_zoo.nn.layer_reading import TapReading
 from icnn_zoo.nn.spreads import Interpolation, SpreadPer, initial_spread, spread_shape
 from icnn_zoo.nn.step_watch import StepWatch
+from icnn_zoo.nn.tap_restriction import Axes, Limit, restrict
 from icnn_zoo.ops.functional import irregular_conv2d
 from icnn_zoo.ops.geometry import pad_with_mode, pair
 from icnn_zoo.ops.sharing import Shapes, rename_per_kernel, shape_owners
@@ -95,6 +96,8 @@ class IrregularConv2d(TapReading, nn.Module):
     displacement: Tensor
     widening: Tensor | None
     step_watch: StepWatch | None
+    axes: Axes = "both"
+    limit: Limit = None
     _grid: Tensor
 
     def __init__(
@@ -292,7 +295,7 @@ class IrregularConv2d(TapReading, nn.Module):
                 f"`displacement` must be float32 or float64, but something has made it {displacement.dtype}, which "
                 "rounds positions. Module.to() does not; for FSDP2's mixed precision see icnn_zoo.whole_displacements."
             )
-        return self.regular_grid + displacement
+        return restrict(self, self.regular_grid + displacement)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolves [B, C, H, W] or [C, H, W] to the size nn.Conv2d gives."""
@@ -366,7 +369,7 @@ class IrregularConv2d(TapReading, nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         defaults = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros", "shapes": "channel"}
-        defaults |= {"interpolation": "bilinear", "spread_per": "tap"}
+        defaults |= {"axes": "both", "limit": None, "interpolation": "bilinear", "spread_per": "tap"}
         for name, default in defaults.items():
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"

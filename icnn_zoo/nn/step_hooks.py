@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 from icnn_zoo.nn.modules import some_of
 from icnn_zoo.nn.step_watch import StepWatch
+from icnn_zoo.nn.tap_restriction import pixel_limits
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 Rule = Callable[[torch.optim.Optimizer, Tensor], Tensor | float]
@@ -165,6 +166,7 @@ class StepHooks:
                 now.copy_(displacement - self.rule(optimizer, layer.displacement))
             low, high = layer.smooth_interval(positions)
             bounded = (grid + now).clamp(low - self.bound_epsilon, high + self.bound_epsilon)
+            bounded = bounded.clamp(*pixel_limits(layer, layer.limit))
             bounded = torch.where(bounded == grid + now, now, bounded - grid)
             if isinstance(layer.displacement, nn.Parameter):
                 now.copy_(bounded)
