@@ -68,22 +68,11 @@ def displacement_statistics(
 
 
 def warn_of_dead_taps(model: nn.Module, input_sizes: Mapping[str, tuple[int, int]]) -> None:
-    """Warns, layer by layer, of taps that read nothing but zeros: they have no gradient, and stay.
+    """Warns, layer by layer, of taps that read nothing but zeros: they have no gradient.
 
     Args:
         model: A converted network.
         input_sizes: Size (H, W) of each layer's input, see :class:`InputSizes`; layers without one are left out.
-
-    Example:
-        >>> import torch, icnn_zoo, warnings
-        >>> from icnn_zoo.analysis import InputSizes, warn_of_dead_taps
-        >>> model = torch.nn.Sequential(icnn_zoo.IrregularConv2d(3, 8, 3, epsilon=20.0))
-        >>> sizes = InputSizes(model)
-        >>> _ = model(torch.randn(1, 3, 9, 9))
-        >>> with warnings.catch_warnings(record=True) as caught:
-        ...     warn_of_dead_taps(model, sizes.sizes)
-        >>> str(caught[0].message).partition(";")[0]
-        "27 of 27 taps of '0' read nothing but zeros of its 9 x 9 input"
     """
     for name, layer in irregular_layers(model).items():
         if name not in input_sizes:
@@ -91,8 +80,8 @@ def warn_of_dead_taps(model: nn.Module, input_sizes: Mapping[str, tuple[int, int
         dead, (height, width) = dead_taps(layer, input_sizes[name]), input_sizes[name]
         if dead.any():
             warnings.warn(
-                f"{int(dead.sum())} of {dead.numel()} taps of {name!r} read nothing but zeros of its {height} x {width} "
-                "input; they have no gradient any more. Lower the rate of positions, or keep taps near: "
+                f"{int(dead.sum())} of {dead.numel()} taps of {name!r} read nothing but zeros of its {height} x "
+                f"{width} input; they have no gradient any more. Lower the rate of positions, or keep taps near: "
                 "icnn_zoo.limit_taps, icnn_zoo.distance_penalty.",
                 stacklevel=2,
             )

@@ -155,7 +155,7 @@ def distance_penalty(model: nn.Module, beyond: float = 0.0) -> Tensor:
     Example:
         >>> import torch, icnn_zoo
         >>> model = torch.nn.Sequential(icnn_zoo.IrregularConv2d(3, 8, 3, epsilon=0.5))
-        >>> round(float(icnn_zoo.distance_penalty(model)), 3)
+        >>> round(icnn_zoo.distance_penalty(model).item(), 3)
         0.5
     """
     if not beyond >= 0:

@@ -10,6 +10,7 @@ from torch import nn
 
 import icnn_zoo
 from icnn_zoo import IrregularConv2d, distance_penalty, limit_taps, place_taps
+from icnn_zoo.analysis import warn_of_dead_taps
 
 
 def train(layer: IrregularConv2d, hook: Any, steps: int = 3) -> None:
@@ -106,3 +107,12 @@ def test_the_penalty_is_the_mean_square_of_what_is_beyond(beyond: float) -> None
     gradient = model[0].displacement.grad
     assert gradient.isfinite().all()
     torch.testing.assert_close(gradient[0, 0], torch.tensor([3.0, 4.0]) * 2 * (5 - beyond) / 5 / 18)
+
+
+def test_taps_that_read_nothing_are_warned_of() -> None:
+    model = nn.Sequential(IrregularConv2d(3, 8, 3))
+    warn_of_dead_taps(model, {"0": (9, 11)})
+    with torch.no_grad():
+        model[0].displacement[1, 4] = 20.0
+    with pytest.warns(UserWarning, match="1 of 27 taps of '0' read nothing but zeros of its 9 x 11 input"):
+        warn_of_dead_taps(model, {"0": (9, 11)})
