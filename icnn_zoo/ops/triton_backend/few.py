@@ -358,7 +358,7 @@ def _listed_weight_gradient(call: Call, boxes: _Boxes, grad: Tensor, columns: Te
         len(grad) * call.out_pixels,
         call.out_pixels,
         columns.shape[1],
-        **tile,
+        **{**tile, "BLOCK_PIXELS": 32},  # a longer step takes too many registers
         BLOCK_ENTRIES=64,
         SPLITS=_WEIGHT_SPLITS,
         num_warps=4,

@@ -310,7 +310,9 @@ def listed_weight_gradient_kernel(
 
     Slots past the count get zeros. Grid: blocks of slots x SPLITS.
     """
-    slot = (tl.program_id(0) // SPLITS) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
+    first_slot = (tl.program_id(0) // SPLITS) * BLOCK_ENTRIES
+    slot = first_slot + tl.arange(0, BLOCK_ENTRIES)
+    rows = columns + first_slot.to(tl.int64) * column_pitch
     split = tl.program_id(0) % SPLITS
     listed = tl.load(count)
     kernels = tl.arange(0, BLOCK_OUTPUTS)
@@ -323,7 +325,7 @@ def listed_weight_gradient_kernel(
             real = number < length
             last = tl.minimum(number, length - 1)
             image = last // size
-            source = columns + slot.to(tl.int64)[:, None] * column_pitch + number[None, :]
+            source = rows + ((slot - first_slot)[:, None] * column_pitch + number[None, :])
             values = tl.load(source, mask=known[:, None] & real[None, :], other=0.0)
             place = (image * outputs * size + last - image * size)[:, None] + (kernels * size)[None, :]
             grad = tl.load(grad_output + place, mask=real[:, None] & (kernels < outputs)[None, :], other=0.0)
