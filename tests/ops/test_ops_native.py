@@ -14,7 +14,7 @@ from backend_cases import Case
 import icnn_zoo
 from icnn_zoo.ops import backends
 from icnn_zoo.ops.geometry import Geometry
-from icnn_zoo.ops.native_backend import NativeBackend, build
+from icnn_zoo.ops.native_backend import Limits, NativeBackend, build
 from icnn_zoo.ops.native_backend.boxes import choose_box
 
 if sys.platform != "linux" or shutil.which("cc") is None:
@@ -232,7 +232,7 @@ def test_every_tensor_that_reaches_c_is_checked_there() -> None:
     """Whatever a backend of the package may do to its arguments first, C gets exactly what it will touch."""
     geometry = Geometry.of((4, 5), (1, 1), (1, 1), (0, 0, 0, 0), (1, 1), 1)
     input, weight, positions = CALL["input"], CALL["weight"].flatten(2), CALL["positions"]
-    native = NativeBackend()
+    native = NativeBackend(Limits(draw=False))
     with pytest.raises(ValueError, match=r"`bias` must be 3 contiguous numbers of torch.float32.*got \[2\]"):
         native.forward(input, weight, positions, torch.zeros(2), geometry)
     with pytest.raises(ValueError, match=r"`positions` must be 4 contiguous numbers of torch.float64"):
