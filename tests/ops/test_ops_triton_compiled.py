@@ -135,13 +135,14 @@ LOOP_LIMITS = {
     "listed_columns_kernel": 570,
     "listed_weight_gradient_kernel": 400,
     "draw_kernel": 0,
-    "drawn_sum_kernel": 400,  # of the way tap by tap; a box's cell takes far fewer
+    "drawn_sum_kernel": 450,  # of the way tap by tap; a box's cell takes far fewer
     "drawn_gradient_kernel": 1000,
     "undraw_kernel": 0,
     "direct_forward_kernel": 400,
     "direct_input_gradient_kernel": 240,
     "direct_kernel_gradient_kernel": 960,
 }
+REGISTER_LIMITS = {"drawn_gradient_kernel": 160}  # both ways to sum in one kernel; 12 programs of a warp fit at once
 OLDER_COMPILER = 1.0 if RELEASE >= (3, 9) else 1.4  # Triton 3.6 makes more of the same code
 COLUMNS_BACKWARD = {"columns_kernel with sums", "input_gradient_kernel"}
 FEW = {
@@ -189,7 +190,7 @@ class TestCompiled:
         for kernel in kernels:
             name = kernel.full_name
             assert kernel.stack_bytes == 0, f"{name} spills"
-            assert kernel.num_registers <= 128, name
+            assert kernel.num_registers <= REGISTER_LIMITS.get(name, 128), name
             assert kernel.loop_instructions <= LOOP_LIMITS[name] * OLDER_COMPILER, name
             if name in ("fused_forward_kernel", "listed_sum_kernel") and dtype != torch.float32:
                 assert kernel.count("HGMMA" if capability == 90 else "HMMA") > 0

@@ -125,7 +125,7 @@ def _sum(
 def _sum_cells(call: Call, drawing: _Drawing, grad_output: Tensor, planes: Tensor) -> Tensor:
     """Sums over pixels of the output's gradient times what each cell reads: [N, CELLS]."""
     length = planes.shape[0] * call.out_pixels
-    block = block_size(length, 512)
+    block = block_size(length, 256)
     blocks = num_blocks(length, block)
     split_blocks = num_blocks(blocks, min(blocks, num_blocks(16 * call.limits.programs, call.num_outputs)))
     splits = num_blocks(blocks, split_blocks)
