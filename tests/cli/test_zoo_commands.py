@@ -63,7 +63,7 @@ def fails(command: list[str]) -> str:
         (["verify", "none.none"], "is not a checkpoint of"),
         (["verify", NAME, "--metrics", "--data-root", "image.png"], ""),
         (["segment", NAME, "image.png", "--to", "folder.png", "--force"], "is a folder"),
-        (["segment", NAME, "folder.png", "--to", "a.png"], "is a folder"),
+        (["segment", NAME, "folder.png", "--to", "a.png"], "holds no image"),
         (["segment", NAME, "about.yaml", "--to", "a.png"], "about.yaml"),
         (["segment", NAME, "image.png", "--to", "a.png", "--device", "nonsense"], "nonsense"),
         (["segment", NAME, "image.png", "--to", "a.png", "--longest-side", "0"], "at least 1 pixel"),
