@@ -252,7 +252,7 @@ def test_a_tap_that_runs_away_leaves_the_others_in_their_box(shapes: str) -> Non
     case = Case(size=(9, 8), channels=(64, 32), groups=8, shapes=shapes, spread=0.2, batch=1)
     weight, positions = (tensor.detach() for tensor in case.tensors()[1:3])
     geometry = Geometry.of((9, 8), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 8)
-    near = choose_box(weight.flatten(2), positions, geometry)
+    near = choose_box(weight.flatten(2), positions.clone(), geometry)
     positions.view(-1, 2)[4] += 5
     far = choose_box(weight.flatten(2), positions, geometry)
     assert near is not None
