@@ -142,7 +142,8 @@ LOOP_LIMITS = {
     "direct_input_gradient_kernel": 240,
     "direct_kernel_gradient_kernel": 960,
 }
-REGISTER_LIMITS = {"drawn_gradient_kernel": 160}  # both ways to sum in one kernel; 12 programs of a warp fit at once
+# Both ways to sum in one kernel, of which 12 programs of a warp fit at once; a kernel that runs once a call.
+REGISTER_LIMITS = {"drawn_gradient_kernel": 160, "undraw_kernel": 168}
 OLDER_COMPILER = 1.0 if RELEASE >= (3, 9) else 1.4  # Triton 3.6 makes more of the same code
 COLUMNS_BACKWARD = {"columns_kernel with sums", "input_gradient_kernel"}
 FEW = {
