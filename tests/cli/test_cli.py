@@ -71,7 +71,7 @@ def test_quickstart_trains_validates_and_leaves_everything_in_one_run_folder(tmp
     lightning_main(
         ["test", "-c", str(folder / "config.yaml"), "--ckpt_path", str(folder / "checkpoints" / "best.ckpt")]
     )
-    assert "test: intersection over union" in capsys.readouterr().out
+    assert "test: scores of classes" in capsys.readouterr().out
 
 
 def test_an_unknown_key_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):

@@ -232,7 +232,7 @@ def test_masks_of_0_and_255_are_refused_before_training():
 def test_samples_of_another_type_or_shape_are_refused():
     with pytest.raises(TypeError, match="must be uint8"):
         check_sample(sample([0], np.int64), 3, 255)
-    with pytest.raises(ValueError, match=r"expected image \[H, W, 3\] and mask \[H, W\]"):
+    with pytest.raises(ValueError, match=r"expected image \[H, W, C\] and mask \[H, W\]"):
         check_sample({**sample([0]), "mask": np.zeros((4, 5), np.uint8)}, 3, 255)
 
 

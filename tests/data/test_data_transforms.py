@@ -132,7 +132,7 @@ def test_scale_pad_crop_and_mirror_are_a_literal_description(size, scale):
         ({"crop_size": 8, "scales": (1.0, -1.0)}, "`scales` must be one or more positive"),
         ({"crop_size": 8, "scale_mode": "uniform"}, "the range's two ends"),
         ({"crop_size": 8, "scale_mode": "log"}, "`scale_mode` must be choice or uniform; got 'log'"),
-        ({"crop_size": 8, "fill": (1, 2)}, "`fill` must be one number for each"),
+        ({"crop_size": 8, "fill": (1, 256)}, "`fill` must be one number for each channel, 0 to 255"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):

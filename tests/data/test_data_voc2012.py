@@ -220,7 +220,7 @@ def test_lists_of_another_form_are_refused_by_line(root, line, number):
         ({"predict_split": "all"}, "`predict_split` must be one of train, val, test; got 'all'"),
         ({"eval_size": 0}, "`eval_size` must be a positive number of pixels"),
         ({"crop_size": -321}, "`crop_size` must be a positive number"),
-        ({"fill": (0, 0, 256)}, "`fill` must be one number for each of R, G and B, 0 to 255"),
+        ({"fill": (0, 0, 256)}, "`fill` must be one number for each channel, 0 to 255"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):

@@ -13,6 +13,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 import icnn_zoo
 from icnn_zoo.ops import formula
 from icnn_zoo.ops.geometry import pair, resolve_padding
+from icnn_zoo.ops.sharing import expand_shapes
 
 NAME = "privateuseone"
 KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
@@ -64,6 +65,7 @@ def main() -> None:
     convolve, differentiate = torch.ops.icnn_zoo.irregular_conv2d, torch.ops.icnn_zoo.irregular_conv2d_backward
     for case in CASES:
         tensors = [tensor.detach() for tensor in case.tensors(torch.float32)]
+        tensors[2] = expand_shapes(tensors[2], tensors[0].shape[1])  # the operator takes them written out
         bias = tensors[3] if case.bias else None
         stride, dilation = pair("stride", case.stride, 1), pair("dilation", case.dilation, 1)
         padding = resolve_padding(case.padding, case.kernel, stride, dilation)

@@ -223,7 +223,9 @@ def test_nothing_to_sum_is_the_bias(sizes: tuple[int, int, int], per_kernel: boo
 
 @pytest.mark.parametrize("kernel", [(0, 3), (3, 0), (0, 0)])
 def test_a_kernel_without_taps_is_refused(kernel: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=f"`weight` must have a kernel of at least 1 x 1; got {kernel[0]} x"):
+    with pytest.raises(
+        ValueError, match=f"`weight` must have a kernel of at least 1 x 1, or one tap; got {kernel[0]} x"
+    ):
         icnn_zoo.irregular_conv2d(torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, *kernel), torch.zeros(2, 0, 2))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import wandb
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -173,6 +174,7 @@ def test_a_run_is_logged_with(name, tmp_path, monkeypatch):
         logger = MLFlowLogger("lines", tracking_uri=f"sqlite:///{tmp_path}/runs.db", artifact_location=str(tmp_path))
     else:
         monkeypatch.setenv("WANDB_MODE", "offline")
+        wandb.finish()  # a run that another test left would be gone on with
         logger = WandbLogger(save_dir=str(tmp_path))
     trainer = make_trainer(tmp_path, LastCheckpoint(), SamplePictures(1), max_steps=2, logger=logger)
     trainer.fit(make_task(), make_data())
@@ -184,5 +186,7 @@ def test_a_run_is_logged_with(name, tmp_path, monkeypatch):
         assert {"train/loss", "val/mIoU", "displacement/dead"} <= logged.keys()
     else:
         assert logger.experiment.summary.get("val/mIoU") is not None
+        folder = Path(logger.experiment.dir)
         logger.experiment.finish()
-        assert list((tmp_path / "wandb").glob("offline-run-*"))
+        assert folder.is_relative_to(tmp_path), folder
+        assert folder.parent.name.startswith("offline-run-")
