@@ -1,40 +1,31 @@
-"""A head is a name and a builder: nothing else knows what is inside."""
+"""Heads: logits at the output stride, a dilation where the head has one, 3x3 convolutions that can be converted."""
 
+import pytest
 import torch
-from torch import nn
 
-from icnn_zoo import convert, irregular_layers, parameter_groups
-from icnn_zoo.models import SegmentationModel
-from icnn_zoo.models.heads import HEADS
+from icnn_zoo import convert, irregular_layers
+from icnn_zoo.models.segmentation import SegmentationModel
 
 
-def two_layers(channels: int, num_classes: int, dilation: int) -> nn.Module:
-    mixed = nn.Conv2d(channels, 8, 3, padding=dilation, dilation=dilation)
-    return nn.Sequential(mixed, nn.ReLU(), nn.Conv2d(8, num_classes, 1))
+def three_by_three(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [layer for layer in model.classifier.modules() if getattr(layer, "kernel_size", 0) == (3, 3)]
 
 
-def test_a_new_head_is_built_converted_trained_and_named_by_its_name_alone(monkeypatch):
-    monkeypatch.setitem(HEADS, "two_layers", two_layers)
-    model = SegmentationModel("test_resnet", 3, head="two_layers", head_dilation=2)
-    assert model(torch.randn(2, 3, 65, 81)).shape == (2, 3, 9, 11)
-    assert list(irregular_layers(convert(model, "classifier"))) == ["classifier.0"]
-    groups = {group["name"]: group for group in parameter_groups(model, lr=1.0, position_lr=1.0)}
-    assert len(groups["head"]["params"]) == len(groups["head_bias"]["params"]) == 2
+@pytest.mark.parametrize(("head", "dilations"), [("largefov", [2]), ("aspp", [2, 4, 6, 1]), ("fcn", [1])])
+def test_a_head_on_the_last_stage_gives_logits_at_the_output_stride(head, dilations):
+    options = {} if head == "fcn" else {"head_dilation": 2}
+    model = SegmentationModel("test_resnet", 3, head=head, **options).eval()
+    assert model(torch.randn(1, 3, 33, 41)).shape == (1, 3, 5, 6)
+    assert [layer.dilation[0] for layer in three_by_three(model)] == dilations
+    convert(model, "classifier")
+    assert len(irregular_layers(model)) == len(dilations)
+    assert model(torch.randn(1, 3, 33, 41)).isfinite().all()
 
 
-def test_the_default_dilation_keeps_the_field_of_view():
-    strides = {16: 6, 8: 12}
-    found = {stride: SegmentationModel("test_resnet", 3, output_stride=stride).head_dilation for stride in strides}
-    assert found == strides
-
-
-def test_mean_and_std_survive_meta_assigned_weights_and_empty_memory():
-    whole = SegmentationModel("test_resnet", 3).eval()
-    images = torch.randint(0, 256, (1, 3, 33, 33), dtype=torch.uint8)
-    with torch.device("meta"):
-        assigned, emptied = (SegmentationModel("test_resnet", 3).eval() for _ in range(2))
-    assigned.load_state_dict(whole.state_dict(), assign=True)
-    emptied.to_empty(device="cpu").load_state_dict(whole.state_dict())
-    for model in (assigned, emptied):
-        assert torch.equal(model.preprocess(images), whole.preprocess(images))
-        assert torch.equal(model(model.preprocess(images)), whole(whole.preprocess(images)))
+def test_a_pyramid_serves_a_backbone_that_cannot_be_dilated():
+    model = SegmentationModel("densenet121", 3, output_stride=4, head="fpn").eval()
+    logits = model(torch.randn(1, 3, 65, 97))
+    assert logits.shape[:2] == (1, 3)
+    assert model.upsample(logits, (65, 97)).shape[-2:] == (65, 97)
+    convert(model, "classifier")
+    assert irregular_layers(model)
