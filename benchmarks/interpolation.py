@@ -6,7 +6,8 @@ Three parts, each behind a gate of correctness (status 1, and no speed, if it fa
   3x3 taps within 0.75 px of the grid), over bilinear. Gate: the torch backend.
 - "block": the depthwise convolution of each stage of ConvNeXt-T-DCLS, 34 taps in 17x17, DCLS over ours.
 - "network": all of ConvNeXt-T-DCLS (timm's convnext_tiny, every 7x7 replaced), likewise. Gates: outputs, and gradients
-  of the positions.
+  of the positions, these in float64: in float32 a tap or two lie on a pixel by rounding in one network and beside it in
+  the other, where bilinear slopes jump.
 
 Calls take turns in each round, and ratios are taken within a round; printed are the median over rounds and min..max.
 "forward" is without gradients, "step" a forward and backward with gradients of the input and all parameters.
@@ -127,6 +128,7 @@ def make_dcls(channels: int, version: str) -> nn.Module:
 def pair(name: str, theirs: nn.Module, images: Tensor, rounds: int, **row: Any) -> list[dict[str, Any]]:
     """DCLS's network and ours of it: gates, then times."""
     ours = icnn_zoo.from_dcls(copy.deepcopy(theirs))
+    gate_gradients(name, copy.deepcopy(theirs).double(), images[:1].double())
 
     def make(network: nn.Module) -> Call:
         def call(learns: bool) -> Tensor:
@@ -141,6 +143,14 @@ def pair(name: str, theirs: nn.Module, images: Tensor, rounds: int, **row: Any) 
 
     calls = {"DCLS": make(theirs), "icnn_zoo": make(ours)}
     gate(f"{name}, output", calls["icnn_zoo"](True), calls["DCLS"](True))
+    return compare(calls, "icnn_zoo", rounds, **row)
+
+
+def gate_gradients(name: str, theirs: nn.Module, images: Tensor) -> None:
+    """Ends the program if the gradients of the positions differ."""
+    ours = icnn_zoo.from_dcls(copy.deepcopy(theirs))
+    for model in (theirs, ours):
+        model(images).square().mean().backward()
     moved = [parameter for key, parameter in theirs.named_parameters() if key.split(".")[-1] == "P"]
     for of_theirs, layer in zip(moved, icnn_zoo.irregular_layers(ours).values(), strict=True):
         assert of_theirs.grad is not None
@@ -148,7 +158,6 @@ def pair(name: str, theirs: nn.Module, images: Tensor, rounds: int, **row: Any) 
         own = layer.displacement.grad.flip(-1).permute(3, 0, 1, 2)
         inside = (of_theirs.abs() < EXTENT // 2).all(0)  # the derivative at an edge of the box is another one there
         gate(f"{name}, gradient of positions", own[:, inside], of_theirs.grad[:, inside])
-    return compare(calls, "icnn_zoo", rounds, **row)
 
 
 def network(version: str) -> nn.Module:
