@@ -6,15 +6,16 @@ import base64
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from loopback import Loopback
 
 WRITER = "hf_writer"
 
 
-class Hub:
+class Hub(Loopback):
     """Answers what huggingface_hub asks for when it makes a repository, commits, lists and reads.
 
     Attributes:
@@ -53,17 +54,8 @@ class Hub:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
+        self.start(Handler)
         return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
 
     def files(self, repository: str) -> dict[str, bytes]:
         """What the newest commit holds."""

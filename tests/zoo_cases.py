@@ -10,12 +10,13 @@ import socket
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+
+from loopback import Loopback
 
 from icnn_zoo.io import downloads
 from icnn_zoo.io.downloads import Promise
@@ -84,7 +85,7 @@ def rewrite_card(folder: Path, **changes: Any) -> None:
     rewrite(folder, change)
 
 
-class Server:
+class Server(Loopback):
     """Serves ``files`` by path. ``manners`` are used up one a request: each is what goes wrong with it.
 
     Manners: "truncate" (cut off after half), "reset" (the same, rudely), "stall" (silent after half), "corrupt" (one
@@ -113,17 +114,8 @@ class Server:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
+        self.start(Handler)
         return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
 
     def serve(self, folder: Path) -> str:
         """Serves all files of a folder; returns their URL."""
