@@ -212,7 +212,7 @@ class _Columns(ctypes.Structure):
 
 
 class _Stencil(ctypes.Structure):
-    """``stencil_t`` of csrc/stencil.c."""
+    """``stencil_t`` of csrc/stencil.h."""
 
     _fields_ = [
         ("sizes", _Sizes),
