@@ -101,15 +101,18 @@ def check_input(path: Path, options: argparse.Namespace) -> None:
     """Looks at a file before anything is computed.
 
     Raises:
-        ValueError: It is not an image, or not one that is read like this.
+        ValueError: It is not an image, or not one that is read like this; or it is too large for what was asked of it.
     """
     if path.suffix.lower() == ".pdf":
         from icnn_zoo.io.pdf import open_pdf
 
         open_pdf(path).close()
     elif path.suffix.lower() in TIFF_ENDINGS:
-        with Raster(path):
-            pass
+        if _is_banded(path, options) and (options.probabilities or options.pictures):
+            raise ValueError(
+                f"{str(path)!r} is too large for pictures and probabilities of it: of images that are seen band by "
+                "band labels alone are written."
+            )
     else:
         read_header(path)
 
@@ -161,6 +164,9 @@ def pages_of(path: Path, options: argparse.Namespace, channels: int = 3) -> Iter
 def write_all(network: Network, inputs: Sequence[Input], options: argparse.Namespace) -> int:
     """Writes what the network says of every image and page, each file whole; returns the number of label maps."""
     plain = [each for each in inputs if not _is_banded(each.path, options)]
+    banded = [each for each in inputs if each not in plain]
+    for each in banded:
+        _check_bands(network, each.path)
     waiting: list[tuple[str, np.ndarray]] = []
 
     def images() -> Iterator[np.ndarray]:
@@ -183,11 +189,9 @@ def write_all(network: Network, inputs: Sequence[Input], options: argparse.Names
         name, pixels = waiting.pop(0)
         _write(network, options.to / name, pixels, result, options.pictures)
         written += 1
-    for each in inputs:
-        if _is_banded(each.path, options):
-            _write_bands(network, each, options)
-            written += 1
-    return written
+    for each in banded:
+        _write_bands(network, each, options)
+    return written + len(banded)
 
 
 def _write(network: Network, place: Path, pixels: np.ndarray, result: Segmented, pictures: bool) -> None:
@@ -206,23 +210,22 @@ def _write(network: Network, place: Path, pixels: np.ndarray, result: Segmented,
 def _write_bands(network: Network, each: Input, options: argparse.Namespace) -> None:
     place = options.to / f"{each.name}.png"
     place.parent.mkdir(parents=True, exist_ok=True)
-    if options.probabilities or options.pictures:
-        raise ValueError(
-            f"{str(each.path)!r} is too large for pictures and probabilities of it: of images that are seen band by "
-            "band labels alone are written."
-        )
     with Raster(each.path) as raster:
-        if raster.dtype != np.uint8 or raster.shape[2] != network.model.in_channels:
-            raise ValueError(
-                f"{str(each.path)!r} must have {network.model.in_channels} channels of 8 bits to be read band by band; "
-                f"it has {raster.shape[2]} of {raster.dtype}."
-            )
         window = options.window or BIG_WINDOW
         height, width = raster.shape[:2]
         with replacing(place) as file, LabelWriter(file, (height, width), network.palette) as writer:
             bands = label_bands(network.model, raster, window=window, batch=options.batch)
             for labels in track(bands, description=each.path.name, total=None):
                 writer.write(labels)
+
+
+def _check_bands(network: Network, path: Path) -> None:
+    with Raster(path) as raster:
+        if raster.dtype != np.uint8 or raster.shape[2] != network.model.in_channels:
+            raise ValueError(
+                f"{str(path)!r} must have {network.model.in_channels} channels of 8 bits to be read band by band; "
+                f"it has {raster.shape[2]} of {raster.dtype}."
+            )
 
 
 def _is_banded(path: Path, options: argparse.Namespace) -> bool:

@@ -10,6 +10,7 @@ import tifffile
 import torch
 from PIL import Image
 
+from icnn_zoo.cli import segment_inputs
 from icnn_zoo.cli.programs import zoo_main
 from icnn_zoo.io.png import LabelWriter
 from icnn_zoo.io.rasters import Raster, read_raster
@@ -123,6 +124,26 @@ def test_mistakes_are_named_before_the_network_is_fetched(arguments, message, tm
     (tmp_path / "bad" / "notes.png").write_text("no image")
     with pytest.raises(SystemExit, match=message):
         zoo_main(["segment", "no_such.network", *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arguments", "message"),
+    [
+        (np.uint8, ["--pictures"], "'in/big.tif' is too large for pictures and probabilities"),
+        (np.uint16, [], "'in/big.tif' must have 3 channels of 8 bits to be read band by band; it has 3 of uint16"),
+    ],
+)
+def test_what_a_large_image_cannot_have_is_said_before_anything_is_written(
+    dtype, arguments, message, tmp_path, monkeypatch, zoo_run
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(segment_inputs, "BIG", 2000)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(picture(20, 30)).save("in/a.png")
+    tifffile.imwrite("in/big.tif", picture(50, 71).astype(dtype))
+    with pytest.raises(SystemExit, match=message):
+        zoo_main(["segment", str(zoo_run), "in", "--to", "out", *arguments])
     assert not (tmp_path / "out").exists()
 
 
