@@ -143,8 +143,10 @@ def test_both_programs_offer_fit(program):
 def test_the_readme_names_both_programs_and_the_commands_that_ci_runs():
     assert "icnn-zoo fit" in README
     assert "lightning fit -c configs/quickstart.yaml" in README
-    command = next(line for line in (ROOT / ".ci" / "run").read_text().splitlines() if "pip install" in line)
-    assert f"{command} && pytest\n" in README
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    install = next(line for line in lines if "pip install" in line)
+    assert "bash .ci/tests" in lines
+    assert f"{install} && bash .ci/tests\n" in README
 
 
 @pytest.mark.parametrize("codes", [(0, 0), (1, 0), (0, 1)])
