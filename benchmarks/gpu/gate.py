@@ -157,7 +157,7 @@ def main(folder: Path, seconds: float, *, rehearsal: bool = False) -> int:
     warnings.simplefilter("ignore")
     begin, device = time.monotonic(), "cpu" if rehearsal else "cuda"
     forms = REHEARSED_FORMS if rehearsal else FORMS
-    dtypes = [torch.float32] if rehearsal else list(LIMITS)
+    dtypes = [torch.float32, torch.float16] if rehearsal else list(LIMITS)
     with rehearsing.backend(rehearsal) as backend, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         checks = Checks(backend, device, folder / "gate.json")
         skipped = []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from icnn_zoo.ops import register_backend, unregister_backend
 from icnn_zoo.ops.triton_backend import Limits, TritonBackend
 
-SMALL = Limits(direct_product=4)
+SMALL = Limits(direct_product=4, few_channels=4)
 
 
 class _Anywhere(TritonBackend):

@@ -102,5 +102,5 @@ TIMED = {
 }
 REHEARSED_TIMED = {
     "layer3": replace(TIMED["layer3"], channels=(3, 40), size=(4, 5), dilation=1, batch=1),
-    "head": replace(TIMED["head"], channels=(4, 21), size=(4, 5), dilation=1, batch=1),
+    "head": replace(TIMED["head"], channels=(3, 21), size=(4, 5), dilation=1, batch=1),
 }

@@ -3,8 +3,8 @@
 Five forms, chosen from static sizes alone, so that nothing synchronises and CUDA graphs can hold the calls:
 
 - *columns*, for dense layers: the input is copied to planes with zeros around them, a kernel reads every (channel, tap)
-  at its sub-pixel shift into columns, and a matrix product does the rest, for as many images at a time as keep the
-  columns within the L2 cache. The backward makes the columns' gradient by a matrix product; one kernel gathers the
+  at its sub-pixel shift into columns, and a matrix product does the rest, for the whole batch where columns are at most
+  512 MiB. The backward makes the columns' gradient by a matrix product; one kernel gathers the
   input's gradient from it, a second reads the planes once for both the positions' gradient and the columns, which
   overwrite their own gradient on the way to the weights' gradient.
 - *few*, for dense layers with few outputs (a classifier), where products run on tensor cores: a product with weights
