@@ -25,7 +25,9 @@ def _segment_options(parser: argparse.ArgumentParser) -> None:
         "of class indices in their colors, <name>.png or <name>_page<n>.png",
     )
     parser.add_argument("--labels", type=user_path, help="of one image: label map to write, a PNG; of a PDF a TIFF")
-    parser.add_argument("--pictures", action="store_true", help="in a folder: write <name>_picture.png too")
+    parser.add_argument(
+        "--pictures", action="store_true", help="in a folder: write <name>_picture.png too, of large images an overview"
+    )
     parser.add_argument(
         "--probabilities",
         action="store_true",
@@ -34,7 +36,7 @@ def _segment_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--longest-side",
         type=int,
-        help="scale larger images down to this many pixels for the network; "
+        help="scale larger images down to this many pixels for the network (then none is seen in windows); "
         "render pages of a PDF with this many (default: 800)",
     )
     parser.add_argument(
@@ -76,12 +78,16 @@ def _one(image: Path, options: argparse.Namespace) -> None:
     if options.pictures or options.probabilities:
         raise ValueError(f"--pictures and --probabilities are for a folder: --to {options.to.with_suffix('')}.")
 
-    from icnn_zoo.cli.segment_inputs import check_input, load_network, pages_of
+    from icnn_zoo.cli.segment_inputs import check_input, is_large, load_network, pages_of, write_large
     from icnn_zoo.io.files import replacing
     from icnn_zoo.io.label_pictures import palette_picture, segmentation_picture
     from icnn_zoo.io.rasters import TIFF_ENDINGS, visible
 
     check_input(image, options)
+    if not is_pdf and is_large(image, options):
+        write_large(load_network(options), image, options, options.labels, options.to)
+        _tell(options, "")
+        return
     ready = image.suffix.lower() not in TIFF_ENDINGS  # TIFFs are read as the network takes them
     pages = pages_of(image, options)
     first = next(pages) if ready else None  # before the network is fetched
@@ -100,7 +106,10 @@ def _one(image: Path, options: argparse.Namespace) -> None:
                 target = stack.enter_context(replacing(path))
                 more: dict[str, Any] = {"save_all": True, "append_images": images[1:]} if is_pdf else {}
                 images[0].save(target, **more)
-    number = f", {len(pictures)} pages" if is_pdf else ""
+    _tell(options, f", {len(pictures)} pages" if is_pdf else "")
+
+
+def _tell(options: argparse.Namespace, number: str) -> None:
     print("\n".join(f"Written: {path}{number}" for path in (options.to, options.labels) if path is not None))
 
 

@@ -1,4 +1,4 @@
-"""What ``icnn-zoo segment`` reads and writes: images, pages and files, one after the other."""
+"""What ``icnn-zoo segment`` reads and writes: images, pages and files, one after the other; large ones in bands."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import argparse
 import glob
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.progress import track
@@ -16,8 +17,9 @@ from rich.progress import track
 from icnn_zoo.io.files import replacing, require_file, user_path, write_whole
 from icnn_zoo.io.images import read_header, read_image
 from icnn_zoo.io.label_pictures import color_map, palette_picture, segmentation_picture
+from icnn_zoo.io.overviews import Overview
 from icnn_zoo.io.png import LabelWriter
-from icnn_zoo.io.rasters import TIFF_ENDINGS, Raster, read_measured, visible
+from icnn_zoo.io.rasters import TIFF_ENDINGS, MeasuredRaster, Raster, read_measured, visible
 from icnn_zoo.models.evaluation import Evaluation
 from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.zoo.segmenting import Segmented, label_bands, segment_images
@@ -107,14 +109,11 @@ def check_input(path: Path, options: argparse.Namespace) -> None:
         from icnn_zoo.io.pdf import open_pdf
 
         open_pdf(path).close()
-    elif path.suffix.lower() in TIFF_ENDINGS:
-        if _is_banded(path, options) and (options.probabilities or options.pictures):
-            raise ValueError(
-                f"{str(path)!r} is too large for pictures and probabilities of it: of images that are seen band by "
-                "band labels alone are written."
-            )
-    else:
-        read_header(path)
+    elif is_large(path, options) and options.probabilities:
+        raise ValueError(
+            f"{str(path)!r} is too large for --probabilities: of images of more than {BIG:,} pixels, which are seen "
+            "band by band, labels and pictures are written."
+        )
 
 
 def load_network(options: argparse.Namespace) -> Network:
@@ -163,10 +162,12 @@ def pages_of(path: Path, options: argparse.Namespace, channels: int = 3) -> Iter
 
 def write_all(network: Network, inputs: Sequence[Input], options: argparse.Namespace) -> int:
     """Writes what the network says of every image and page, each file whole; returns the number of label maps."""
-    plain = [each for each in inputs if not _is_banded(each.path, options)]
-    banded = [each for each in inputs if each not in plain]
-    for each in banded:
-        _check_bands(network, each.path)
+    plain = [each for each in inputs if not is_large(each.path, options)]
+    large = [each for each in inputs if each not in plain]
+    for each in large:
+        if each.path.suffix.lower() in TIFF_ENDINGS:
+            with MeasuredRaster(each.path, network.model.in_channels, options.white_level):
+                pass  # channels and depth fit
     waiting: list[tuple[str, np.ndarray]] = []
 
     def images() -> Iterator[np.ndarray]:
@@ -189,9 +190,11 @@ def write_all(network: Network, inputs: Sequence[Input], options: argparse.Names
         name, pixels = waiting.pop(0)
         _write(network, options.to / name, pixels, result, options.pictures)
         written += 1
-    for each in banded:
-        _write_bands(network, each, options)
-    return written + len(banded)
+    for each in large:
+        place = options.to / each.name
+        picture = place.with_name(f"{place.name}_picture.png") if options.pictures else None
+        write_large(network, each.path, options, place.with_name(f"{place.name}.png"), picture)
+    return written + len(large)
 
 
 def _write(network: Network, place: Path, pixels: np.ndarray, result: Segmented, pictures: bool) -> None:
@@ -207,34 +210,63 @@ def _write(network: Network, place: Path, pixels: np.ndarray, result: Segmented,
         write_whole(place.with_name(f"{place.name}_probabilities.npz"), data.getvalue())
 
 
-def _write_bands(network: Network, each: Input, options: argparse.Namespace) -> None:
-    place = options.to / f"{each.name}.png"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with Raster(each.path) as raster:
-        window = options.window or BIG_WINDOW
-        height, width = raster.shape[:2]
-        with replacing(place) as file, LabelWriter(file, (height, width), network.palette) as writer:
-            bands = label_bands(network.model, raster, window=window, batch=options.batch)
-            for labels in track(bands, description=each.path.name, total=None):
-                writer.write(labels)
+def write_large(
+    network: Network, path: Path, options: argparse.Namespace, labels: Path | None, picture: Path | None
+) -> None:
+    """Writes the label map of a large image band by band, and an overview of both; each file whole, or none."""
+    with ExitStack() as stack:
+        image: Any = stack.enter_context(_rows(network, path, options))
+        overview = Overview(image, len(network.classes))
+        writer = None
+        for file in (labels, picture):
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+        if picture is not None:
+            drawn = stack.enter_context(replacing(picture))
+            image = overview
+        if labels is not None:
+            written = stack.enter_context(replacing(labels))
+            writer = stack.enter_context(LabelWriter(written, image.shape[:2], network.palette))
+        bands = label_bands(network.model, image, window=options.window or BIG_WINDOW, batch=options.batch)
+        for band in track(bands, description=path.name, total=None):
+            if writer is not None:
+                writer.write(band)
+            if picture is not None:
+                overview.add(band)
+        if picture is not None:
+            overview.picture(network.classes, network.palette).save(drawn)
 
 
-def _check_bands(network: Network, path: Path) -> None:
-    with Raster(path) as raster:
-        if raster.dtype != np.uint8 or raster.shape[2] != network.model.in_channels:
-            raise ValueError(
-                f"{str(path)!r} must have {network.model.in_channels} channels of 8 bits to be read band by band; "
-                f"it has {raster.shape[2]} of {raster.dtype}."
-            )
-
-
-def _is_banded(path: Path, options: argparse.Namespace) -> bool:
-    """Whether an image is a TIFF that is too large to be decoded at once."""
-    if path.suffix.lower() not in TIFF_ENDINGS:
+def is_large(path: Path, options: argparse.Namespace) -> bool:
+    """Whether an image is seen in windows and its labels are written in bands: unless it is scaled down first."""
+    if path.suffix.lower() == ".pdf":
         return False
-    with Raster(path) as raster:
-        height, width, _ = raster.shape
-    return height * width > BIG and not options.to.suffix
+    if path.suffix.lower() in TIFF_ENDINGS:
+        with Raster(path) as raster:
+            height, width, _ = raster.shape
+    else:
+        height, width = read_header(path).size
+    return height * width > BIG and options.longest_side is None
+
+
+class _Decoded(NamedTuple):
+    """An image in memory, whose rows are taken as those of a file are read."""
+
+    pixels: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.pixels.shape
+
+    def rows(self, top: int, bottom: int) -> np.ndarray:
+        return self.pixels[top:bottom]
+
+
+def _rows(network: Network, path: Path, options: argparse.Namespace) -> AbstractContextManager[Any]:
+    channels = network.model.in_channels
+    if path.suffix.lower() in TIFF_ENDINGS:
+        return MeasuredRaster(path, channels, options.white_level)
+    return nullcontext(_Decoded(next(pages_of(path, options, channels))))
 
 
 def _shown(path: Path, folder: Path) -> bool:

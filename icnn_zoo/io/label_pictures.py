@@ -85,7 +85,13 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray, opacity:
 
 
 def segmentation_picture(
-    image: np.ndarray, labels: np.ndarray, classes: Sequence[str], palette: np.ndarray, opacity: float = 0.6
+    image: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    palette: np.ndarray,
+    opacity: float = 0.6,
+    *,
+    shares: np.ndarray | None = None,
 ) -> Image.Image:
     """The image, beside it the image under the colors of its labels, and a legend of the classes that occur.
 
@@ -95,12 +101,14 @@ def segmentation_picture(
         classes: Names by index.
         palette: uint8 [number of classes, 3], RGB.
         opacity: Of the colors, 0 to 1; class 0, the background, stays as it is.
+        shares: Of the classes, 0 to 1, where those in ``labels`` are not what the legend is to say.
 
     Returns:
         RGB picture.
     """
     height, width = labels.shape
-    shares = np.bincount(labels.ravel(), minlength=len(classes)) / labels.size
+    if shares is None:
+        shares = np.bincount(labels.ravel(), minlength=len(classes)) / labels.size
     present = [index for index in np.argsort(-shares, kind="stable") if shares[index]]
     gap = 8
     text = max(12, min(32, height // 24))

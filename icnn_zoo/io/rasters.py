@@ -136,13 +136,52 @@ def read_measured(path: str | Path, channels: int, white_level: float | None) ->
     """
     path = require_file(path)
     values = read_raster(path) if path.suffix.lower() in TIFF_ENDINGS else _decoded(path)
-    if values.shape[2] != channels:
-        raise ValueError(f"{str(path)!r} has {values.shape[2]} channels; `channels` is {channels}.")
-    if values.dtype != np.uint8 and white_level is None:
+    _check_measured(path, values.shape[2], values.dtype, channels, white_level)
+    return _scaled(path, values, white_level)
+
+
+class MeasuredRaster(Raster):
+    """A TIFF whose rows are read as :func:`read_measured` reads the whole, white 255: float32, or uint8 as stored.
+
+    Args:
+        path: The file.
+        channels: How many it must have.
+        white_level: The value that becomes 255; None is for 8 bits.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: As :func:`read_measured`.
+    """
+
+    def __init__(self, path: str | Path, channels: int, white_level: float | None) -> None:
+        super().__init__(path)
+        self._white_level = white_level
+        try:
+            _check_measured(self.path, self.shape[2], self.dtype, channels, white_level)
+        except ValueError:
+            self._file.close()
+            raise
+
+    def rows(self, top: int, bottom: int) -> np.ndarray:
+        values = super().rows(top, bottom)
+        return (
+            values
+            if self.dtype == np.uint8 and self._white_level is None
+            else _scaled(self.path, values, self._white_level)
+        )
+
+
+def _check_measured(path: Path, stored: int, dtype: np.dtype[Any], channels: int, white_level: float | None) -> None:
+    if stored != channels:
+        raise ValueError(f"{str(path)!r} has {stored} channels; the network (`channels`) takes {channels}.")
+    if dtype != np.uint8 and white_level is None:
         raise ValueError(
-            f"{str(path)!r} holds {values.dtype}, and nothing says which value is white: set `white_level` (4095 for "
+            f"{str(path)!r} holds {dtype}, and nothing says which value is white: set `white_level` (4095 for "
             "12 bits, 65535 for 16, 1.0 for floats in 0 to 1)."
         )
+
+
+def _scaled(path: Path, values: np.ndarray, white_level: float | None) -> np.ndarray:
     image = values.astype(np.float32) * np.float32(255 / (white_level or 255))
     if not np.isfinite(image).all():
         raise ValueError(f"{str(path)!r} holds numbers that are not finite.")

@@ -37,10 +37,11 @@ class SegmentationModel(nn.Module):
             that has stages; None where ``network`` takes its place.
         num_classes: Classes, background included.
         network: A network of another package or one's own, ``{"class_path": "package.Class", "init_args": {...}}``: an
-            nn.Module from images [B, C, H, W] to logits [B, num_classes, h, w], or to a mapping with those as "out". It
-            gets the arguments ``classes`` or ``num_classes`` and ``in_channels`` or ``in_chans``, if it has them, and
-            is built without fetching weights. It sees images whose right and bottom edge is repeated up to a multiple
-            of its ``size_multiple``, 32 if it does not say. What follows is about backbones, but for the last four.
+            nn.Module from images [B, C, H, W] to logits [B, num_classes, h, w], or to a mapping with those as "out" and
+            perhaps further logits, at which training alone looks. It gets the arguments ``classes`` or ``num_classes``
+            and ``in_channels`` or ``in_chans``, if it has them, and is built without fetching weights. It sees images
+            whose right and bottom edge is repeated up to a multiple of its ``size_multiple``, 32 if it does not say.
+            What follows is about backbones, but for the last four.
         output_stride: Input pixels per logit: 8 (the paper's), 16, or 2 and 4 where the backbone can.
         head: Name of the head: "largefov" (DeepLab's, one 3x3 convolution with dilation 12), "aspp" (DeepLabV3's),
             "fcn" or "fpn" (a feature pyramid, for backbones that cannot be dilated).
@@ -232,20 +233,29 @@ class SegmentationModel(nn.Module):
         """Normalizes images [B, C, H, W] from 0..255 (uint8 or float) to what the backbone was trained on."""
         return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, further: bool = False) -> Tensor | dict[str, Tensor]:
         """Computes logits.
 
         Args:
             images: Normalized images [B, 3, H, W].
+            further: Whether to give the further outputs of another network too.
 
         Returns:
-            Logits [B, num_classes, H / output_stride, W / output_stride], sizes rounded up.
+            Logits [B, num_classes, H / output_stride, W / output_stride], sizes rounded up; with ``further`` all
+            outputs by name, those logits as "out".
 
         Raises:
             ValueError: Another network gives something else.
         """
-        if self.spec is not None:
-            return self._whole_logits(images)
+        if self.spec is None:
+            logits = self._head_logits(images)
+            return {"out": logits} if further else logits
+        outputs = self._outputs(images)
+        if further:
+            return {name: self._whole_logits(name, output, images) for name, output in outputs.items()}
+        return self._whole_logits("out", outputs["out"], images)
+
+    def _head_logits(self, images: Tensor) -> Tensor:
         if not isinstance(self.classifier, tuple(PYRAMID_HEADS.values())):
             return self.classifier(self.backbone(images)[-1])
         features = self.backbone(_pad(images, feature_info(self.backbone).reduction()[-1]))
@@ -255,23 +265,33 @@ class SegmentationModel(nn.Module):
         height, width = ((extent - 1) // self.output_stride + 1 for extent in images.shape[-2:])
         return self.classifier(features)[..., :height, :width]
 
-    def _whole_logits(self, images: Tensor) -> Tensor:
-        """Logits of the other network at the images' size."""
-        padded = _pad(images, int(getattr(self.network, "size_multiple", 32)))
-        output: Any = self.network(padded)
-        name = self.backbone_name
-        if isinstance(output, Mapping):
-            if set(output) != {"out"}:
-                raise ValueError(
-                    f"`network`: {name} must give logits, or a mapping with them alone, as 'out'; got {sorted(output)}."
-                    " Switch further outputs off (aux_loss: false)."
-                )
-            output = output["out"]
+    def _outputs(self, images: Tensor) -> Mapping[str, Any]:
+        """What the other network gives, by name."""
+        output: Any = self.network(_pad(images, self._size_multiple))
+        if not isinstance(output, Mapping):
+            return {"out": output}
+        if "out" not in output:
+            raise ValueError(
+                f"`network`: {self.backbone_name} must give logits, alone or as 'out'; got {sorted(output)}. "
+                "Put a class around it whose forward gives them."
+            )
+        return output
+
+    def _whole_logits(self, name: str, output: Any, images: Tensor) -> Tensor:
+        """An output of the other network at the images' size."""
         if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[1] != self.num_classes:
             got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"`network`: {name} must give logits [B, {self.num_classes}, h, w]; got {got}.")
-        logits = F.interpolate(output, padded.shape[-2:], mode="bilinear", align_corners=False)
-        return logits[..., : images.shape[-2], : images.shape[-1]]
+            raise ValueError(
+                f"`network`: {self.backbone_name} must give logits [B, {self.num_classes}, h, w]; got {got}"
+                + ("." if name == "out" else f" as {name!r}. With aux_weight 0 training looks at 'out' alone.")
+            )
+        height, width = images.shape[-2:]
+        size = [extent + -extent % self._size_multiple for extent in (height, width)]
+        return F.interpolate(output, size, mode="bilinear", align_corners=False)[..., :height, :width]
+
+    @property
+    def _size_multiple(self) -> int:
+        return int(getattr(self.network, "size_multiple", 32))
 
     def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         """Bilinear logits at image size. Sizes of 8k + 1 have a logit on every 8th pixel, hence align corners."""

@@ -89,6 +89,8 @@ class SegmentationTask(pl.LightningModule):
         bound_epsilon: How far one step may carry a position across its cell's border, in pixels (Eq. 7).
         loss: None for the cross-entropy, or any, also several; see :class:`icnn_zoo.training.losses.PixelLoss`.
         class_weights: One number for each class, or "auto" for the median of their pixels over those of each.
+        aux_weight: Weight of the loss of each further output of a ``network``, such as torchvision's "aux"; 0.4 as in
+            PSPNet (torchvision's references have 0.5), 0 for none.
         loss_resolution: "logits" shrinks labels to the logit grid (image sizes of 8k + 1), "image" upsamples logits.
         evaluation: "whole" runs an image in one forward, "sliding" in overlapping windows.
         window: Side of the windows in pixels, 8k + 1. They lie two thirds of it apart.
@@ -169,6 +171,7 @@ class SegmentationTask(pl.LightningModule):
         network: dict[str, Any] | None = None,
         loss: dict[str, Any] | list[dict[str, Any]] | None = None,
         class_weights: Literal["auto"] | list[float] | None = None,
+        aux_weight: float = 0.4,
         per_kernel: bool | None = None,
     ) -> None:
         super().__init__()
@@ -179,12 +182,13 @@ class SegmentationTask(pl.LightningModule):
             self.hparams["backbone"] = backbone = "resnet101"
         check_choice("optimizer", optimizer, ("sgd", "adamw"))
         check_choice("position_rule", position_rule, ("layer", "optimizer"))
+        if not aux_weight >= 0:
+            raise ValueError(f"`aux_weight` must be at least 0; got {aux_weight}.")
         check_choice("loss_resolution", loss_resolution, ("logits", "image"))
         self.ignore_index = ignore_index
         self.class_names = named_classes(num_classes, class_names)
         self.start = start
         self.pretrained = pretrained
-        self.pretrained_partial = pretrained_partial
         self._has_weights = False
         self.lr = lr
         self.head_lr_factor = head_lr_factor
@@ -192,6 +196,7 @@ class SegmentationTask(pl.LightningModule):
         self.position_rule = position_rule
         self.poly_power = poly_power
         self.loss_resolution = loss_resolution
+        self.aux_weight = aux_weight
         self.evaluation = Evaluation(evaluation, window, window_batch, flip, tuple(scales))
         self.channels_last = channels_last
         self.compile_network = compile
@@ -258,7 +263,7 @@ class SegmentationTask(pl.LightningModule):
 
     def load_pretrained(self) -> None:
         """Loads what ``pretrained`` names."""
-        names, partial = self.hparams["class_names"], self.pretrained_partial
+        names, partial = self.hparams["class_names"], self.hparams["pretrained_partial"]
         rank_zero_info(str(load_pretrained(self.model, self.pretrained, names, partial=partial)))
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -303,47 +308,44 @@ class SegmentationTask(pl.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("The poly policy needs the run's length: set trainer.max_steps or trainer.max_epochs.")
-        optimizer = make_optimizer(
-            self.model,
-            self.hparams["optimizer"],
-            self.position_rule if self.start is not None else None,
-            lr=self.lr,
-            head_lr_factor=self.head_lr_factor,
-            position_lr=self.position_lr,
-            momentum=self.hparams["momentum"],
-            weight_decay=self.hparams["weight_decay"],
-            bound_epsilon=self.hparams["bound_epsilon"],
-            spread_lr=self.hparams["spread_lr"],
-        )
+        rule = self.position_rule if self.start is not None else None
+        options = {name: self.hparams[name] for name in ("momentum", "weight_decay", "bound_epsilon", "spread_lr")}
+        options |= {name: getattr(self, name) for name in ("lr", "head_lr_factor", "position_lr")}
+        optimizer = make_optimizer(self.model, self.hparams["optimizer"], rule, **options)
         scheduler = poly_policy(optimizer, int(steps), self.poly_power)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def forward(self, images: Tensor) -> Tensor:
         """RGB images [B, 3, H, W] in 0..255 to logits at the output stride."""
-        return self._logits(self.model.preprocess(images))
+        return self._outputs(self.model.preprocess(images))
 
-    def _logits(self, images: Tensor) -> Tensor:
+    def _outputs(self, images: Tensor, further: bool = False) -> Any:
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return self.model(images)
+        return self.model(images, further)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits, labels = self(batch["image"]).float(), batch["mask"]
+        pixels = self.model.preprocess(batch["image"])
+        outputs = self._outputs(pixels, further=True) if self.aux_weight else {"out": self._outputs(pixels)}
+        losses = {name: self._loss(logits.float(), batch["mask"]) for name, logits in outputs.items()}
+        loss = losses.pop("out") + self.aux_weight * sum(losses.values())
+        self._check_loss(loss, pixels)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        return loss
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.loss_resolution == "logits":
             labels = shrink_labels(labels, self.model.output_stride)
         else:
             logits = self.model.upsample(logits, labels.shape[-2:])
-        loss = self.loss(logits, labels, self.trainer.world_size)
-        self._check_loss(loss, batch["image"])
-        self.log("train/loss", loss, prog_bar=True, sync_dist=self.trainer.world_size > 1)
-        return loss
+        return self.loss(logits, labels, self.trainer.world_size)
 
-    def _check_loss(self, loss: Tensor, images: Tensor) -> None:
+    def _check_loss(self, loss: Tensor, pixels: Tensor) -> None:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if all_finite(loss) or scaler is not None:  # a scaler leaves such a step out and goes on with a smaller scale
             return
         advice = f"Lower model.lr ({self.lr:g}) or model.position_lr ({self.position_lr:g})"
-        raise_not_finite_loss(loss, self.model, self.model.preprocess(images), self.trainer.global_step, advice)
+        raise_not_finite_loss(loss, self.model, pixels, self.trainer.global_step, advice)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch)
@@ -383,7 +385,7 @@ class SegmentationTask(pl.LightningModule):
         return values.argmax(dim=1)
 
     def _full_logits(self, images: Tensor) -> Tensor:
-        return self.model.upsample(self._logits(images).float(), images.shape[-2:])
+        return self.model.upsample(self._outputs(images).float(), images.shape[-2:])
 
     def _evaluate(self, batch: Batch) -> None:
         self.confusion.update(self._predict(batch["image"]), batch["mask"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,18 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from icnn_zoo.io.overviews import Rows
 from icnn_zoo.models.evaluation import Evaluation, window_starts
 from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.nn.modules import evaluating
-
-
-class Rows(Protocol):
-    """An image whose rows are read when they are needed, such as :class:`icnn_zoo.io.rasters.Raster`."""
-
-    shape: tuple[int, int, int]
-
-    def rows(self, top: int, bottom: int, /) -> np.ndarray:
-        """Rows ``top`` to ``bottom``, [n, W, C]."""
 
 
 class Segmented(NamedTuple):

@@ -125,7 +125,7 @@ def test_a_segmenter_takes_its_number_of_channels():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"channels": 4}, r"a_bands\.tif' has 5 channels; `channels` is 4"),
+        ({"channels": 4}, r"a_bands\.tif' has 5 channels; the network \(`channels`\) takes 4"),
         ({"white_level": None}, r"holds uint16, and nothing says which value is white.*4095"),
         ({"channels": 0}, r"`channels` must be at least 1, or null"),
         ({"mask_colors": ["#000000"]}, r"`mask_colors` must be 2 colors.*got 1"),

@@ -6,16 +6,18 @@ memory file system.
 
 import json
 import re
+from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from huggingface_hub import HfApi, HfFileSystem, ModelCard, constants
 from loopback_hub import WRITER, Hub
 from zoo_cases import ABOUT, NAME
 
 import icnn_zoo
-from icnn_zoo.cli.programs import zoo_main
+from icnn_zoo.cli.programs import lightning_main, zoo_main
 from icnn_zoo.publishing import publisher, targets
 from icnn_zoo.publishing.publisher import publish
 from icnn_zoo.publishing.pushing import mark_checkpoint, push
@@ -90,6 +92,22 @@ def test_a_run_is_published_on_the_hub_and_loaded_by_its_address(hub, zoo_run, c
     assert "> **Superseded**: A better one is coming." in capsys.readouterr().out
     with pytest.warns(UserWarning, match=r"hf://user/zoo is superseded: A better one"):
         icnn_zoo.load_checkpoint(f"hf://user/zoo/{NAME}", progress=False)
+
+
+def test_training_starts_from_a_checkpoint_on_the_hub(hub, zoo_run, tmp_path, caplog):
+    publish(zoo_run, NAME, "hf://user/zoo", MEASURED)
+    small = "--trainer.accelerator cpu --trainer.max_steps 1 --trainer.limit_val_batches 0 --pictures.num_samples 0"
+    small += " --data.init_args.num_workers 0 --data.init_args.batch_size 2 --trainer.enable_progress_bar false"
+    small += f" --model.lr 0 --model.position_lr 0 --trainer.logger.init_args.save_dir {tmp_path}"
+    start = ["--model.pretrained", f"hf://user/zoo/{NAME}"]
+    with caplog.at_level("INFO"):
+        lightning_main(["fit", "-c", str(Path(__file__).parents[1] / "shapes.yaml"), *small.split(), *start])
+    assert f"hf://user/zoo/{NAME}" in caplog.text
+    assert "of them 4 displacements; the head is loaded), 0 missing, 0 unused" in caplog.text
+    published = icnn_zoo.load_checkpoint(f"hf://user/zoo/{NAME}", progress=False).state_dict()
+    trained = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)["state_dict"]
+    for name in ("backbone.layer4.0.conv1.weight", "backbone.layer4.0.conv1.displacement", "classifier.weight"):
+        assert torch.equal(trained[f"model.{name}"], published[name]), name
 
 
 def test_on_the_hub_what_was_sent_is_not_sent_again_and_a_change_in_between_is_refused(hub, zoo_run, zoo_folder):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,11 +15,15 @@ import icnn_zoo
 from icnn_zoo.cli.programs import lightning_main, zoo_main
 from icnn_zoo.models import SegmentationModel
 from icnn_zoo.training.network_sources import load_task
+from icnn_zoo.training.task import SegmentationTask
 
 ROOT = Path(__file__).parents[2]
 UNET = {"class_path": "segmentation_models_pytorch.Unet", "init_args": {"encoder_name": "tu-test_resnet"}}
 UNET["init_args"] |= {"encoder_depth": 3, "decoder_channels": [16, 8, 8], "encoder_weights": None}
-DEEPLAB = {"class_path": "torchvision.models.segmentation.deeplabv3_mobilenet_v3_large"}
+DEEPLAB = {
+    "class_path": "torchvision.models.segmentation.deeplabv3_mobilenet_v3_large",
+    "init_args": {"aux_loss": True},
+}
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -35,8 +40,20 @@ class Tiny(nn.Sequential):
 
 
 class Two(Tiny):
+    """One with a further output, on its way to the logits."""
+
+    def __init__(self, num_classes: int, further: int | None = None) -> None:
+        super().__init__(num_classes)
+        self.aux = nn.Conv2d(4, further or num_classes, 1)
+
     def forward(self, images):
-        return {"out": super().forward(images), "aux": images}
+        features = self[1](self[0](images))
+        return {"out": self[2](features), "aux": self.aux(features)}
+
+
+class Named(Tiny):
+    def forward(self, images):
+        return {"logits": super().forward(images)}
 
 
 OWN = {"class_path": f"{__name__}.Tiny"}
@@ -125,9 +142,41 @@ def test_a_network_that_cannot_be_made_says_why(network, message):
         SegmentationModel(None, 3, network=network)
 
 
+def scene(size=32):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (2, size, size), generator=generator)
+    return {"image": torch.randint(256, (2, 3, size, size), generator=generator).float(), "mask": labels}
+
+
+def two(aux_weight=0.4, **arguments):
+    torch.manual_seed(0)
+    network = {"class_path": f"{__name__}.Two", "init_args": arguments}
+    task = SegmentationTask(None, 3, network=network, loss_resolution="image", aux_weight=aux_weight).double()
+    task.trainer = Mock(world_size=1)
+    return task
+
+
+def test_further_outputs_add_their_loss_with_a_weight_in_training_alone():
+    task, batch = two(), scene()
+    outputs = task.model.network(task.model.preprocess(batch["image"].double()))
+    losses = [
+        nn.functional.cross_entropy(nn.functional.interpolate(outputs[name], (32, 32), mode="bilinear"), batch["mask"])
+        for name in ("out", "aux")
+    ]
+    torch.testing.assert_close(task.training_step(batch, 0), losses[0] + 0.4 * losses[1], check_dtype=False)
+    torch.testing.assert_close(two(0.0).training_step(batch, 0), losses[0], check_dtype=False)
+    assert task.eval()(batch["image"]).shape == (2, 3, 32, 32)
+    assert task.model.head_names() == ("network.2.weight", "network.2.bias", "network.aux.weight", "network.aux.bias")
+
+
 def test_outputs_that_are_not_logits_are_refused():
-    with pytest.raises(ValueError, match=r"\['aux', 'out'\].*Switch further outputs off"):
-        SegmentationModel(None, 3, network={"class_path": f"{__name__}.Two"})(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"\[B, 3, h, w\]; got \[2, 7, 16, 16\] as 'aux'.*aux_weight 0"):
+        two(further=7).training_step(scene(), 0)
+    two(0.0, further=7).training_step(scene(), 0)
+    with pytest.raises(ValueError, match=r"must give logits, alone or as 'out'; got \['logits'\]"):
+        SegmentationModel(None, 3, network={"class_path": f"{__name__}.Named"})(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"`aux_weight` must be at least 0; got -0\.4"):
+        two(-0.4)
     with pytest.raises(ValueError, match="`backbone` must name a timm network, or be None"):
         SegmentationModel("test_resnet", 3, network=OWN)
 

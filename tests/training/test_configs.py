@@ -1,5 +1,6 @@
 """Configs of data on disk as they stand, on datasets in miniature: fit, validate, test and predict."""
 
+import inspect
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from miniature import TRAIN_AUG, write_cityscapes, write_folder, write_pascal_co
 from PIL import Image
 
 from icnn_zoo.cli.programs import lightning_main
+from icnn_zoo.data import FolderDataModule
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {"voc2012": 321, "pascal_context": 321, "cityscapes": 473}
@@ -71,6 +73,13 @@ def test_the_config_of_documents_fits_and_tests_pages_and_scans(tmp_path, monkey
     ]
     assert all("test/mIoU" in result for result in results)
     assert results[0] != results[1]
+
+
+def test_the_config_of_own_images_names_every_option_of_theirs():
+    config = yaml.safe_load((ROOT / "configs" / "folder.yaml").read_text())
+    options = set(inspect.signature(FolderDataModule).parameters) - {"kwargs"}
+    assert options <= config["data"]["init_args"].keys()
+    assert {"network", "loss", "class_weights", "aux_weight", "mean", "std"} <= config["model"].keys()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,8 +1,8 @@
 """Many images and images larger than memory: batches, windows, bands of rows, and the files that are written."""
 
-import resource
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,10 +12,14 @@ from PIL import Image
 
 from icnn_zoo.cli import segment_inputs
 from icnn_zoo.cli.programs import zoo_main
+from icnn_zoo.io.label_pictures import color_map, segmentation_picture
+from icnn_zoo.io.overviews import Overview
 from icnn_zoo.io.png import LabelWriter
 from icnn_zoo.io.rasters import Raster, read_raster
 from icnn_zoo.models import SegmentationModel
 from icnn_zoo.models.evaluation import Evaluation
+from icnn_zoo.training.network_sources import load_task
+from icnn_zoo.training.task import SegmentationTask
 from icnn_zoo.zoo.segmenting import label_bands, segment_images
 
 
@@ -24,6 +28,17 @@ def model():
     torch.manual_seed(0)
     network = {"class_path": "torch.nn.Conv2d", "init_args": {"out_channels": 3, "kernel_size": 3, "padding": 1}}
     return SegmentationModel(None, 3, network=network).eval()  # sees a pixel's neighbors, and no farther
+
+
+class Held(NamedTuple):
+    pixels: np.ndarray
+
+    @property
+    def shape(self):
+        return self.pixels.shape
+
+    def rows(self, top, bottom):
+        return self.pixels[top:bottom]
 
 
 def picture(height, width, seed=0):
@@ -130,8 +145,8 @@ def test_mistakes_are_named_before_the_network_is_fetched(arguments, message, tm
 @pytest.mark.parametrize(
     ("dtype", "arguments", "message"),
     [
-        (np.uint8, ["--pictures"], "'in/big.tif' is too large for pictures and probabilities"),
-        (np.uint16, [], "'in/big.tif' must have 3 channels of 8 bits to be read band by band; it has 3 of uint16"),
+        (np.uint8, ["--probabilities"], "'in/big.tif' is too large for --probabilities"),
+        (np.uint16, [], "'in/big.tif' holds uint16, and nothing says which value is white"),
     ],
 )
 def test_what_a_large_image_cannot_have_is_said_before_anything_is_written(
@@ -147,18 +162,61 @@ def test_what_a_large_image_cannot_have_is_said_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_overview_has_means_of_squares_and_shares_of_all_pixels(tmp_path):
+    image, labels = picture(50, 71), np.random.default_rng(1).integers(0, 3, (50, 71), dtype=np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", image)
+    with Raster(tmp_path / "a.tif") as raster:
+        overview = Overview(raster, 3, longest_side=24)  # squares of 3
+        assert (overview.rows(0, 32) == image[:32]).all()
+        overview.add(labels[:21])
+        overview.rows(18, 50)
+        overview.add(labels[21:])
+    means = [image[3 * row : 3 * row + 3, 3 * col : 3 * col + 3].mean((0, 1)) for row in range(17) for col in range(24)]
+    middles = labels[np.minimum(np.arange(17) * 3 + 1, 49)][:, np.minimum(np.arange(24) * 3 + 1, 70)]
+    wanted = segmentation_picture(
+        np.array(means).round().astype(np.uint8).reshape(17, 24, 3),
+        middles,
+        "abc",
+        color_map(3),
+        shares=np.bincount(labels.ravel()) / labels.size,
+    )
+    assert overview.picture("abc", color_map(3)).tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("ending", ["tif", "png"])
+@pytest.mark.parametrize("single", [True, False])
+def test_a_large_image_is_labeled_in_windows_and_drawn_small(ending, single, tmp_path, monkeypatch, zoo_run):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(segment_inputs, "BIG", 2000)
+    image = picture(50, 71)
+    Image.fromarray(image).save(f"big.{ending}")
+    where = ["--to", "small.png", "--labels", "big_labels.png"] if single else ["--to", "out", "--pictures"]
+    zoo_main(["segment", str(zoo_run), f"big.{ending}", "--window", "33", *where])
+    model = load_task(zoo_run).model
+    names = ("big_labels.png", "small.png") if single else ("out/big.png", "out/big_picture.png")
+    with Image.open(names[0]) as labels, Image.open(names[1]) as drawn:
+        assert (np.asarray(labels) == np.concatenate(list(label_bands(model, Held(image), window=33)))).all()
+        assert (np.asarray(drawn)[:50, :71] == image).all()
+
+
 @pytest.mark.slow
-def test_an_image_of_20000_by_20000_takes_less_than_2_gb(tmp_path, zoo_run):
+def test_an_image_of_20000_by_20000_takes_less_than_2_gb(tmp_path):
+    """Of a network of one layer, as memory is what is looked at: windows of any network are of one size."""
+    spec = {"class_path": "torch.nn.Conv2d", "init_args": {"out_channels": 2, "kernel_size": 3, "stride": 16}}
+    task = SegmentationTask(None, 2, network=spec)
+    torch.save({"hyper_parameters": dict(task.hparams), "state_dict": task.state_dict()}, tmp_path / "tiny.ckpt")
     program = """
-import sys, numpy as np, tifffile
+import resource, numpy as np, tifffile
 from icnn_zoo.cli.programs import zoo_main
-tile = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+tile = np.add.outer(np.arange(1024), np.arange(3072)).reshape(1024, 1024, 3).astype(np.uint8)
 tifffile.imwrite("big.tif", (tile for _ in range(400)), shape=(20000, 20000, 3), dtype=np.uint8, tile=(1024, 1024),
-                 photometric="rgb", compression="zlib")
-zoo_main(["segment", sys.argv[1], "big.tif", "--to", "out"])
+                 photometric="rgb", compression="zlib", compressionargs={"level": 1})
+zoo_main(["segment", "tiny.ckpt", "big.tif", "--to", "out", "--pictures", "--allow", "torch.nn.Conv2d"])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-    done = subprocess.run([sys.executable, "-c", program, str(zoo_run)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2_000_000  # KB
-    with (tmp_path / "out" / "big.png").open("rb") as file:
-        assert file.read(24)[16:] == (20000).to_bytes(4, "big") * 2
+    assert int(done.stdout.split()[-1]) < 2_000_000  # KB
+    sizes = {path.name: Image.open(path).size for path in (tmp_path / "out").iterdir()}
+    assert sizes["big.png"] == (20000, 20000)
+    assert sizes["big_picture.png"][1] == 1539  # squares of 13
