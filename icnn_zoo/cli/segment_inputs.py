@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.progress import track
 
-from icnn_zoo.io.files import replacing, require_file, user_path, write_whole
+from icnn_zoo.io.files import check_writable, replacing, require_file, user_path, write_whole
 from icnn_zoo.io.images import read_header, read_image
 from icnn_zoo.io.label_pictures import color_map, palette_picture, segmentation_picture
 from icnn_zoo.io.overviews import Overview
@@ -87,12 +87,13 @@ def check_folder(inputs: Sequence[Input], options: argparse.Namespace) -> None:
     """Checks that results can be written into the folder ``--to``.
 
     Raises:
-        ValueError: It is a file, or would replace files without ``--force``.
+        ValueError: It is a file, cannot be written, or would replace files without ``--force``.
     """
     if options.to.exists() and not options.to.is_dir():
         raise ValueError(f"--to must be a folder for {len(inputs)} images; {str(options.to)!r} is a file.")
     if options.to.suffix and not options.to.is_dir():
         raise ValueError(f"--to must be a folder for more than one image, such as {options.to.with_suffix('')}.")
+    check_writable("--to", options.to)
     for each in inputs:
         there = [*options.to.glob(f"{glob.escape(each.name)}_page*.png"), options.to / f"{each.name}.png"]
         if (taken := [path for path in there if path.exists()]) and not options.force:

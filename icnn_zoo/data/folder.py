@@ -129,6 +129,11 @@ class FolderDataModule(FileDataModule):
 
     @property
     def advice(self) -> str:
+        if self.patterns is not None:
+            return (
+                f"`images` and `masks` are the patterns {self.patterns.images!r} and {self.patterns.masks!r} below "
+                f"{str(self.root)!r}; {{split}} is train, val or test, {{stem}} what the * stands for."
+            )
         return (
             f"Put images into {str(self.images / 'train')!r} and {str(self.images / 'val')!r} and masks of the same "
             f"names (name{self.mask_suffix}.png) into {str(self.masks / 'train')!r} and {str(self.masks / 'val')!r}, "
@@ -181,7 +186,8 @@ class FolderDataModule(FileDataModule):
         name = self.disk_split(split)
         images, masks = self._files(name)
         if not images:
-            raise FileNotFoundError(f"no images of the split {name}: looked in {str(self.images)!r}. {self.advice}")
+            place = "" if self.patterns is not None else f": looked in {str(self.images)!r}"
+            raise FileNotFoundError(f"no images of the split {name}{place}. {self.advice}")
         alone = sorted(set(images) - set(masks)), sorted(set(masks) - set(images))
         if split == "predict":
             masks, alone = {}, ([], [])

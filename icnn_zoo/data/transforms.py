@@ -120,7 +120,10 @@ def read_augmentations(path: str | Path) -> A.BasicTransform | A.BaseCompose:
         FileNotFoundError: There is no such file.
         ValueError: It holds something else; the message says what albumentations says of it.
     """
-    file = require_file(path)
+    try:
+        file = require_file(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"`augmentations`: {error}") from None
     try:
         found = A.load(file, "json" if file.suffix == ".json" else "yaml")
         if not isinstance(found, (A.BasicTransform, A.BaseCompose)):

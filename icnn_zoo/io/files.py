@@ -20,7 +20,7 @@ def check_target(path: str | Path, suffixes: Sequence[str]) -> Path:
         The path.
 
     Raises:
-        ValueError: Another suffix, or a folder of that name.
+        ValueError: Another suffix, a folder of that name, or one that cannot be written.
         FileNotFoundError: The folder does not exist.
     """
     path = Path(path)
@@ -31,7 +31,21 @@ def check_target(path: str | Path, suffixes: Sequence[str]) -> Path:
         raise ValueError(f"the file to write, {str(path)!r}, is a folder; choose another name.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(path.parent)!r} to write {path.name!r} into; make it first.")
+    check_writable("the file to write", path.parent)
     return path
+
+
+def check_writable(argument: str, folder: Path) -> None:
+    """Checks that files can be written into a folder, which may have to be made.
+
+    Raises:
+        ValueError: They cannot, or it is a file; the message begins with ``argument``.
+    """
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{argument} must be in a folder; {str(existing)!r} is a file.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{argument} must be in a folder that can be written; {str(existing)!r} cannot.")
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ import fsspec
 from filelock import FileLock
 
 from icnn_zoo.io.addresses import is_address, is_http, shown
-from icnn_zoo.io.files import write_whole
+from icnn_zoo.io.files import check_writable, write_whole
 from icnn_zoo.io.transports import is_local, local_path
 
 _REPOSITORY = re.compile(r"hf://(?:(dataset|space)s/)?([\w.-]+/[\w.-]+)(?:@([^/]+))?(?:/(.*))?")
@@ -94,9 +93,7 @@ class FolderTarget:
     def check(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"`to` must be a folder; {self.url!r} is a file.")
-        existing = next(place for place in (self.folder, *self.folder.parents) if place.exists())
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(f"`to` must be a folder that can be written; {str(existing)!r} cannot.")
+        check_writable("`to`", self.folder)
 
     def lock(self) -> AbstractContextManager[Any]:
         return FileLock(self.folder / ".lock")  # freed when its process ends, however it ends

@@ -170,6 +170,14 @@ class ZooCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning 2.6 would let the checkpoint's options win over those of the command line here."""
 
+    def instantiate_classes(self) -> None:
+        """As Lightning's, but what a class says of its arguments stands alone, not as one of a union's types."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause = error.__cause__
+            raise (cause if str(error).startswith("Does not validate") and cause is not None else error) from None
+
     def before_instantiate_classes(self) -> None:
         section = self.config[self.subcommand] if self.subcommand is not None else self.config
         model = section["model"]

@@ -134,7 +134,11 @@ def test_a_segmenter_takes_its_number_of_channels():
         ({"masks": "{name}_mask.png"}, r"`masks` may hold \{split\} and \{stem\}; got \{name\}"),
         ({"masks": "masks"}, r"`masks` must hold \{stem\}"),
         ({"images": "{split}"}, r"`images` must be a pattern with one \*"),
-        ({"augmentations": "none.yaml"}, r"there is no file 'none\.yaml'"),
+        ({"augmentations": "none.yaml"}, r"`augmentations`: there is no file 'none\.yaml'"),
+        (
+            {"images": "pics/*.tif"},
+            r"no images of the split train\. `images` and `masks` are the patterns 'pics/\*\.tif'",
+        ),
     ],
 )
 def test_mistakes_name_the_option(root, options, message):
