@@ -67,24 +67,31 @@ def displacement_statistics(
     return statistics
 
 
-def warn_of_dead_taps(model: nn.Module, input_sizes: Mapping[str, tuple[int, int]]) -> None:
+def warn_of_dead_taps(model: nn.Module, input_sizes: Mapping[str, tuple[int, int]]) -> list[str]:
     """Warns, layer by layer, of taps that read nothing but zeros: they have no gradient.
 
     Args:
         model: A converted network.
         input_sizes: Size (H, W) of each layer's input, see :class:`InputSizes`; layers without one are left out.
+
+    Returns:
+        The names of the layers that have such taps.
     """
+    found = []
     for name, layer in irregular_layers(model).items():
         if name not in input_sizes:
             continue
         dead, (height, width) = dead_taps(layer, input_sizes[name]), input_sizes[name]
         if dead.any():
+            found.append(name)
             warnings.warn(
                 f"{int(dead.sum())} of {dead.numel()} taps of {name!r} read nothing but zeros of its {height} x "
-                f"{width} input; they have no gradient any more. Lower the rate of positions, or keep taps near: "
-                "icnn_zoo.limit_taps, icnn_zoo.distance_penalty.",
+                f"{width} input; they have no gradient any more. Lower the rate of positions (position_lr), or keep "
+                "taps near: `limit` of icnn_zoo.convert and of the task, icnn_zoo.limit_taps, "
+                "icnn_zoo.distance_penalty.",
                 stacklevel=2,
             )
+    return found
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from icnn_zoo.nn.irregular_conv import IrregularConv2d
 from icnn_zoo.nn.modules import ExampleInput, replace_modules
 from icnn_zoo.nn.references import UnreachableError
 from icnn_zoo.nn.spreads import Interpolation, SpreadPer
+from icnn_zoo.nn.tap_limits import limit_taps
+from icnn_zoo.nn.tap_restriction import Axes, Limit
 from icnn_zoo.ops.sharing import Shapes
 
 # Wrappers that took stock of the parameters when they were made, and would not know the new ones.
@@ -35,6 +37,8 @@ def convert(
     interpolation: Interpolation = "bilinear",
     spread: float | None = None,
     spread_per: SpreadPer = "tap",
+    axes: Axes = "both",
+    limit: Limit = None,
     order: Order = "registration",
     example_input: ExampleInput | None = None,
 ) -> nn.Module:
@@ -46,6 +50,10 @@ def convert(
     and attributes are kept; at epsilon 0 the output is unchanged. A second call changes nothing. A module under
     several names stays one module. References outside of the registered modules (plain lists, tuples, dicts,
     attributes, bound methods, partials, closures) are turned to the new layers too.
+
+    Each kernel keeps its number of taps: a pretrained weight says nothing of more of them, or of other places. Layers
+    with free taps are made as such, ``IrregularConv2d(..., taps=34)``, in a network of your own; :func:`place_taps`
+    moves the taps of converted layers.
 
     Reparameterize and dilate before converting: ``fuse``, ``fuse_model``, ``reparameterize`` and ``switch_to_deploy``
     of modules that hold a converted layer, ``set_input_size(patch_size=...)`` of a patch embedding, and
@@ -69,6 +77,9 @@ def convert(
             spread is 0.2.
         spread: Initial spread in pixels; None for 1 (triangle) or 0.5 (gaussian).
         spread_per: Who has a spread of its own: each "tap", each "channel" (each shape), or the "layer".
+        axes: Which coordinates are learned: "rows", "columns" or "both"; see :func:`icnn_zoo.limit_taps`.
+        limit: The most that a coordinate may be away from the regular grid, in pixels, "extent" for the kernel's own
+            box, None for no limit; likewise.
         order: What "from ``start`` on" means, ``start`` itself included. "registration", the order of
             ``model.named_modules()``, is nearly always that of the forward; timm's twins, coat, fasternet,
             efficientvim, ghostnetv2 and hrnet with its classification head register some modules earlier or later than
@@ -115,6 +126,8 @@ def convert(
         name: IrregularConv2d.from_conv2d(conv, epsilon=epsilon, spread=spread, **reading)  # type: ignore[arg-type]
         for name, conv in convs.items()
     }
+    for layer in layers.values():
+        limit_taps(layer, axes=axes, limit=limit)
     if "" in layers:
         return layers[""]
     replacements = {convs[name]: layer for name, layer in layers.items()}

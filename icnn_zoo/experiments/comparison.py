@@ -148,8 +148,8 @@ def differences(stored: Mapping[str, Any], run: Mapping[str, Any]) -> list[str]:
         last = name.rpartition(".")[2]
         if section == "model":
             relevant = not (
-                name in ("start", "epsilon", "shapes", "per_kernel", "interpolation", "bound_epsilon")
-                or name.startswith(("position_", "spread"))
+                name in ("start", "epsilon", "shapes", "per_kernel", "tied", "axes", "limit", "interpolation")
+                or name.startswith(("position_", "bound_", "spread"))
             )
         elif section == "data":
             relevant = last not in _ANY

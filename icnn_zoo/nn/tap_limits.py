@@ -107,7 +107,7 @@ def limit_taps(layer: IrregularConv2d, *, axes: Axes = "both", limit: Limit = No
     Args:
         layer: The layer.
         axes: "rows" learns row coordinates only (taps move up and down), "columns" column coordinates only, "both"
-            both. The others are rounded to whole pixels, so that one row or column is read, and stay there.
+            both. The others are rounded to whole pixels, so that bilinear taps read one row or column, and stay there.
         limit: None for none; a number: the most that a coordinate may be away from the regular grid, in pixels (from
             the center for free taps); "extent": positions stay in the kernel's own box, ``kernel_size`` times dilation.
             The forward never reads beyond it, and :func:`icnn_zoo.bound_positions` and :func:`icnn_zoo.move_positions`

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 Axes = Literal["rows", "columns", "both"]
+LEARNED = {"rows": slice(0, 1), "columns": slice(1, 2), "both": slice(0, 2)}
+"""The coordinates of a position that are learned."""
 Limit = float | Literal["extent"] | None
 
 

@@ -18,6 +18,7 @@ from icnn_zoo.models.segmentation import SegmentationModel, shrink_labels
 from icnn_zoo.nn.class_paths import asked_weights
 from icnn_zoo.nn.irregular_conv import irregular_layers
 from icnn_zoo.nn.spreads import Interpolation, SpreadPer
+from icnn_zoo.nn.tap_restriction import Axes, Limit
 from icnn_zoo.nn.tying import tie_by_name
 from icnn_zoo.ops.sharing import Shapes, rename_per_kernel
 from icnn_zoo.optim import poly_policy
@@ -103,6 +104,8 @@ class SegmentationTask(pl.LightningModule):
         spread: Initial spread in pixels; None for 1 (triangle: bilinear) or 0.5 (gaussian).
         spread_per: Who has a spread of its own: each "tap", "channel" (shape), or the "layer".
         spread_lr: Rate of the spreads, in pixels with adamw; None for ``lr``.
+        axes: Which coordinates are learned: "rows", "columns" or "both"; see :func:`icnn_zoo.limit_taps`.
+        limit: The most that one may be away from the regular grid, in pixels, or "extent"; likewise.
         per_kernel: What says ``shapes`` in configurations and checkpoints of version 0.1: true is "kernel".
 
     Raises:
@@ -110,20 +113,9 @@ class SegmentationTask(pl.LightningModule):
     """
 
     architecture: tuple[str, ...] = (
-        "backbone",
-        "network",
-        "num_classes",
-        "start",
-        "shapes",
-        "interpolation",
-        "spread_per",
-        "tied",
-        "output_stride",
-        "head",
-        "head_dilation",
-        "dilation_rule",
-        "backbone_args",
-        "in_channels",
+        *("backbone", "network", "num_classes"),
+        *("start", "shapes", "interpolation", "spread_per", "axes", "limit", "tied"),
+        *("output_stride", "head", "head_dilation", "dilation_rule", "backbone_args", "in_channels"),
     )
 
     def __init__(
@@ -139,6 +131,8 @@ class SegmentationTask(pl.LightningModule):
         spread: float | None = None,
         spread_per: SpreadPer = "tap",
         spread_lr: float | None = None,
+        axes: Axes = "both",
+        limit: Limit = None,
         tied: Sequence[Sequence[str]] = (),
         output_stride: int = 8,
         head: str = "largefov",
@@ -216,7 +210,7 @@ class SegmentationTask(pl.LightningModule):
         )
         if start is not None:
             reading: Any = {"interpolation": interpolation, "spread": spread, "spread_per": spread_per}
-            convert(self.model, start, epsilon=epsilon, shapes=shapes, **reading)
+            convert(self.model, start, epsilon=epsilon, shapes=shapes, axes=axes, limit=limit, **reading)
             tie_by_name(self.model, tied)
         self.loss = PixelLoss(loss, num_classes, ignore_index, class_weights)
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index)
@@ -273,7 +267,7 @@ class SegmentationTask(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another network, and to go on with what it holds no optimizer state for."""
-        saved = rename_per_kernel(checkpoint.get("hyper_parameters", {}))
+        saved = {"axes": "both", "limit": None, **rename_per_kernel(checkpoint.get("hyper_parameters", {}))}
         check_agreement(self.architecture, self.hparams, saved)
         if "auto" in (self.hparams["mean"], self.hparams["std"]):
             self._set_statistics(saved.get("mean"), saved.get("std"))

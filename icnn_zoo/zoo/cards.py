@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from icnn_zoo.models.backbones import check_backbone_args
 from icnn_zoo.nn.class_paths import read_spec
 from icnn_zoo.nn.spreads import Interpolation, SpreadPer
+from icnn_zoo.nn.tap_restriction import Axes
 from icnn_zoo.ops.sharing import Shapes, rename_per_kernel
 
 FORMAT: Final = 1
@@ -46,6 +47,8 @@ class Conversion(Record):
     shapes: Shapes
     interpolation: Interpolation = "bilinear"
     spread_per: SpreadPer = "tap"
+    axes: Axes = "both"
+    limit: Annotated[float, Field(gt=0, le=4096)] | Literal["extent"] | None = None
     tied: list[list[Module]] = Field(default_factory=list)
 
     @model_validator(mode="before")

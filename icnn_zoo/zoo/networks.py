@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icnn_zoo.conversion.converter import convert
 from icnn_zoo.nn.spreads import Interpolation, SpreadPer
+from icnn_zoo.nn.tap_restriction import Axes, Limit
 from icnn_zoo.nn.tying import tie_by_name
 from icnn_zoo.ops.sharing import Shapes
 from icnn_zoo.zoo.cards import Card
@@ -34,6 +35,8 @@ def create_model(
     interpolation: Interpolation = "bilinear",
     spread: float | None = None,
     spread_per: SpreadPer = "tap",
+    axes: Axes = "both",
+    limit: Limit = None,
     tied: Sequence[Sequence[str]] = (),
     pretrained: bool | str | Path = False,
     pretrained_partial: bool = False,
@@ -53,6 +56,8 @@ def create_model(
         interpolation: What a tap reads.
         spread: Initial spread in pixels.
         spread_per: Who has a spread of its own.
+        axes: Which coordinates are learned.
+        limit: How far they may go.
         tied: Groups of irregular layers, by name, that share one displacement (:func:`icnn_zoo.tie_shapes`).
         pretrained: True for timm's weights of the backbone, a file, ``"zoo:NAME"`` for a checkpoint of the zoo (see
             :func:`icnn_zoo.zoo.pretrained.load_pretrained`), False for random weights.
@@ -82,7 +87,7 @@ def create_model(
     model = Segmenter(backbone, num_classes, classes=classes, palette=palette, **network)
     if start is not None:
         reading: dict[str, Any] = {"interpolation": interpolation, "spread": spread, "spread_per": spread_per}
-        convert(model, start, epsilon=epsilon, shapes=shapes, **reading)
+        convert(model, start, epsilon=epsilon, shapes=shapes, axes=axes, limit=limit, **reading)
         tie_by_name(model, tied)
     if pretrained:
         load_pretrained(model, pretrained, classes, partial=pretrained_partial)

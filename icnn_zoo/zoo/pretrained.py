@@ -15,6 +15,8 @@ from torch import Tensor
 from icnn_zoo.io.addresses import is_address
 from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.nn.class_paths import read_spec
+from icnn_zoo.nn.irregular_conv import irregular_layers
+from icnn_zoo.nn.tap_limits import limit_taps
 from icnn_zoo.zoo.checkpoints import read_checkpoint
 from icnn_zoo.zoo.registry import Registries, find_checkpoint
 from icnn_zoo.zoo.weights import read_file, state_of
@@ -266,6 +268,9 @@ def _load(
             f"({model.backbone_name}): missing{_some(missing)}; it has others{_some(report.unused)}; {advice}."
         )
     model.load_state_dict({**state, **loaded})
+    for layer in irregular_layers(model).values():
+        if (layer.axes, layer.limit) != ("both", None):  # the source's taps may have gone elsewhere
+            limit_taps(layer, axes=layer.axes, limit=layer.limit)
     return report
 
 

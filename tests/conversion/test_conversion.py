@@ -50,6 +50,18 @@ def test_epsilon_is_the_initial_displacement():
     assert all((layer.displacement == 0.25).all() for layer in irregular_layers(model).values())
 
 
+def test_axes_and_limit_are_those_of_every_layer_and_wrong_ones_change_nothing():
+    model = convert(small_net(), "0", epsilon=0.25, axes="columns", limit=0.125)
+    for layer in irregular_layers(model).values():
+        assert (layer.axes, layer.limit) == ("columns", 0.125)
+        assert ((layer.positions - layer.regular_grid) == torch.tensor([0.0, 0.125])).all()
+    model = small_net()
+    for options in ({"axes": "cols"}, {"limit": 0.0}):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be"):
+            convert(model, "0", **options)
+    assert not irregular_layers(model)
+
+
 def test_parameters_are_the_same_objects():
     model = small_net()
     before = {name: id(parameter) for name, parameter in model.named_parameters()}

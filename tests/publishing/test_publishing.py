@@ -257,9 +257,9 @@ def test_tied_shapes_are_published_and_come_back_tied(zoo_folder):
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-def test_spreads_are_published_and_come_back(zoo_folder):
+def test_spreads_and_limits_are_published_and_come_back(zoo_folder):
     regular, card = rebuild(*find_checkpoint(NAME, registry=zoo_folder))
-    options = {"interpolation": "gaussian", "spread_per": "channel"}
+    options = {"interpolation": "gaussian", "spread_per": "channel", "axes": "rows", "limit": 1.5}
     conversion = card.conversion.model_copy(update=options)
     network = {**card.network, "start": conversion.start, "shapes": conversion.shapes}
     model = icnn_zoo.create_model(num_classes=len(card.classes), mean=card.mean, std=card.std, **network, **options)
@@ -270,4 +270,5 @@ def test_spreads_are_published_and_come_back(zoo_folder):
     update = {"conversion": conversion, "weights": card.weights.model_copy(update={"parameters": parameters})}
     loaded = assemble(card.model_copy(update=update), tensors)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert {(layer.axes, layer.limit) for layer in irregular_layers(loaded).values()} == {("rows", 1.5)}
     assert parameters > sum(it.numel() for it in regular.parameters())

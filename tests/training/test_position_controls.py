@@ -50,6 +50,16 @@ def test_random_shapes_are_drawn_once_with_the_spread_asked_for():
     assert torch.equal(model[0].displacement, drawn)
 
 
+def test_what_is_frozen_does_not_walk_and_is_not_drawn():
+    model = icnn_zoo.convert(nn.Sequential(nn.Conv2d(8, 8, 3)), "0", axes="columns")
+    model(torch.randn(2, 8, 9, 9)).square().mean().backward()
+    RandomWalk().on_before_optimizer_step(None, model, None)
+    RandomShapes().on_fit_start(SimpleNamespace(ckpt_path=None), model)
+    for values in (model[0].displacement.grad, model[0].displacement.detach()):
+        assert not values[..., 0].any()
+        assert values[..., 1].all()
+
+
 def test_a_spread_must_be_positive():
     with pytest.raises(ValueError, match="`spread` must be a positive number of pixels; got 0"):
         RandomShapes(0)

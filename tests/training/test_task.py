@@ -255,6 +255,7 @@ def test_positions_never_leave_the_cell_of_a_step_in_training(tmp_path):
         pytest.param({"task": {"start": None}}, id="regular baseline"),
         pytest.param({"task": {"start": "classifier"}}, id="head alone"),
         pytest.param({"task": {"position_rule": "layer", "position_lr": 0.05}}, id="rule of positions"),
+        pytest.param({"task": {"axes": "columns", "limit": "extent"}}, id="one axis within a limit"),
         pytest.param({"task": {"shapes": "kernel", "start": "layer4.0.conv2"}}, id="full version"),
         pytest.param({"trainer": {"precision": "bf16-mixed"}}, id="bf16-mixed"),
         pytest.param({"task": {"compile": True}}, id="compile", marks=pytest.mark.slow),
@@ -282,6 +283,18 @@ def test_a_checkpoint_from_before_the_rule_goes_on_by_the_optimizers(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2)
     trainer.fit(task, make_data(), ckpt_path=tmp_path / "old.ckpt")
     assert (trainer.global_step, task.position_rule) == (2, "optimizer")
+
+
+def test_a_checkpoint_of_both_axes_does_not_go_on_with_one(tmp_path):
+    saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    make_trainer(tmp_path, saving, max_steps=1).fit(make_task(limit=2.0), make_data())
+    checkpoint = torch.load(tmp_path / "step=1.ckpt", weights_only=False)
+    assert (checkpoint["hyper_parameters"]["axes"], checkpoint["hyper_parameters"].pop("limit")) == ("both", 2.0)
+    del checkpoint["hyper_parameters"]["axes"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    for options in ({"axes": "rows"}, {"limit": 3.0}):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}`: the checkpoint is of a network with"):
+            make_trainer(tmp_path, max_steps=2).fit(make_task(**options), make_data(), ckpt_path=tmp_path / "old.ckpt")
 
 
 def test_pretrained_weights_are_needed_to_begin_training_and_only_then(tmp_path):

@@ -80,6 +80,8 @@ def wrong(text: dict, place: str, value: object) -> dict:
         ("name", "resnet18.shapes", "`name` must be test_resnet.<tag>"),
         ("name", "../test_resnet.shapes", "name: String should match"),
         ("std", [0.5, 0.0, 0.5], "`std` must be positive"),
+        ("conversion.axes", "cols", "conversion.axes: Input should be 'rows', 'columns' or 'both'"),
+        ("conversion.limit", -1.0, "Input should be greater than 0"),
         ("format", 2, "card has format 2; this version of icnn_zoo reads formats up to 1. Upgrade"),
         ("format", 0, "format: Input should be 1"),
     ],

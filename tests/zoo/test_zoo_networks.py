@@ -138,6 +138,14 @@ def test_a_start_elsewhere_loads_the_displacements_that_both_have(model, start):
             assert (value == 0.25).all()
 
 
+def test_a_start_within_a_limit_takes_displacements_up_to_it(model):
+    own = icnn_zoo.create_model("test_resnet", 6, start="layer3", axes="rows", limit=1e-4)
+    load_start(own, NAME, model.classes)
+    for layer in icnn_zoo.irregular_layers(own).values():
+        assert (layer.displacement[..., 1] == 0).all()
+        assert 0 < layer.displacement[..., 0].abs().max() < 1.01e-4
+
+
 @pytest.mark.parametrize(
     ("backbone", "options", "message"),
     [

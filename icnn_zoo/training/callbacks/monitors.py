@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from rich.text import Text
 
-from icnn_zoo.analysis.displacement import InputSizes, displacement_statistics
+from icnn_zoo.analysis.displacement import InputSizes, displacement_statistics, warn_of_dead_taps
 from icnn_zoo.io.console import print_table
 from icnn_zoo.training.scores import score_names
 
@@ -21,14 +21,17 @@ class DisplacementMonitor(Callback):
     """Logs how far taps moved and the share of dead ones, per layer, every ``trainer.log_every_n_steps`` steps.
 
     Metrics are ``displacement/<statistic>/<layer>`` with the statistics of
-    :func:`icnn_zoo.analysis.displacement_statistics`, and ``displacement/<statistic>`` for the worst layer.
+    :func:`icnn_zoo.analysis.displacement_statistics`, and ``displacement/<statistic>`` for the worst layer. A layer
+    whose first taps die is warned of, once a run.
     """
 
     def __init__(self) -> None:
         self._sizes: InputSizes | None = None
+        self._warned: set[str] = set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._sizes = InputSizes(pl_module)
+        self._warned.clear()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self._sizes is None or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
@@ -41,6 +44,10 @@ class DisplacementMonitor(Callback):
                 values[f"displacement/{statistic}"] = max(values.get(f"displacement/{statistic}", 0.0), value)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
+        if trainer.is_global_zero:
+            sizes = self._sizes.sizes.items()
+            dying = {layer: size for layer, size in sizes if layer not in self._warned and statistics[layer]["dead"]}
+            self._warned.update(warn_of_dead_taps(pl_module, dying))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._sizes is not None:

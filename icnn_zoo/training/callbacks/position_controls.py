@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from icnn_zoo.nn.irregular_conv import irregular_layers
+from icnn_zoo.nn.tap_restriction import LEARNED
 
 
 class RandomWalk(Callback):
@@ -25,8 +26,9 @@ class RandomWalk(Callback):
         for layer in irregular_layers(pl_module).values():
             gradient = layer.displacement.grad
             if gradient is not None:
-                size = gradient.square().mean().sqrt()
-                gradient.normal_().mul_(size)
+                learned = gradient[..., LEARNED[layer.axes]]
+                size = learned.square().mean().sqrt()
+                learned.normal_().mul_(size)
 
 
 class RandomShapes(Callback):
@@ -50,4 +52,4 @@ class RandomShapes(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.ckpt_path is None:
             for layer in irregular_layers(pl_module).values():
-                layer.displacement.normal_(std=self.spread)
+                layer.displacement[..., LEARNED[layer.axes]].normal_(std=self.spread)
