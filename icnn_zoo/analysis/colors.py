@@ -10,7 +10,7 @@ INK = "#52606d"  # lines and marks that must be seen on white and on near black
 
 
 @cache
-def tap_colors(kernel_size: tuple[int, int]) -> np.ndarray:
+def tap_colors(kernel_size: tuple[int, int], taps: int | None = None) -> np.ndarray:
     """One color per tap, telling its regular place: the hue is its direction from the center, which is gray.
 
     Taps next to each other differ in lightness too, as 24 hues alone are hard to tell apart. All are of middle
@@ -18,11 +18,14 @@ def tap_colors(kernel_size: tuple[int, int]) -> np.ndarray:
 
     Args:
         kernel_size: Taps (rows, columns).
+        taps: How many there are, if they are free: each then has a color of its own, which tells no place.
 
     Returns:
         RGB in 0 to 1, [T, 3], in the order of the taps; read-only.
     """
     rows, cols = kernel_size
+    if taps is not None and taps != rows * cols:
+        rows, cols = 1, taps
     row, col = np.divmod(np.arange(rows * cols), cols)
     y, x = row - (rows - 1) / 2, col - (cols - 1) / 2
     far = np.hypot(y, x)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
 
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 from icnn_zoo.nn.modules import find_name
+
+_MOST_CIRCLES = 200  # of the spreads of free taps
 
 
 @dataclass(frozen=True)
@@ -18,11 +20,12 @@ class LayerShapes:
 
     Attributes:
         name: Dotted name of the layer, "" for a layer by itself.
-        kernel_size: Taps (rows, columns).
-        grid: Positions of the regular kernel [T, 2] in pixels (row, col).
+        kernel_size: Taps (rows, columns); of free taps the pixels that they lie in.
+        grid: Positions of the regular kernel [T, 2] in pixels (row, col); zeros for free taps.
         positions: Learned positions [S, T, 2] in pixels, float64. S counts the shapes: one per input channel, or one
             per kernel and input channel in the full version, kernel by kernel.
         num_shapes: How many shapes the layer has, where ``positions`` is a choice of them; None: ``positions`` is all.
+        spread: Spreads [S, T, 2] of triangle and gaussian taps in pixels (rows, columns), None for bilinear ones.
     """
 
     name: str
@@ -30,6 +33,7 @@ class LayerShapes:
     grid: np.ndarray
     positions: np.ndarray
     num_shapes: int | None = None
+    spread: np.ndarray | None = None
 
     @property
     def total(self) -> int:
@@ -41,10 +45,39 @@ class LayerShapes:
         """Positions minus the regular grid [S, T, 2]."""
         return self.positions - self.grid
 
+    @property
+    def has_free_taps(self) -> bool:
+        """Whether no regular grid says where taps belong."""
+        return not self.grid.any() and self.kernel_size != (1, 1)
+
+    @property
+    def box(self) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the greatest (row, col) of the regular kernel's receptive field, or of free taps' extent."""
+        if self.has_free_taps:
+            size = np.array(self.kernel_size)
+            return -((size - 1) // 2) - 0.5, size // 2 + 0.5
+        return self.grid.min(axis=0) - 0.5, self.grid.max(axis=0) + 0.5
+
     def thinned(self, most: int) -> LayerShapes:
         """At most ``most`` shapes, evenly chosen among all, in their order."""
         chosen = np.unique(np.linspace(0, len(self.positions) - 1, most).round().astype(int))
-        return LayerShapes(self.name, self.kernel_size, self.grid, self.positions[chosen], self.total)
+        spread = None if self.spread is None else self.spread[chosen]
+        return replace(self, positions=self.positions[chosen], num_shapes=self.total, spread=spread)
+
+    def spread_circles(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where taps read how widely: tap numbers [K], centers and radii [K, 2], (row, col) in pixels.
+
+        The mean of each tap over all shapes; of free taps, which mean something else in each shape, those of some.
+        """
+        if self.spread is None:
+            return np.zeros(0, int), np.zeros((0, 2)), np.zeros((0, 2))
+        taps = len(self.grid)
+        if self.has_free_taps:
+            some = self.thinned(max(1, _MOST_CIRCLES // taps))
+            centers, radii = some.positions.reshape(-1, 2), np.reshape(some.spread, (-1, 2))
+        else:
+            centers, radii = self.positions.mean(axis=0), self.spread.mean(axis=0)
+        return np.arange(len(centers)) % taps, centers, radii
 
 
 def layer_shapes(model: nn.Module, layers: Sequence[str] | None = None) -> list[LayerShapes]:
@@ -100,4 +133,7 @@ def _shapes_of(name: str, layer: IrregularConv2d) -> LayerShapes:
             f"layer {name!r} has {lost} taps whose position is not a finite number: the training diverged. Take an "
             "earlier checkpoint, or train with a smaller `position_lr`."
         )
-    return LayerShapes(name, layer.kernel_size, grid, positions)
+    spread = layer.spread
+    if spread is not None:
+        spread = spread.detach().expand_as(layer.displacement).cpu().double().numpy().reshape(positions.shape)
+    return LayerShapes(name, layer.kernel_size, grid, positions, spread=spread)

@@ -29,6 +29,8 @@ def save_record(folder: Path, step: int, all_shapes: Sequence[LayerShapes]) -> P
         layers.append({"name": shapes.name, "kernel_size": shapes.kernel_size, "num_shapes": shapes.total})
         arrays[f"grid_{index}"] = thin.grid.astype(np.float32)
         arrays[f"positions_{index}"] = thin.positions.astype(np.float32)
+        if thin.spread is not None:
+            arrays[f"spread_{index}"] = thin.spread.astype(np.float32)
     path = folder / f"step_{step:07d}.npz"
     with replacing(path) as temporary:
         np.savez(temporary, layers=np.array(json.dumps(layers)), **arrays)
@@ -51,6 +53,7 @@ def read_record(path: Path) -> tuple[int, list[LayerShapes]]:
                     file[f"grid_{index}"].astype(np.float64),
                     file[f"positions_{index}"].astype(np.float64),
                     layer["num_shapes"],
+                    file[f"spread_{index}"].astype(np.float64) if f"spread_{index}" in file else None,
                 )
                 for index, layer in enumerate(layers)
             ]

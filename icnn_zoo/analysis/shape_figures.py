@@ -24,9 +24,10 @@ def plot_shapes(model: nn.Module, layers: Sequence[str] | None = None) -> Figure
     """Draws the learned positions of every irregular layer, seen along the channels (Figure 4, left, of the paper).
 
     Every point is a tap of one shape, colored by its place in the regular kernel. Crosses mark the regular grid, the
-    dashed box its receptive field, ellipses two standard deviations of each cloud around its mean. Few far taps lie
-    outside the panel and are counted in its corner. Points are fewer and fainter where there are many shapes; means,
-    ellipses and that count are always those of all shapes.
+    dashed box its receptive field, ellipses two standard deviations of each cloud around its mean; dotted are the mean
+    spreads of triangle and gaussian taps, as radii. Few far taps lie outside the panel and are counted in its corner.
+    Points are fewer and fainter where there are many shapes; means, ellipses and that count are always those of all
+    shapes. Free taps have no clouds: their box is the extent, and spreads are those of some shapes.
 
     Args:
         model: A network with irregular layers, or one such layer.
@@ -87,7 +88,7 @@ def reach(shapes: LayerShapes) -> float:
     """Half the side of a panel in pixels: holds the regular kernel, and all but one in 200 of the learned positions."""
     # Not between two taps, as of few taps a single far one would be more than one in 200.
     learned = float(np.quantile(abs(shapes.positions).max(axis=-1), 0.995, method="higher"))
-    return max(float(abs(shapes.grid).max()) + 0.8, 1.05 * learned)
+    return max(float(abs(np.stack(shapes.box)).max()) + 0.3, 1.05 * learned)
 
 
 def _panels(number: int, **kwargs: Any) -> tuple[Figure, list[Any]]:
@@ -100,8 +101,8 @@ def _panels(number: int, **kwargs: Any) -> tuple[Figure, list[Any]]:
 
 def draw_layer(axes: Axes, shapes: LayerShapes, half: float) -> None:
     """One panel of :func:`plot_shapes`; ``half`` is half its side in pixels, see :func:`reach`."""
-    colors = tap_colors(shapes.kernel_size)
     num_shapes, taps = shapes.positions.shape[:2]
+    colors = tap_colors(shapes.kernel_size, taps)
     shown = shapes.thinned(max(1, MOST_POINTS // taps))
     # Shape after shape, so that no tap's cloud covers its neighbors'.
     points = shown.positions.reshape(-1, 2)
@@ -115,13 +116,15 @@ def draw_layer(axes: Axes, shapes: LayerShapes, half: float) -> None:
         rasterized=True,  # an SVG of thousands of points would be slow to open
         label="taps",
     )
-    least, greatest = shapes.grid.min(axis=0) - 0.5, shapes.grid.max(axis=0) + 0.5
+    least, greatest = shapes.box
     height, width = greatest - least
     axes.add_patch(Rectangle((least[1], least[0]), width, height, fill=False, ls="--", lw=0.8, ec=INK, alpha=0.7))
-    rows, cols = shapes.grid.T
+    rows, cols = np.unique(shapes.grid, axis=0).T
     axes.scatter(cols, rows, marker="+", s=36, c="black", linewidths=0.9, label="regular grid")
-    if num_shapes > 1:
+    if num_shapes > 1 and not shapes.has_free_taps:
         axes.add_collection(_ellipses(axes, shapes, colors))
+    if shapes.spread is not None:
+        axes.add_collection(_spreads(axes, shapes, colors))
     axes.set(xlim=(-half, half), ylim=(half, -half), aspect="equal", xlabel="column (px)", ylabel="row (px)")
     axes.set_title(_title(shapes, len(shown.positions)), fontsize=8)
     away = int((abs(shapes.positions) > half).any(axis=-1).sum())
@@ -148,9 +151,26 @@ def _ellipses(axes: Axes, shapes: LayerShapes, colors: np.ndarray) -> EllipseCol
     )
 
 
+def _spreads(axes: Axes, shapes: LayerShapes, colors: np.ndarray) -> EllipseCollection:
+    taps, centers, radii = shapes.spread_circles()
+    return EllipseCollection(
+        2 * radii[:, 1],
+        2 * radii[:, 0],
+        np.zeros(len(taps)),
+        units="xy",
+        offsets=centers[:, ::-1],
+        offset_transform=axes.transData,
+        facecolors="none",
+        edgecolors=0.8 * colors[taps],
+        linewidths=1.0,
+        linestyles="dotted",
+        label="spread",
+    )
+
+
 def _draw_in_space(axes: Any, shapes: LayerShapes) -> None:
-    colors = tap_colors(shapes.kernel_size)
     num_shapes, taps = shapes.positions.shape[:2]
+    colors = tap_colors(shapes.kernel_size, taps)
     shown = shapes.thinned(max(1, MOST_POINTS // 2 // taps))
     places = np.linspace(0, num_shapes - 1, len(shown.positions))
     points = shown.positions.reshape(-1, 2)
@@ -165,7 +185,7 @@ def _draw_in_space(axes: Any, shapes: LayerShapes) -> None:
         rasterized=True,
         depthshade=False,
     )
-    for row, col in shapes.grid:
+    for row, col in np.unique(shapes.grid, axis=0):
         axes.plot([col, col], [row, row], [0, max(1, num_shapes - 1)], color=INK, lw=0.7, alpha=0.8)
     half = reach(shapes)
     axes.set(xlim=(-half, half), ylim=(half, -half), zlim=(0, max(1, num_shapes - 1)))

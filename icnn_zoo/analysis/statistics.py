@@ -56,7 +56,7 @@ class ShapeStatistics:
             its own two axes, averaged over the shapes; 1 for a regular square kernel, None for kernels of one row or
             column. The paper: deeper layers grow longer and narrower.
         regular_elongation: The elongation of the regular grid.
-        outside: Share of the taps that lie, rounded to whole pixels, outside the regular kernel's box.
+        outside: Share of the taps that lie, rounded to whole pixels, outside the regular kernel's box, or the extent.
         dead: Share of the taps that read nothing but zeros, None if the input's size was not given.
         signal: Share of the squared displacement that other trainings from the same weights have in common with this
             one, None if none were given.
@@ -136,7 +136,7 @@ def describe(shapes: LayerShapes, dead: float | None = None, signal: SignalShare
     mean = displacement.mean(axis=0)
     covariance = tap_covariances(shapes)
     length, width = np.mean([principal_axes(matrix)[:2] for matrix in covariance], axis=0).tolist()
-    least, greatest = shapes.grid.min(axis=0) - 0.5, shapes.grid.max(axis=0) + 0.5
+    least, greatest = shapes.box
     outside = ((shapes.positions < least) | (shapes.positions > greatest)).any(axis=-1)
     return ShapeStatistics(
         name=shapes.name,

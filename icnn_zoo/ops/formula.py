@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 
@@ -58,7 +59,7 @@ def _wide_columns(input: Tensor, weight: Tensor, taps: Tensor, geometry: Geometr
         outputs = torch.arange(geometry.output_size[axis], device=input.device) * geometry.stride[axis]
         pixels = torch.arange(geometry.input_size[axis], device=input.device)
         read = pixels - (outputs + geometry.origin[axis])[:, None]  # [outputs, pixels]
-        bound = int(reach_of(geometry.reading.interpolation, geometry.largest_spread)) + 1
+        bound = math.ceil(reach_of(geometry.reading.interpolation, 1.0)) * geometry.largest_spread + 1
         matrices.append(weigh_differentiably(read_axis(owners, axis, geometry.reading), read, bound, dtype))
     rows, cols = matrices  # [owners, C / G, T, outputs, pixels]
     planes = grouped.to(dtype)[:, :, :, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -61,10 +62,12 @@ class Geometry:
         return self if (rows, cols) == self.stride else replace(self, stride=(rows, cols))
 
     @property
-    def largest_spread(self) -> float:
+    def largest_spread(self) -> int:
         """The most that a spread may be, in pixels: the longer side of the map that positions move over."""
         outputs = (size * step for size, step in zip(self.output_size, self.stride, strict=True))
-        return float(max(*self.input_size, *outputs))
+        # Not max(), which would make numbers of the sizes that an exporter keeps open.
+        largest: int = functools.reduce(torch.sym_max, (*self.input_size, *outputs))  # type: ignore[attr-defined]
+        return largest
 
     def is_mostly_padding(self) -> bool:
         """Whether the padded image, of which backends copy planes, is far larger than input and output together.

@@ -33,17 +33,21 @@ def shapes_payload(shapes: LayerShapes) -> dict[str, Any]:
     ellipses = [
         [*mean, *principal_axes(covariance)]
         for mean, covariance in zip(shapes.positions.mean(axis=0), tap_covariances(shapes), strict=True)
+        if not shapes.has_free_taps
     ]
+    taps, centers, radii = shapes.spread_circles()
+    spreads = [[int(tap), *center, *radius] for tap, center, radius in zip(taps, centers, radii, strict=True)]
     return {
         "name": shapes.name,
-        "colors": [hex_color(color) for color in tap_colors(shapes.kernel_size)],
-        "grid": shapes.grid.tolist(),
+        "colors": [hex_color(color) for color in tap_colors(shapes.kernel_size, len(shapes.grid))],
+        "grid": np.unique(shapes.grid, axis=0).tolist(),
         "count": len(thin.positions),
         "total": len(shapes.positions),
         "reach": round(reach(shapes), 3),
         "scale": scale,
         "positions": base64.b64encode(packed.tobytes()).decode(),
         "ellipses": [[round(float(value), 4) for value in ellipse] for ellipse in ellipses],
+        "spreads": [[tap, *(round(float(value), 4) for value in circle)] for tap, *circle in spreads],
     }
 
 

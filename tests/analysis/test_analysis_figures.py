@@ -70,6 +70,28 @@ def test_ellipses_are_two_standard_deviations_of_each_cloud(model):
             assert (widths[tap], lengths[tap]) == pytest.approx(tuple(expected))
 
 
+def test_spreads_are_dotted_ellipses_around_the_means_of_their_clouds():
+    layer = IrregularConv2d(6, 2, 3, interpolation="gaussian")
+    nn.init.uniform_(layer.widening, 0.1, 0.6)
+    axes = plot_shapes(layer).axes[0]
+    spreads = next(item for item in axes.collections if item.get_label() == "spread")
+    assert np.allclose(spreads.get_offsets(), layer.positions.detach().mean(0).flip(-1))
+    radii = np.stack([spreads.get_heights(), spreads.get_widths()], axis=-1)  # half of the diameters
+    assert np.allclose(radii, layer.spread.detach().mean(0))
+
+
+def test_free_taps_are_drawn_in_their_extent_each_with_its_spread():
+    layer = IrregularConv2d(4, 4, (9, 17), groups=4, taps=5, interpolation="triangle", shapes="kernel")
+    axes = plot_shapes(layer).axes[0]
+    assert len(taps_of(axes).get_offsets()) == 20
+    (spreads,) = (item for item in axes.collections if isinstance(item, EllipseCollection))
+    assert np.allclose(spreads.get_offsets(), layer.positions.detach().reshape(-1, 2).flip(-1))
+    box = next(patch for patch in axes.patches if isinstance(patch, Rectangle))
+    assert (box.get_y(), box.get_height(), box.get_width()) == (-4.5, 9, 17)
+    assert len(plot_shapes_3d(layer).axes[0].lines) == 1
+    assert shape_statistics(layer)[0].outside == 0
+
+
 def test_far_taps_are_counted_not_drawn_smaller():
     layer = IrregularConv2d(400, 1, 3, epsilon=0.0)
     with torch.no_grad():

@@ -11,10 +11,11 @@ import yaml
 from timm.layers import Conv2dSame
 from torch import nn
 
-from icnn_zoo import convert, irregular_layers
+from icnn_zoo import IrregularConv2d, convert, irregular_layers
 from icnn_zoo.cli.programs import zoo_main
 from icnn_zoo.deployment.onnx_export import export_onnx
 from icnn_zoo.models import SegmentationModel
+from icnn_zoo.ops.operators import DECOMPOSITIONS
 from icnn_zoo.training.network_sources import load_task
 from icnn_zoo.training.task import SegmentationTask
 
@@ -55,6 +56,33 @@ def test_a_whole_woken_network_computes_the_same_in_onnxruntime_at_any_batch_and
     assert report.difference < 1e-5
     assert set(report.milliseconds) == {"PyTorch, irregular", "PyTorch, deployed", "onnxruntime"}
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def wide() -> nn.Module:
+    options = {"padding": 1, "stride": (2, 1), "groups": 3}
+    layers = [
+        IrregularConv2d(3, 6, 3, **options, interpolation="triangle"),
+        IrregularConv2d(6, 6, 5, padding=2, groups=6, taps=4, shapes="kernel", interpolation="gaussian"),
+    ]
+    for layer in layers:
+        nn.init.uniform_(layer.displacement, -0.9, 0.9)
+        nn.init.uniform_(layer.widening, 0.1, 0.6)
+    return nn.Sequential(*layers).eval()
+
+
+def test_triangles_and_gaussians_compute_the_same_in_onnxruntime(tmp_path):
+    model = wide()
+    report = export_onnx(model, tmp_path / "model.onnx", (3, 17, 23), rounds=1)
+    assert_same(report.path, model, (1, 3, 17, 23), (2, 3, 12, 31))
+
+
+@pytest.mark.slow
+def test_layers_that_are_not_deployed_are_exported_by_their_formula_at_any_size(tmp_path):
+    model, path, images = wide(), tmp_path / "model.onnx", torch.rand(2, 3, 17, 23)
+    sizes = {"input": dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)}
+    program = torch.export.export(model, (images,), dynamic_shapes=sizes).run_decompositions(DECOMPOSITIONS)
+    torch.onnx.export(program, (images,), path, input_names=["images"], external_data=False, verbose=False)
+    assert_same(path, model, (1, 3, 17, 23), (2, 3, 12, 31))
 
 
 def test_padding_by_input_size_stays_dynamic_in_irregular_and_regular_layers(tmp_path, waken):

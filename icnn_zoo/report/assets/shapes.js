@@ -12,7 +12,7 @@
   function unpack(index) {
     layer = data.layers[index];
     const bytes = Uint8Array.from(atob(layer.positions), letter => letter.charCodeAt(0));
-    const numbers = new DataView(bytes.buffer), taps = layer.grid.length;
+    const numbers = new DataView(bytes.buffer), taps = layer.colors.length;
     points = Array.from({length: layer.count * taps}, (_, at) => ({
       row: numbers.getInt16(4 * at, true) * layer.scale,
       col: numbers.getInt16(4 * at + 2, true) * layer.scale,
@@ -21,7 +21,9 @@
     }));
     const drawn = layer.count < layer.total ? `, ${layer.count} of them drawn` : "";
     status.textContent = `${layer.total} ${layer.total === 1 ? "shape" : "shapes"}${drawn}; ` +
-      "crosses and lines: regular grid; ellipses: two standard deviations of each cloud.";
+      `crosses and lines: ${layer.ellipses.length ? "regular grid" : "center"}` +
+      (layer.ellipses.length ? "; ellipses: two standard deviations of each cloud" : "") +
+      (layer.spreads.length ? "; dotted: how widely taps read (spread)." : ".");
     canvas.setAttribute("aria-label", `Kernel shapes of ${layer.name}, ${layer.total} shapes`);
     plan();
   }
@@ -106,6 +108,14 @@
       context.ellipse(x, y, 2 * length * unit, 2 * width * unit, angle * Math.PI / 180, 0, 2 * Math.PI);
       context.stroke();
     });
+    context.setLineDash([2, 3]);
+    layer.spreads.forEach(([tap, row, col, height, width]) => {
+      context.strokeStyle = layer.colors[tap];
+      context.beginPath();
+      context.ellipse(...place(col, row, 0).slice(0, 2), width * unit, height * unit, 0, 0, 2 * Math.PI);
+      context.stroke();
+    });
+    context.setLineDash([]);
   }
 
   function plan() {
