@@ -13,6 +13,7 @@ from torch import nn
 from icnn_zoo import IrregularConv2d, convert
 from icnn_zoo.analysis import layer_shapes, plot_shapes, plot_shapes_3d, shape_statistics
 from icnn_zoo.analysis.colors import tap_colors
+from icnn_zoo.analysis.shape_animation import read_record, save_record
 from icnn_zoo.analysis.shape_figures import MOST_POINTS, reach
 from icnn_zoo.cli.pictures import save_figure
 from icnn_zoo.io.files import replacing
@@ -76,11 +77,11 @@ def test_spreads_are_dotted_ellipses_around_the_means_of_their_clouds():
     axes = plot_shapes(layer).axes[0]
     spreads = next(item for item in axes.collections if item.get_label() == "spread")
     assert np.allclose(spreads.get_offsets(), layer.positions.detach().mean(0).flip(-1))
-    radii = np.stack([spreads.get_heights(), spreads.get_widths()], axis=-1)  # half of the diameters
+    radii = np.stack([spreads.get_heights(), spreads.get_widths()], axis=-1) / 2
     assert np.allclose(radii, layer.spread.detach().mean(0))
 
 
-def test_free_taps_are_drawn_in_their_extent_each_with_its_spread():
+def test_free_taps_are_drawn_in_their_extent_each_with_its_spread(tmp_path):
     layer = IrregularConv2d(4, 4, (9, 17), groups=4, taps=5, interpolation="triangle", shapes="kernel")
     axes = plot_shapes(layer).axes[0]
     assert len(taps_of(axes).get_offsets()) == 20
@@ -90,6 +91,10 @@ def test_free_taps_are_drawn_in_their_extent_each_with_its_spread():
     assert (box.get_y(), box.get_height(), box.get_width()) == (-4.5, 9, 17)
     assert len(plot_shapes_3d(layer).axes[0].lines) == 1
     assert shape_statistics(layer)[0].outside == 0
+    (shapes,) = layer_shapes(layer)
+    (kept,) = read_record(save_record(tmp_path, 0, [shapes]))[1]
+    assert np.allclose(kept.spread, shapes.spread)
+    assert kept.has_free_taps
 
 
 def test_far_taps_are_counted_not_drawn_smaller():
