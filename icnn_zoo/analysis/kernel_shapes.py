@@ -73,8 +73,8 @@ class LayerShapes:
             return np.zeros(0, int), np.zeros((0, 2)), np.zeros((0, 2))
         taps = len(self.grid)
         if self.has_free_taps:
-            some = self.thinned(max(1, _MOST_CIRCLES // taps))
-            centers, radii = some.positions.reshape(-1, 2), np.reshape(some.spread, (-1, 2))
+            step = -(-taps * len(self.positions) // _MOST_CIRCLES)
+            centers, radii = (values[::step].reshape(-1, 2) for values in (self.positions, self.spread))
         else:
             centers, radii = self.positions.mean(axis=0), self.spread.mean(axis=0)
         return np.arange(len(centers)) % taps, centers, radii
@@ -133,7 +133,8 @@ def _shapes_of(name: str, layer: IrregularConv2d) -> LayerShapes:
             f"layer {name!r} has {lost} taps whose position is not a finite number: the training diverged. Take an "
             "earlier checkpoint, or train with a smaller `position_lr`."
         )
-    spread = layer.spread
-    if spread is not None:
-        spread = spread.detach().expand_as(layer.displacement).cpu().double().numpy().reshape(positions.shape)
-    return LayerShapes(name, layer.kernel_size, grid, positions, spread=spread)
+    shapes = LayerShapes(name, layer.kernel_size, grid, positions)
+    if layer.spread is None:
+        return shapes
+    spread = layer.spread.detach().expand_as(layer.displacement).cpu().double().numpy()
+    return replace(shapes, spread=spread.reshape(positions.shape))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -65,8 +64,9 @@ class Geometry:
     def largest_spread(self) -> int:
         """The most that a spread may be, in pixels: the longer side of the map that positions move over."""
         outputs = (size * step for size, step in zip(self.output_size, self.stride, strict=True))
-        # Not max(), which would make numbers of the sizes that an exporter keeps open.
-        largest: int = functools.reduce(torch.sym_max, (*self.input_size, *outputs))  # type: ignore[attr-defined]
+        largest: Any = 0
+        for size in (*self.input_size, *outputs):
+            largest = torch.sym_max(largest, size)  # not max(), which makes numbers of sizes that an export keeps open
         return largest
 
     def is_mostly_padding(self) -> bool:

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from wide_cases import KINDS, LAYOUTS, arguments, run
 
 import icnn_zoo
 from icnn_zoo.ops import formula
-from icnn_zoo.ops.geometry import pair, resolve_padding
+from icnn_zoo.ops.geometry import Geometry, pair, resolve_padding
 from icnn_zoo.ops.sharing import expand_shapes
+from icnn_zoo.ops.torch_backend.dense import measure_box
 
 NAME = "privateuseone"
 KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
@@ -81,6 +83,16 @@ def main() -> None:
         assert all(result.device.type == NAME for result in results)
         for result, truth in zip(results, (*expected, expected[0]), strict=True):
             torch.testing.assert_close(result.twin, truth, rtol=1e-4, atol=1e-3)
+    for kind in KINDS:
+        for layout in LAYOUTS:
+            tensors = [tensor.detach().float() for tensor in arguments(kind, layout)]
+            with Device():
+                output = run([There(tensor) for tensor in tensors], kind, layout, 1, None, "auto")
+                taps = There(torch.cat(tensors[2:4], dim=-1))
+                geometry = Geometry.of((4, 5), (2, 3), (1, 1), (1, 1, 1, 1), (1, 1), 2, kind)
+                assert measure_box(taps, geometry) is not None  # so that kernels are drawn
+            truth = run(tensors, kind, layout, 1, None, "torch")
+            torch.testing.assert_close(output.twin, truth, rtol=1e-4, atol=1e-4)
     layer = icnn_zoo.IrregularConv2d(2, 3, 3)
     with Device():
         for name, parameter in list(layer.named_parameters()):

@@ -21,6 +21,7 @@ from triton_cases import (
     Tensors,
     assert_close,
 )
+from wide_cases import KINDS, LAYOUTS, arguments, run
 
 from icnn_zoo.ops import formula
 from icnn_zoo.ops.triton_backend import Limits, TritonBackend, few
@@ -40,7 +41,7 @@ LARGE = [
     Case("depthwise 7x7, batch 65", batch=65, size=(7, 7), channels=(96, 96), kernel=(7, 7), padding=(3, 3), groups=96),
     Case("full version", size=(20, 20), channels=(32, 32), kernel=(3, 3), shapes="kernel"),
 ]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
+MEMORY = [torch.contiguous_format, torch.channels_last]
 
 
 def on_gpu(case: Case) -> Tensors:
@@ -84,13 +85,28 @@ def test_few_outputs_equal_the_reference(case: Case, monkeypatch: pytest.MonkeyP
     assert_close(case.run(tensors, Guarded(FEW)), case.expected(tensors))
 
 
+@pytest.mark.parametrize(("stride", "extent"), [(1, None), (2, (3, 5))])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_triangles_and_gaussians_equal_the_reference(kind, layout, stride, extent) -> None:
+    """By standard operators, which is what "auto" takes for them."""
+    tensors = arguments(kind, layout)
+    there = [tensor.detach().float().cuda().requires_grad_() for tensor in tensors]
+    expected = run(tensors, kind, layout, stride, extent, "reference")
+    output = run(there, kind, layout, stride, extent, "auto")
+    wanted = [expected, *torch.autograd.grad(expected.square().sum(), tensors)]
+    found = [output, *torch.autograd.grad(output.square().sum(), there)]
+    for ours, truth in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.cpu().double(), truth, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("case", DRAWN, ids=lambda case: case.name)
 def test_drawn_kernels_equal_the_reference(case: Case) -> None:
     tensors = on_gpu(case)
     assert_close(case.run(tensors, Guarded()), case.expected(tensors))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_error_is_at_most_twice_that_of_plain_operators(
@@ -105,7 +121,7 @@ def test_error_is_at_most_twice_that_of_plain_operators(
         assert (result - exact).abs().max() <= 2 * (other - exact).abs().max() + rounding
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_two_runs_are_equal_bit_for_bit(case: Case, dtype: torch.dtype, layout: torch.memory_format) -> None:
@@ -118,7 +134,7 @@ def test_two_runs_are_equal_bit_for_bit(case: Case, dtype: torch.dtype, layout: 
     del occupied
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MEMORY)
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_chunks_do_not_matter(case: Case, layout: torch.memory_format) -> None:
     case = replace(case, layout=layout)

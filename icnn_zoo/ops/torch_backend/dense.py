@@ -38,9 +38,10 @@ def measure_box(positions: Tensor, geometry: Geometry) -> Box | None:
     """The smallest box around all taps that can read the input.
 
     Returns:
-        The box, or None where looking at the positions would synchronise with a device or break tracing.
+        The box, or None where looking at the positions would synchronise with a device. With spreads that does not
+        count: how far they reach is asked in any case.
     """
-    if positions.device.type != "cpu" or positions.numel() == 0:
+    if positions.numel() == 0 or (positions.device.type != "cpu" and not geometry.reading.is_wide):
         return None
     first, size = [], []
     for axis in range(2):
