@@ -81,7 +81,9 @@ def irregular_conv2d(
         makes one call of a batch of images or of an ensemble. ``torch.utils.flop_counter`` counts what conv2d counts
         and four multiply-adds for each interpolated value. Bilinear interpolation has kinks at integer positions,
         where the derivative of the cell to the right/below is taken. A NaN or infinite position gives NaN outputs, and
-        a ValueError while ``torch.autograd.set_detect_anomaly`` is on. Two runs agree bit for bit. On CUDA products of
+        a ValueError while ``torch.autograd.set_detect_anomaly`` is on. Two runs agree bit for bit; on CUDA those of
+        triangles and gaussians, which take "torch" there, where cuDNN's convolutions do
+        (``torch.use_deterministic_algorithms``). On CUDA products of
         float32 are rounded to TF32 where cuDNN's convolutions are (``torch.backends.cudnn.conv.fp32_precision``),
         PyTorch's default. On a CPU the cost does not depend on how far positions moved, but for the torch backend's
         depthwise layers and full version, which are drawn as dense kernels while these are small (time grows with the

@@ -3,7 +3,8 @@
 Positions vary neither over space nor over the batch, so every (channel, tap) reads its plane at one fixed sub-pixel
 shift. Columns gather whole rows of the shifted plane (contiguous runs, no per-pixel index) and blend them twice with
 ``torch.lerp``. The adjoint with respect to the input is again a gather, of the columns' gradient at the negated shift,
-so nothing is scattered. Depthwise layers and the full version are drawn as dense kernels while these are small.
+so nothing is scattered. Depthwise layers and the full version are drawn as dense kernels while these are small: on
+CPUs, and with triangle or gaussian interpolation on any device, as their spreads must be looked at anyway.
 """
 
 from __future__ import annotations

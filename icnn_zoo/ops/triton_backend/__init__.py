@@ -17,6 +17,8 @@ Five forms, chosen from static sizes alone, so that nothing synchronises and CUD
 - *direct*, for tiny groups and the full version: the taps are summed one by one, without columns. The full version
   costs an interpolation for each output channel, input channel and tap.
 
+Triangle and gaussian interpolation are the torch backend's, see :mod:`icnn_zoo.ops.torch_backend`.
+
 Choice, block sizes and chunk sizes are fixed numbers (``Limits``), not tuned at run time: a sum has the same order on
 every run, in deterministic mode without ``CUBLAS_WORKSPACE_CONFIG``.
 
