@@ -195,6 +195,7 @@ def _check_html(options: argparse.Namespace) -> None:
 
 def _load_all(options: argparse.Namespace) -> tuple[Source, dict[str, SegmentationTask]]:
     """What the network was named by, and the network and the one to compare it with, by titles that tell them apart."""
+    from icnn_zoo.nn.irregular_conv import irregular_layers
     from icnn_zoo.training.network_sources import find_source, load_task
 
     named = [options.source, *([options.against] if getattr(options, "against", None) is not None else [])]
@@ -202,7 +203,7 @@ def _load_all(options: argparse.Namespace) -> tuple[Source, dict[str, Segmentati
     tasks = [load_task(source) for source in sources]
     for source in sources:
         print(f"Weights: {source.weights()}", file=sys.stderr)  # beside the data that --json prints
-    titles = ["regular" if task.start is None else "irregular" for task in tasks]
+    titles = ["irregular" if irregular_layers(task.model) else "regular" for task in tasks]
     if len(set(titles)) < len(titles):
         titles = [str(name) for name in named]
     if len(set(titles)) < len(titles):

@@ -35,7 +35,8 @@ def header_section(task: SegmentationTask, scores: Mapping[str, float]) -> dict[
     tiles += [("classes", str(len(task.class_names))), ("parameters", f"{parameters:,}")]
     if layers:
         tiles += [("irregular layers", str(len(layers))), ("taps with a position", f"{positions // 2:,}")]
-    start = f"learnable shapes from {task.start or 'the first layer'} on" if layers else "regular convolutions"
+    where = "of its own" if task.start is None else f"from {task.start or 'the first layer'} on"
+    start = f"learnable shapes {where}" if layers else "regular convolutions"
     return {"backbone": task.model.backbone_name, "start": start, "tiles": tiles}
 
 

@@ -217,7 +217,7 @@ class SegmentationTask(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The callbacks without which a run is not what it says: its generators resume, its positions are watched."""
-        return [GeneratorStates(), *([DisplacementMonitor()] if self.start is not None else [])]
+        return [GeneratorStates(), *([DisplacementMonitor()] if irregular_layers(self.model) else [])]
 
     def setup(self, stage: str) -> None:
         """Refuses strategies that would change the network silently, chooses the memory format and compiles."""
@@ -279,7 +279,8 @@ class SegmentationTask(pl.LightningModule):
     def describe(self) -> str:
         """The network in a line."""
         layers = len(irregular_layers(self.model))
-        form = f"irregular from {self.start} on ({layers} layers)" if layers else "regular"
+        where = "by itself" if self.start is None else f"from {self.start} on"
+        form = f"irregular {where} ({layers} layers)" if layers else "regular"
         number = sum(parameter.numel() for parameter in self.model.parameters())
         return f"{self.model.backbone_name}, {number:,} parameters, {len(self.class_names)} classes, {form}"
 
@@ -302,7 +303,7 @@ class SegmentationTask(pl.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("The poly policy needs the run's length: set trainer.max_steps or trainer.max_epochs.")
-        rule = self.position_rule if self.start is not None else None
+        rule = self.position_rule if irregular_layers(self.model) else None
         options = {name: self.hparams[name] for name in ("momentum", "weight_decay", "bound_epsilon", "spread_lr")}
         options |= {name: getattr(self, name) for name in ("lr", "head_lr_factor", "position_lr")}
         optimizer = make_optimizer(self.model, self.hparams["optimizer"], rule, **options)

@@ -14,6 +14,7 @@ from zoo_cases import ABOUT
 import icnn_zoo
 from icnn_zoo.cli.programs import lightning_main, zoo_main
 from icnn_zoo.models import SegmentationModel
+from icnn_zoo.training.callbacks import DisplacementMonitor
 from icnn_zoo.training.network_sources import load_task
 from icnn_zoo.training.task import SegmentationTask
 
@@ -51,6 +52,15 @@ class Two(Tiny):
         return {"out": self[2](features), "aux": self.aux(features)}
 
 
+class Free(Tiny):
+    """One that has learned shapes by itself, of free taps."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        options = {"padding": 2, "taps": 6, "interpolation": "gaussian"}
+        self[2] = icnn_zoo.IrregularConv2d(4, num_classes, 5, **options)
+
+
 class Named(Tiny):
     def forward(self, images):
         return {"logits": super().forward(images)}
@@ -83,6 +93,7 @@ def config(folder: Path, network, start, **model) -> list[str]:
             DEEPLAB, "classifier", DEEPLAB["class_path"].rpartition(".")[2], DEEPLAB["class_path"], id="torchvision",
             marks=pytest.mark.slow,
         ),
+        pytest.param({"class_path": f"{__name__}.Free"}, None, "free", f"{__name__}.Free", id="free taps of its own"),
     ],
 )  # fmt: skip
 def test_a_network_of_another_package_is_trained_resumed_tested_published_loaded_and_exported(
@@ -111,6 +122,7 @@ def test_a_network_of_another_package_is_trained_resumed_tested_published_loaded
     image = np.random.default_rng(0).integers(0, 256, (45, 70, 3), dtype=np.uint8)
     logits = task.model.full_logits(task.model.preprocess(torch.from_numpy(image).permute(2, 0, 1)[None]))
     assert (model.predict(image) == logits.argmax(1)[0].numpy()).all()
+    assert any(isinstance(callback, DisplacementMonitor) for callback in task.configure_callbacks())
     assert len(icnn_zoo.irregular_layers(model)) == len(icnn_zoo.irregular_layers(task)) > 0
     zoo_main(["verify", f"{arch}.mine", "--registry", "zoo", "--metrics", "--allow", allow])
     zoo_main(["export", str(last), "--to", "net.onnx", "--size", "64", "64", "--allow", allow])
