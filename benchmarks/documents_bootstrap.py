@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,27 @@ def miou(matrices: np.ndarray) -> np.ndarray:
         return 100 * np.nanmean(np.where(union > 0, hits / union, np.nan), axis=-1)
 
 
-def gain(row: dict[str, Any], regular: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+def pixel_accuracy(matrices: np.ndarray) -> np.ndarray:
+    """In per cent, of confusion matrices [..., K, K]."""
+    return 100 * np.trace(matrices, axis1=-2, axis2=-1) / matrices.sum((-2, -1))
+
+
+METRICS = {"mIoU": miou, "pixel_accuracy": pixel_accuracy}
+
+
+def gain(
+    row: dict[str, Any],
+    regular: dict[str, Any],
+    rng: np.random.Generator,
+    metric: Callable[[np.ndarray], np.ndarray] = miou,
+) -> dict[str, Any]:
     """The mean gain over common seeds, and its 95 % interval over groups of documents."""
     seeds = sorted(row.keys() & regular.keys(), key=int)
     groups = sorted(row[seeds[0]])
     stacked = np.array([[[kind[seed][group] for group in groups] for seed in seeds] for kind in (row, regular)])
     drawn = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=DRAWS)
     # [kind, seed, K, K] for each draw; one draw at a time keeps memory small.
-    values = [miou(np.einsum("g,ksgij->ksij", weights, stacked)) for weights in (np.ones(len(groups)), *drawn)]
+    values = [metric(np.einsum("g,ksgij->ksij", weights, stacked)) for weights in (np.ones(len(groups)), *drawn)]
     differences = np.array([(value[0] - value[1]).mean() for value in values])
     low, high = np.quantile(differences[1:], [0.025, 0.975])
     return {"seeds": seeds, "gain": round(float(differences[0]), 3), "interval": [round(low, 3), round(high, 3)]}
@@ -82,11 +96,13 @@ def main() -> None:
         checkpoint = attempts(file.parent)[-1] / "checkpoints" / "last.ckpt"
         counts.setdefault(row, {})[seed] = confusion_by_group(checkpoint, data.make_dataset("test"), groups)
         print(row, seed, flush=True)
-    rng = np.random.default_rng(0)
-    regular = counts["regular"]
-    gains = {row: gain(found, regular, rng) for row, found in counts.items() if row != "regular"}
+    regular = counts.pop("regular")
+    gains = {
+        row: {name: gain(found, regular, np.random.default_rng(0), metric) for name, metric in METRICS.items()}
+        for row, found in counts.items()
+    }
     number = len(next(iter(regular.values())))
-    result = {"groups": number, "draws": DRAWS, "metric": "test/mIoU", "gains": gains}
+    result = {"groups": number, "draws": DRAWS, "split": "test", "gains": gains}
     options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """Intervals over documents: paired by seed, and as wide as groups differ."""
 
 import numpy as np
-from documents_bootstrap import gain, miou
+from documents_bootstrap import gain, miou, pixel_accuracy
 
 
 def matrix(hits):
@@ -14,6 +14,7 @@ def test_miou_leaves_out_classes_that_neither_occur_nor_are_predicted():
     three[:2, :2] = matrix(80)
     assert miou(three) == miou(matrix(80))
     assert np.isclose(miou(matrix(80)), 100 * 80 / 120)
+    assert pixel_accuracy(matrix(80)) == 80
 
 
 def test_a_gain_that_all_groups_share_has_no_width_and_one_of_a_single_group_has():
