@@ -50,7 +50,7 @@ CPU_BACKENDS = {
     "columns": TorchBackend(TorchLimits(cells_per_tap=0)),
     "columns in small blocks": TorchBackend(TorchLimits(cells_per_tap=0, block_elements=500, copied_elements=500)),
     "native kernel": NativeBackend(),
-    "native kernel in small blocks": NativeBackend(NativeLimits(depth=20, band=5, draw=False)),
+    "native kernel in small blocks": NativeBackend(NativeLimits(depth=20, band=5, few=0, draw=False)),
 }
 
 

@@ -6,9 +6,9 @@ axis. Whoever needs to know what a position reads asks this module, or, for whic
 :mod:`icnn_zoo.deployment`, the bound of :mod:`icnn_zoo.optim` and the count of dead taps.
 
 Inner loops repeat the same rule for speed, and change with it: in ``native_backend/csrc`` ``split``, ``make_column``,
-``scatter_column`` and ``fill_list``; in ``triton_backend`` ``split_position``, ``blend``, ``slopes``, the gathers of
-the input's gradient, ``drawn_kernels._near`` and ``few._Boxes``; in ``torch_backend/windows.py`` ``Corners`` and
-``Shift.negated``.
+``scatter_column``, ``few_tile``, ``draw_work`` and ``fill_list``; in ``triton_backend`` ``split_position``, ``blend``,
+``slopes``, the gathers of the input's gradient, ``drawn_kernels._near`` and ``few._Boxes``; in
+``torch_backend/windows.py`` ``Corners`` and ``Shift.negated``.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -135,7 +136,7 @@ def _gradients_like(
 
 def _join_unknown(positions: Tensor) -> Tensor:
     """As ``join_unknown``, which takes longer than to see that there is nothing to join; on a GPU that is to wait."""
-    known = positions.device.type == "cpu" and bool(positions.detach().sum().isfinite())
+    known = positions.device.type == "cpu" and math.isfinite(positions.detach().sum().item())
     return positions if known else join_unknown(positions)
 
 
@@ -200,7 +201,10 @@ def differentiable(
     """
     if _is_forward_mode():
         return formula.irregular_conv2d(input, weight, positions, bias, *sizes, *how)
-    output: Tensor = _Convolution.apply(input, weight, positions, bias, sizes, how)
+    if not torch.is_grad_enabled():  # what autograd adds takes longer than a small layer
+        output: Tensor = torch.ops.icnn_zoo.irregular_conv2d(input, weight, positions, bias, *sizes, *how)
+        return output
+    output = _Convolution.apply(input, weight, positions, bias, sizes, how)
     return output
 
 

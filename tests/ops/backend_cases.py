@@ -78,6 +78,7 @@ CASES = [
     Case("unequal dilations", dilation=(1, 3), padding=(0, 3)),
     Case("stride and dilation", stride=(2, 1), dilation=(2, 3), padding=(3, 2)),
     Case("groups", groups=2),
+    Case("long rows, eleven outputs", size=(3, 37), channels=(2, 11), batch=1),
     Case("depthwise", channels=(4, 4), groups=4),
     Case("depthwise, multiplier 2", channels=(3, 6), groups=3),
     Case("depthwise, stride 2", channels=(4, 4), groups=4, stride=2),

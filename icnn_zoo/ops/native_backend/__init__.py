@@ -1,9 +1,10 @@
 """The irregular convolution on CPUs by a small C kernel, compiled on first use where a C compiler is found.
 
-The C code (``csrc``) makes columns where the matrix product wants them, in the cache, and walks depthwise layers and
-the full version as stencils of at most four cells a tap, so that no cost depends on how far positions moved. What lies
-close together in the full version and in small groups is drawn into dense kernels (:mod:`.boxes`). It runs on
-PyTorch's own threads (``torch.set_num_threads``). Without a compiler the torch backend does the same, slower.
+The C code (``csrc``) makes columns where the matrix product wants them, in the cache or, where a group has few outputs,
+in registers, and walks depthwise layers and the full version as stencils of at most four cells a tap, so that no cost
+depends on how far positions moved. What lies close together in the full version and in small groups is drawn into dense
+kernels (:mod:`.boxes`). It runs on PyTorch's own threads (``torch.set_num_threads``). Without a compiler the torch
+backend does the same, slower.
 
 The compiled library is kept in ``$XDG_CACHE_HOME/icnn_zoo/native`` (``~/.cache/icnn_zoo/native``), named after its
 source, flags, compiler and processor. ``$CC`` chooses the compiler.
@@ -36,6 +37,8 @@ class Limits:
     """Rows of columns that a product takes at once: a tile's worth of both factors stays in the nearest cache."""
     band: int = 384
     """Output pixels of a band, about: with ``depth`` rows of columns it stays in the second cache."""
+    few: int = 24
+    """Outputs of a group up to which its columns are made anew for every eight of them, and never stored."""
     draw: bool = True
     """Draws kernels that share no columns into a box, where that is cheaper."""
 
@@ -88,15 +91,7 @@ class NativeBackend:
             return self.forward(input, weight, positions, bias, plain(geometry))
         call = _Call(input, weight, positions, geometry, self.limits)
         bias = None if bias is None else bias.to(call.dtype).contiguous()
-        box = self._choose_box(call, geometry)
-        if box is not None:
-            output = box.forward(call.arguments["input"], bias)
-            if box.num_outliers:
-                self._outliers(call, box).run("forward", output=output)
-            return output.to(input.dtype).contiguous(memory_format=memory_format(input))
-        output = torch.empty(input.shape[0], weight.shape[0], *geometry.output_size, dtype=call.dtype)
-        if output.numel() > 0:
-            call.run("forward", bias=bias, output=output)
+        output = self._compute(call, bias, geometry)
         return output.to(input.dtype).contiguous(memory_format=memory_format(input))
 
     def backward(
@@ -149,13 +144,30 @@ class NativeBackend:
             call.run("backward", grad_output=grad_output.to(call.dtype).contiguous(), **grads)
         return _in_types_of(grads, input, weight, positions, geometry, needs)
 
+    def _compute(self, call: _Call, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        input, weight = call.arguments["input"], call.arguments["weight"]
+        output = input.new_empty(input.shape[0], weight.shape[0], *geometry.output_size)
+        if output.numel() == 0:
+            return output
+        few = not call.is_stencil and weight.shape[0] // geometry.groups <= self.limits.few
+        if few and call.run("forward", "few", bias=bias, output=output):
+            return output
+        box = self._choose_box(call, geometry)
+        if box is None:
+            call.run("forward", bias=bias, output=output)
+            return output
+        output = box.forward(input, bias)
+        if box.num_outliers:
+            self._outliers(call, box).run("forward", output=output)
+        return output
+
     def _choose_box(self, call: _Call, geometry: Geometry) -> Box | None:
-        return choose_box(call.arguments["weight"], call.arguments["positions"], geometry) if self.limits.draw else None
+        return choose_box(call.arguments["weight"], call.positions, geometry) if self.limits.draw else None
 
     def _outliers(self, call: _Call, box: Box) -> _Call:
         """The taps that are not in the box, as stencils that add to what the box gave."""
         arguments = call.arguments
-        stencils = _Call(arguments["input"], arguments["weight"], box.positions, box.geometry, self.limits)
+        stencils = _Call(arguments["input"], arguments["weight"], box.positions, box.geometry, self.limits, True)
         stencils.task.drawn = box.drawn.data_ptr()  # one for each weight, as choose_box has made it
         return stencils
 
@@ -226,18 +238,26 @@ class _Stencil(ctypes.Structure):
 class _Call:
     """The arguments that forward and backward share, as C wants them.
 
-    Layers whose outputs share no columns (depthwise, the full version) are stencils.
+    Layers whose outputs share no columns (depthwise, the full version) are stencils, others where it is asked for.
     """
 
-    def __init__(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry, limits: Limits) -> None:
-        self.is_stencil = positions.dim() == 4 or weight.shape[1] == 1
+    def __init__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        geometry: Geometry,
+        limits: Limits,
+        as_stencil: bool = False,
+    ) -> None:
+        self.is_stencil = as_stencil or positions.dim() == 4 or weight.shape[1] == 1
         # Half precision is computed in float32 and rounded once.
         self.dtype = torch.promote_types(input.dtype, torch.float32)
         self.arguments = {
             "input": input.to(self.dtype).contiguous(),
             "weight": weight.to(self.dtype).contiguous(),
-            "positions": positions.to(torch.float64).contiguous(),
         }
+        self.positions = positions.contiguous()
         (images, channels), (outputs, _, taps) = input.shape[:2], weight.shape
         self.task = (_Stencil if self.is_stencil else _Columns)(
             sizes=_Sizes(*geometry.input_size, *geometry.output_size, *geometry.stride, *geometry.origin),
@@ -269,16 +289,28 @@ class _Call:
         else:
             self.task.depth, self.task.band = limits.depth, limits.band
 
-    def run(self, direction: str, **tensors: Tensor | None) -> None:
+    def run(self, direction: str, kind: str | None = None, **tensors: Tensor | None) -> bool:
         """Calls C with the tensors of one direction; those that are None are not wanted.
+
+        Args:
+            direction: "forward" or "backward".
+            kind: "few" for the columns of few outputs, which are not stored; None for what the call is.
+            **tensors: Those of the direction.
+
+        Returns:
+            Whether C computed it: "few" does not where planes would leave the cache.
 
         Raises:
             MemoryError: There is no memory for a thread's buffer.
         """
-        kind = "stencil" if self.is_stencil else "columns"
+        kind = kind or ("stencil" if self.is_stencil else "columns")
         library, task = build.load()[0][self.dtype], ctypes.byref(self.task)
-        self._point({**self.arguments, **tensors})
-        if not self.is_stencil:
+        # Named, so that they live until C is done.
+        tensors = {**self.arguments, "positions": self.positions.to(torch.float64), **tensors}
+        self._point(tensors)
+        if kind == "few":
+            workspace = torch.empty(0)  # its threads' own buffers are enough
+        elif not self.is_stencil:
             workspace = torch.empty(library.workspace_length(task, int(direction == "backward")), dtype=self.dtype)
         else:
             length = library.moments_length(task) if direction == "backward" else 0
@@ -286,8 +318,10 @@ class _Call:
         self.task.workspace = workspace.data_ptr()
         function: Callable[..., int] = getattr(library, f"{kind}_{direction}")
         threads = ctypes.c_uint(torch.get_num_threads())
-        if function(ctypes.c_void_p(build.find_parallel()), threads, task):
+        status = function(ctypes.c_void_p(build.find_parallel()), threads, task)
+        if status == 1:
             raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
+        return status == 0
 
     def _point(self, tensors: dict[str, Tensor | None]) -> None:
         """Gives C the addresses of tensors: the one place where any reaches it, each held against what C will touch.

@@ -31,7 +31,7 @@ class _Drawing(ctypes.Structure):
     """``drawing_t`` of csrc/drawing.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("kernels", "taps")),
+        *((name, ctypes.c_int64) for name in ("kernels", "taps", "members", "sharing", "wide")),
         *((name, ctypes.c_int64 * 2) for name in ("least", "most", "first", "size")),
         ("outside", ctypes.c_int64),
         ("outlier_cost", ctypes.c_double),
@@ -47,7 +47,7 @@ class Box:
     Attributes:
         geometry: Sizes of the call.
         weight: Weights [N, C / G, T], of which the outliers' are not drawn.
-        positions: Positions [N, C / G, T, 2] in float64.
+        positions: Positions [C, T, 2] or [N, C / G, T, 2] in float32 or float64.
         drawn: Which taps are in the box [N, C / G, T], 1 or 0: known once it was drawn.
     """
 
@@ -115,7 +115,7 @@ class Box:
         if by_cells is None:
             return by_input, None, None
         by_cells, by_weight = by_cells.contiguous(), torch.empty_like(self.weight)
-        by_shift = torch.empty_like(self.positions)
+        by_shift = torch.empty(*self.weight.shape, 2, dtype=torch.float64)
         self._run("gradients", grad_cells=by_cells, grad_weight=by_weight, grad_shift=by_shift)
         return by_input, by_weight, by_shift
 
@@ -131,10 +131,10 @@ class Box:
         return cells
 
     def _run(self, what: str, **tensors: Tensor) -> None:
-        lengths = {"cells": math.prod(self.size) * self.task.kernels, "grad_shift": self.positions.numel()}
+        lengths = {"cells": math.prod(self.size) * self.task.kernels, "grad_shift": 2 * self.weight.numel()}
         lengths |= {"grad_cells": lengths["cells"], "grad_weight": self.weight.numel()}
         for name, tensor in tensors.items():
-            dtype = self.positions.dtype if name == "grad_shift" else self.weight.dtype
+            dtype = torch.float64 if name == "grad_shift" else self.weight.dtype
             setattr(self.task, name, address_of(name, tensor, dtype, lengths[name]))
         function = getattr(build.load()[0][self.weight.dtype], f"drawing_{what}")
         threads = ctypes.c_uint(torch.get_num_threads())
@@ -147,25 +147,24 @@ def choose_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> Box | N
 
     Args:
         weight: Weights [N, C / G, T], contiguous.
-        positions: Positions [C, T, 2] or [N, C / G, T, 2] in float64, contiguous.
+        positions: Positions [C, T, 2] or [N, C / G, T, 2] in float32 or float64, contiguous.
         geometry: Sizes of the call.
     """
     outputs, members, taps = weight.shape
     per_kernel, per_group = positions.dim() == 4, outputs // geometry.groups
     if members == 1 or not (per_kernel or per_group <= FEW_OUTPUTS):
         return None
-    if not per_kernel:
-        positions = (
-            positions.unflatten(0, (-1, 1, members)).expand(-1, per_group, -1, -1, -1).flatten(0, 1).contiguous()
-        )
-    task = _Drawing(kernels=outputs * members, taps=taps, outlier_cost=OUTLIER_COST)
+    sharing, wide = 1 if per_kernel else per_group, positions.dtype == torch.float64
+    sizes = {"kernels": outputs * members, "taps": taps, "members": members, "sharing": sharing, "wide": wide}
+    task = _Drawing(**sizes, outlier_cost=OUTLIER_COST)
     for axis in range(2):
         # A cell reads its pixel and the next one.
         task.least[axis] = -geometry.origin[axis] - (geometry.output_size[axis] - 1) * geometry.stride[axis] - 1
         task.most[axis] = geometry.input_size[axis] - 1 - geometry.origin[axis]
     drawn = torch.empty(weight.shape, dtype=torch.uint8)
     task.weight = address_of("weight", weight, weight.dtype, outputs * members * taps)
-    task.positions = address_of("positions", positions, torch.float64, 2 * outputs * members * taps)
+    numbers = 2 * outputs // sharing * members * taps
+    task.positions = address_of("positions", positions, torch.float64 if wide else torch.float32, numbers)
     task.drawn = address_of("drawn", drawn, torch.uint8, outputs * members * taps)
     build.load()[0][weight.dtype].drawing_choose(ctypes.byref(task))
     cost = math.prod(task.size) + OUTLIER_COST * task.outside / task.kernels

@@ -8,12 +8,14 @@
 
 typedef struct {
     index_t kernels, taps;
+    index_t members, sharing;    /* kernels of an output; outputs of a group where they share positions, else 1 */
+    index_t wide;                /* whether positions are doubles, else floats */
     index_t least[2], most[2];   /* cells (row, col) outside of these never meet the input */
     index_t first[2], size[2];   /* of the box, in pixels from position 0: what drawing_choose says */
     index_t outside;             /* taps that are not drawn: about, by drawing_choose; what drawing_draw left out */
     double outlier_cost;         /* of such a tap, in cells of a kernel */
     const REAL *weight;          /* [kernels, taps] */
-    const double *positions;     /* [kernels, taps, 2] */
+    const void *positions;       /* [kernels / sharing, taps, 2] */
     uint8_t *drawn;              /* [kernels, taps], whether a tap is in the box */
     REAL *cells;                 /* [kernels, size[0], size[1]] */
     const REAL *grad_cells;
@@ -24,13 +26,22 @@ typedef struct {
 /* Pixels from position 0 beyond which nothing is drawn; kernels of a unit; kernels, about, that the box is chosen by. */
 enum { REACH = 128, CHUNK = 64, SAMPLE = 1024 };
 
+/* Where the positions of a kernel start. */
+static inline index_t positions_of(const drawing_t *task, index_t kernel) {
+    return (kernel / task->members / task->sharing * task->members + kernel % task->members) * task->taps * 2;
+}
+
+static inline double coordinate(const drawing_t *task, index_t at) {
+    return task->wide ? ((const double *)task->positions)[at] : ((const float *)task->positions)[at];
+}
+
 /* The cell of a tap, relative to the box; false where one of its corners, or a position that is no number, is outside. */
-static int find_cell(const drawing_t *task, const double *position, index_t *cell, double *fraction) {
+static inline int find_cell(const drawing_t *task, index_t position, index_t *cell, double *fraction) {
     for (int axis = 0; axis < 2; axis++) {
-        double low = __builtin_floor(position[axis]), place = low - task->first[axis];
+        double whole = coordinate(task, position + axis), low = __builtin_floor(whole), place = low - task->first[axis];
         if (!(place >= 0 && place <= task->size[axis] - 2)) return 0;
         cell[axis] = (index_t)place;
-        fraction[axis] = position[axis] - low;
+        fraction[axis] = whole - low;
     }
     return 1;
 }
@@ -46,9 +57,9 @@ void drawing_choose(drawing_t *task) {
         most[axis] = smallest(task->most[axis], REACH - 1);
     }
     for (index_t kernel = 0; kernel < task->kernels; kernel += step, sampled++) {
-        const double *position = task->positions + 2 * kernel * task->taps;
+        index_t position = positions_of(task, kernel);
         for (index_t tap = 0; tap < task->taps; tap++, position += 2) {
-            double row = __builtin_floor(position[0]), col = __builtin_floor(position[1]);
+            double row = __builtin_floor(coordinate(task, position)), col = __builtin_floor(coordinate(task, position + 1));
             if (!(row >= least[0] && row <= most[0] && col >= least[1] && col <= most[1])) continue;
             counts[0][(index_t)row + REACH]++;
             counts[1][(index_t)col + REACH]++;
@@ -92,10 +103,11 @@ static void draw_work(const void *data, index_t unit, REAL *scratch) {
     for (index_t kernel = unit * CHUNK; kernel < smallest((unit + 1) * CHUNK, task->kernels); kernel++) {
         REAL *cells = task->cells + kernel * area;
         memset(cells, 0, area * sizeof(REAL));
-        for (index_t tap = kernel * task->taps; tap < (kernel + 1) * task->taps; tap++) {
+        index_t position = positions_of(task, kernel);
+        for (index_t tap = kernel * task->taps; tap < (kernel + 1) * task->taps; tap++, position += 2) {
             index_t cell[2];
             double fraction[2];
-            int inside = find_cell(task, task->positions + 2 * tap, cell, fraction);
+            int inside = find_cell(task, position, cell, fraction);
             task->drawn[tap] = inside;
             if (!inside) continue;
             REAL down = (REAL)fraction[0], right = (REAL)fraction[1], weight = task->weight[tap];
@@ -113,12 +125,13 @@ static void gradients_work(const void *data, index_t unit, REAL *scratch) {
     index_t width = task->size[1], area = task->size[0] * width;
     (void)scratch;
     for (index_t kernel = unit * CHUNK; kernel < smallest((unit + 1) * CHUNK, task->kernels); kernel++) {
-        for (index_t tap = kernel * task->taps; tap < (kernel + 1) * task->taps; tap++) {
+        index_t position = positions_of(task, kernel);
+        for (index_t tap = kernel * task->taps; tap < (kernel + 1) * task->taps; tap++, position += 2) {
             index_t cell[2];
             double fraction[2], *by_shift = task->grad_shift + 2 * tap;
             task->grad_weight[tap] = 0;
             by_shift[0] = by_shift[1] = 0;
-            if (!find_cell(task, task->positions + 2 * tap, cell, fraction)) continue;
+            if (!find_cell(task, position, cell, fraction)) continue;
             const REAL *at = task->grad_cells + kernel * area + cell[0] * width + cell[1];
             double down = fraction[0], right = fraction[1], weight = task->weight[tap];
             double top = (1 - right) * at[0] + right * at[1], bottom = (1 - right) * at[width] + right * at[width + 1];

@@ -124,15 +124,24 @@ static inline void copy_row(REAL *to, const REAL *from, index_t count) {
     store(to + count - LANES, load(from + count - LANES));
 }
 
-static inline void fill_frame(const frame_t *frame, REAL *buffer, const REAL *plane, index_t height, index_t width) {
+/* Rows [first, last) of a plane, and zeros where the frame has others. */
+static inline void fill_rows(const frame_t *frame, REAL *buffer, const REAL *plane, index_t first, index_t last,
+                             index_t width) {
     memset(buffer, 0, frame_length(frame) * sizeof(REAL));
-    for (index_t row = 0; row < height; row++) {
+    for (index_t row = first; row < last; row++) {
         if (frame->step == 1) {
             copy_row(buffer + frame_at(frame, row, 0), plane + row * width, width);
             continue;
         }
-        for (index_t col = 0; col < width; col++) buffer[frame_at(frame, row, col)] = plane[row * width + col];
+        for (index_t start = 0; start < smallest(frame->step, width); start++) {
+            REAL *to = buffer + frame_at(frame, row, start);
+            for (index_t col = start; col < width; col += frame->step) *to++ = plane[row * width + col];
+        }
     }
+}
+
+static inline void fill_frame(const frame_t *frame, REAL *buffer, const REAL *plane, index_t height, index_t width) {
+    fill_rows(frame, buffer, plane, 0, height, width);
 }
 
 static inline void read_frame(const frame_t *frame, const REAL *buffer, REAL *plane, index_t height, index_t width) {
@@ -141,7 +150,10 @@ static inline void read_frame(const frame_t *frame, const REAL *buffer, REAL *pl
             copy_row(plane + row * width, buffer + frame_at(frame, row, 0), width);
             continue;
         }
-        for (index_t col = 0; col < width; col++) plane[row * width + col] = buffer[frame_at(frame, row, col)];
+        for (index_t start = 0; start < smallest(frame->step, width); start++) {
+            const REAL *from = buffer + frame_at(frame, row, start);
+            for (index_t col = start; col < width; col += frame->step) plane[row * width + col] = *from++;
+        }
     }
 }
 
