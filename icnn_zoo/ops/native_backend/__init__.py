@@ -150,7 +150,7 @@ class NativeBackend:
         if output.numel() == 0:
             return output
         few = not call.is_stencil and weight.shape[0] // geometry.groups <= self.limits.few
-        if few and call.run("forward", "few", bias=bias, output=output):
+        if few and call.run_few(bias=bias, output=output):
             return output
         box = self._choose_box(call, geometry)
         if box is None:
@@ -289,47 +289,50 @@ class _Call:
         else:
             self.task.depth, self.task.band = limits.depth, limits.band
 
-    def run(self, direction: str, kind: str | None = None, **tensors: Tensor | None) -> bool:
+    def run(self, direction: str, **tensors: Tensor | None) -> None:
         """Calls C with the tensors of one direction; those that are None are not wanted.
-
-        Args:
-            direction: "forward" or "backward".
-            kind: "few" for the columns of few outputs, which are not stored; None for what the call is.
-            **tensors: Those of the direction.
-
-        Returns:
-            Whether C computed it: "few" does not where planes would leave the cache.
 
         Raises:
             MemoryError: There is no memory for a thread's buffer.
         """
-        kind = kind or ("stencil" if self.is_stencil else "columns")
         library, task = build.load()[0][self.dtype], ctypes.byref(self.task)
-        # Named, so that they live until C is done.
-        tensors = {**self.arguments, "positions": self.positions.to(torch.float64), **tensors}
-        self._point(tensors)
-        if kind == "few":
-            workspace = torch.empty(0)  # its threads' own buffers are enough
-        elif not self.is_stencil:
+        tensors = self._point(tensors)
+        if not self.is_stencil:
             workspace = torch.empty(library.workspace_length(task, int(direction == "backward")), dtype=self.dtype)
         else:
             length = library.moments_length(task) if direction == "backward" else 0
             workspace = torch.empty(length, dtype=torch.float64)
         self.task.workspace = workspace.data_ptr()
-        function: Callable[..., int] = getattr(library, f"{kind}_{direction}")
+        self._start(f"{'stencil' if self.is_stencil else 'columns'}_{direction}")
+
+    def run_few(self, **tensors: Tensor | None) -> bool:
+        """The forward by columns that are not stored; false where planes would leave the cache: nothing is done then.
+
+        Raises:
+            MemoryError: There is no memory for a thread's buffer.
+        """
+        tensors = self._point(tensors)
+        return self._start("few_forward") == 0
+
+    def _start(self, name: str) -> int:
+        function: Callable[..., int] = getattr(build.load()[0][self.dtype], name)
         threads = ctypes.c_uint(torch.get_num_threads())
-        status = function(ctypes.c_void_p(build.find_parallel()), threads, task)
+        status = function(ctypes.c_void_p(build.find_parallel()), threads, ctypes.byref(self.task))
         if status == 1:
             raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
-        return status == 0
+        return status
 
-    def _point(self, tensors: dict[str, Tensor | None]) -> None:
+    def _point(self, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         """Gives C the addresses of tensors: the one place where any reaches it, each held against what C will touch.
+
+        Returns:
+            All that C has addresses of, to be held until it is done.
 
         Raises:
             ValueError: A tensor or a size is not what C takes it for.
         """
         lengths = self.lengths
+        tensors = {**self.arguments, "positions": self.positions.to(torch.float64), **tensors}
         if min(lengths.values()) < 1 or min(self.strides) < 1:
             raise ValueError("the native backend needs at least one of everything: images, channels, taps and outputs.")
         for name, tensor in tensors.items():
@@ -337,3 +340,4 @@ class _Call:
                 continue
             dtype = torch.float64 if name in ("positions", "grad_shift") else self.dtype
             setattr(self.task, name, address_of(name, tensor, dtype, lengths[name]))
+        return tensors
