@@ -9,30 +9,46 @@
 
 /* ---- matrix products --------------------------------------------------------------------------------------------- */
 
-/* total += sum over depth of a[d, row] * b[d, column] for one tile; a is [depth, TILE_ROWS], b [depth, TILE_COLUMNS]. */
-static inline void multiply_tile(index_t depth, const REAL *a, const REAL *b, REAL *total, index_t pitch) {
+/* total += sum over depth of a[d, row] * b[d, column] for the first rows of a tile; a is [depth, TILE_ROWS], b
+ * [depth, TILE_COLUMNS]. */
+static inline __attribute__((always_inline)) void multiply_rows(index_t depth, const REAL *a, const REAL *b, REAL *total,
+                                                                index_t pitch, const int rows) {
     vector sum[TILE_ROWS][2];
-    for (int row = 0; row < TILE_ROWS; row++) sum[row][0] = sum[row][1] = all(0);
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = all(0);
     for (index_t d = 0; d < depth; d++, a += TILE_ROWS, b += TILE_COLUMNS) {
         vector left = load(b), right = load(b + LANES);
 #pragma GCC unroll 12
-        for (int row = 0; row < TILE_ROWS; row++) {
+        for (int row = 0; row < rows; row++) {
             vector scale = all(a[row]);
             sum[row][0] += scale * left;
             sum[row][1] += scale * right;
         }
     }
-    for (int row = 0; row < TILE_ROWS; row++, total += pitch) {
+#pragma GCC unroll 12
+    for (int row = 0; row < rows; row++, total += pitch) {
         store(total, load(total) + sum[row][0]);
         store(total + LANES, load(total + LANES) + sum[row][1]);
     }
 }
 
-/* All tiles: a is [rows / TILE_ROWS, depth, TILE_ROWS], b [columns / TILE_COLUMNS, depth, TILE_COLUMNS]. */
+static void multiply_tile(index_t depth, const REAL *a, const REAL *b, REAL *total, index_t pitch, index_t rows) {
+    if (3 * rows <= TILE_ROWS) {
+        multiply_rows(depth, a, b, total, pitch, TILE_ROWS / 3);
+    } else if (3 * rows <= 2 * TILE_ROWS) {
+        multiply_rows(depth, a, b, total, pitch, TILE_ROWS / 3 * 2);
+    } else {
+        multiply_rows(depth, a, b, total, pitch, TILE_ROWS);
+    }
+}
+
+/* All tiles: a is [rows / TILE_ROWS, depth, TILE_ROWS], b [columns / TILE_COLUMNS, depth, TILE_COLUMNS]. Of the last
+ * tile of a no more than the rows that are wanted need be right. */
 static inline void multiply(index_t rows, index_t columns, index_t depth, const REAL *a, const REAL *b, REAL *total) {
     for (index_t column = 0; column < columns; column += TILE_COLUMNS)
         for (index_t row = 0; row < rows; row += TILE_ROWS)
-            multiply_tile(depth, a + row * depth, b + column * depth, total + row * columns + column, columns);
+            multiply_tile(depth, a + row * depth, b + column * depth, total + row * columns + column, columns,
+                          smallest(rows - row, TILE_ROWS));
 }
 
 /* ---- columns ----------------------------------------------------------------------------------------------------- */
@@ -134,12 +150,17 @@ static inline index_t block_step(const columns_t *task, index_t channels) {
     return (channels + blocks - 1) / blocks;
 }
 
-/* Bands of one height, so that the last is no leftover. */
+/* Bands of one height, of which as few pixels as can be are added to make whole tiles; the last may be lower. */
 static inline void cut_bands(layout_t *layout, const columns_t *task, index_t pixels) {
-    index_t width = task->sizes.out_width, height = task->sizes.out_height;
-    layout->band_rows = smallest(largest((pixels + width / 2) / width, 1), height);
-    layout->bands = (height + layout->band_rows - 1) / layout->band_rows;
-    layout->band_rows = (height + layout->bands - 1) / layout->bands;
+    index_t width = task->sizes.out_width, height = task->sizes.out_height, least = INT64_MAX;
+    index_t most = smallest(largest((pixels + width / 2) / width, 1), height);
+    for (index_t rows = most; rows >= 1 && 2 * rows >= most; rows--) {
+        index_t whole = height / rows, padded = whole * round_up(rows * width, TILE_COLUMNS);
+        padded += round_up((height - whole * rows) * width, TILE_COLUMNS);
+        if (padded >= least) continue;
+        least = padded;
+        layout->band_rows = rows;
+    }
     layout->bands = (height + layout->band_rows - 1) / layout->band_rows;
     layout->band = round_up(layout->band_rows * width, TILE_COLUMNS);
     layout->slices = task->images * layout->bands * task->groups;
@@ -157,8 +178,8 @@ static inline void cut_parts(layout_t *layout, const columns_t *task) {
     index_t wanted = UNITS / layout->blocks;
     if (task->grad_weight != NULL) wanted = smallest(wanted, largest(PARTIAL_SUMS, data) / sums);
     wanted = largest(wanted, 1);
-    /* Two bands at least of an image, as parts have their price. */
-    layout->cuts = smallest((wanted + task->images - 1) / task->images, largest(layout->bands / 2, 1));
+    /* About three bands of an image, as parts have their price. */
+    layout->cuts = smallest((wanted + task->images - 1) / task->images, largest((layout->bands + 1) / 3, 1));
     layout->parts = layout->cuts > 1 ? layout->cuts * task->images : smallest(wanted, task->images);
 }
 

@@ -177,7 +177,7 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
             index_t pixels = (last - first) * task->sizes.out_width;
             if (by_columns) {
                 memset(columns, 0, rows * layout->band * sizeof(REAL));
-                multiply(rows, layout->band, outputs, transposed, layout->grads + slice * layout->band * outputs,
+                multiply(used, layout->band, outputs, transposed, layout->grads + slice * layout->band * outputs,
                          columns);
             }
             for (index_t row = 0; row < used; row++) {
@@ -194,7 +194,7 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
                 for (index_t pixel = pixels; pixel < layout->band; pixel++) to[pixel * TILE_ROWS] = 0;
             }
             if (task->grad_weight != NULL)
-                multiply(rows, layout->tile_columns, layout->band, packed,
+                multiply(used, layout->tile_columns, layout->band, packed,
                          layout->grads_across + slice * layout->band * layout->tile_columns, by_weight);
         }
         if (task->grad_input == NULL) continue;

@@ -37,24 +37,30 @@ static void forward_work(const void *data, index_t unit, REAL *scratch) {
     index_t image = unit / task->groups / layout->bands;
     index_t first = band * layout->band_rows, last = smallest(first + layout->band_rows, task->sizes.out_height);
     index_t pixels = (last - first) * width, columns = round_up(pixels, TILE_COLUMNS);
-    REAL *total = scratch, *column = total + layout->tile_rows * columns, *packed = column + columns + LANES;
+    REAL *total = scratch, *column = total + layout->tile_rows * columns, *packed = column + 2 * (columns + LANES);
     memset(total, 0, layout->tile_rows * columns * sizeof(REAL));
-    memset(column, 0, (columns + LANES) * sizeof(REAL));
+    memset(column, 0, 2 * (columns + LANES) * sizeof(REAL));
     for (index_t start = 0; start < layout->group_channels; start += layout->step) {
         index_t stop = smallest(start + layout->step, layout->group_channels), depth = (stop - start) * task->taps;
-        for (index_t d = 0; d < depth; d++) {
-            index_t channel = group * layout->group_channels + start + d / task->taps;
-            const REAL *plane = layout->frames + (image * task->channels + channel) * frame_length(&layout->frame);
-            make_column(call, plane, channel * task->taps + d % task->taps, first, last, column);
+        for (index_t d = 0; d <= depth; d++) {
+            if (d < depth) {
+                index_t channel = group * layout->group_channels + start + d / task->taps;
+                const REAL *plane = layout->frames + (image * task->channels + channel) * frame_length(&layout->frame);
+                make_column(call, plane, channel * task->taps + d % task->taps, first, last,
+                            column + d % 2 * (columns + LANES));
+            }
+            if (d == 0) continue;
+            /* The one before: what was stored just now, by parts, would be waited for. */
+            const REAL *from = column + (d - 1) % 2 * (columns + LANES);
             for (index_t at = 0; at < columns; at += TILE_COLUMNS) {
-                REAL *to = packed + at * depth + d * TILE_COLUMNS;
-                store(to, load(column + at));
-                store(to + LANES, load(column + at + LANES));
+                REAL *to = packed + at * depth + (d - 1) * TILE_COLUMNS;
+                store(to, load(from + at));
+                store(to + LANES, load(from + at + LANES));
             }
         }
         const REAL *weight =
             layout->packed + (group * layout->group_channels + start) * task->taps * layout->tile_rows;
-        multiply(layout->tile_rows, columns, depth, weight, packed, total);
+        multiply(layout->group_outputs, columns, depth, weight, packed, total);
     }
     for (index_t output = 0; output < layout->group_outputs; output++) {
         index_t channel = group * layout->group_outputs + output;
@@ -70,7 +76,7 @@ int columns_forward(parallel_t parallel, unsigned threads, const columns_t *task
     threads = worthwhile(&call, threads);
     index_t starts = task->images * task->channels + layout->blocks * (layout->tile_rows / TILE_ROWS);
     index_t length =
-        layout->tile_rows * layout->band + layout->band + LANES + layout->step * task->taps * layout->band;
+        layout->tile_rows * layout->band + 2 * (layout->band + LANES) + layout->step * task->taps * layout->band;
     return run_parallel(parallel, threads, &call, starts, 1, forward_start_work) ||
            run_parallel(parallel, threads, &call, layout->slices, length, forward_work);
 }
