@@ -13,6 +13,7 @@ Calls take turns in each round, and ratios are taken within a round; printed are
 "forward" is without gradients, "step" a forward and backward with gradients of the input and all parameters.
 
     python benchmarks/interpolation.py --output docs/results/interpolation_cpu.json
+    python benchmarks/interpolation.py --device cuda --batch 16 --output interpolation_gpu.json
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def gate(name: str, actual: Tensor, expected: Tensor) -> None:
         sys.exit(f"{name}: differs by {error:.1e} of the maximum, {TOLERANCE['float32']:.0e} is allowed")
 
 
-def compare(calls: dict[str, Call], base: str, rounds: int, **row: Any) -> list[dict[str, Any]]:
+def compare(calls: dict[str, Call], base: str, rounds: int, device: str, **row: Any) -> list[dict[str, Any]]:
     """Times calls in turn; rows with the seconds of each and their ratio to those of ``base``."""
     rows = []
     for mode in ("forward", "step"):
@@ -68,7 +69,7 @@ def compare(calls: dict[str, Call], base: str, rounds: int, **row: Any) -> list[
             call(mode == "step")
         for _ in range(rounds):
             for name, call in calls.items():
-                seconds[name].append(timed(partial(call, mode == "step"), "cpu"))
+                seconds[name].append(timed(partial(call, mode == "step"), device))
         for name, values in seconds.items():
             ratios = [value / other for value, other in zip(values, seconds[base], strict=True)]
             middle = statistics.median(ratios)
@@ -79,9 +80,9 @@ def compare(calls: dict[str, Call], base: str, rounds: int, **row: Any) -> list[
     return rows
 
 
-def layer3(shrink: bool, rounds: int) -> list[dict[str, Any]]:
+def layer3(shrink: bool, rounds: int, device: str) -> list[dict[str, Any]]:
     """Rows of one layer with a shape per channel."""
-    case = Case(SHAPES["layer3"].shrunk() if shrink else SHAPES["layer3"], "cpu")
+    case = Case(SHAPES["layer3"].shrunk() if shrink else SHAPES["layer3"], device)
 
     def make(options: dict[str, Any]) -> Call:
         def call(learns: bool) -> Tensor:
@@ -107,7 +108,7 @@ def layer3(shrink: bool, rounds: int) -> list[dict[str, Any]]:
     calls = {name: make(options) for name, options in READINGS.items()}
     for name, call in calls.items():
         gate(f"layer3, {name}", call(False), make({**READINGS[name], "backend": "torch"})(False))
-    return compare({"conv2d": regular, **calls}, "bilinear", rounds, part="layer3")
+    return compare({"conv2d": regular, **calls}, "bilinear", rounds, device, part="layer3")
 
 
 def make_dcls(channels: int, version: str) -> nn.Module:
@@ -143,7 +144,7 @@ def pair(name: str, theirs: nn.Module, images: Tensor, rounds: int, **row: Any) 
 
     calls = {"DCLS": make(theirs), "icnn_zoo": make(ours)}
     gate(f"{name}, output", calls["icnn_zoo"](True), calls["DCLS"](True))
-    return compare(calls, "icnn_zoo", rounds, **row)
+    return compare(calls, "icnn_zoo", rounds, images.device.type, **row)
 
 
 def gate_gradients(name: str, theirs: nn.Module, images: Tensor) -> None:
@@ -174,23 +175,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="of each part")
     parser.add_argument("--batch", type=int, default=2, help="images of blocks and networks")
     parser.add_argument("--size", type=int, default=224, help="side of the network's images")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shrink", action="store_true", help="tiny shapes, for a test")
     parser.add_argument("--output", type=Path, help="JSON to write")
     args = parser.parse_args()
-    args.device, args.dtype = "cpu", "float32"
+    args.dtype = "float32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(SEED)
-    rows = layer3(args.shrink, args.rounds)
+    rows = layer3(args.shrink, args.rounds, args.device)
     for version in VERSIONS[-1:] if args.shrink else VERSIONS:
         for stage, (channels, size) in STAGES.items():
             if args.shrink:
                 channels, size = channels // 24, size // 7 + 1
-            images = torch.randn(args.batch, channels, size, size)
+            images = torch.randn(args.batch, channels, size, size, device=args.device)
             row = {"part": "block", "version": version, "stage": stage}
-            rows += pair(f"{stage}, {version}", make_dcls(channels, version), images, args.rounds, **row)
+            theirs = make_dcls(channels, version).to(args.device)
+            rows += pair(f"{stage}, {version}", theirs, images, args.rounds, **row)
         if not args.shrink:
-            images = torch.randn(args.batch, 3, args.size, args.size)
+            images = torch.randn(args.batch, 3, args.size, args.size, device=args.device)
             row = {"part": "network", "version": version}
-            rows += pair(f"network, {version}", network(version), images, args.rounds, **row)
+            rows += pair(f"network, {version}", network(version).to(args.device), images, args.rounds, **row)
     if args.output is not None:
         args.output.write_text(json.dumps({"environment": environment(args), "rows": rows}, indent=1) + "\n")
 

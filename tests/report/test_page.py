@@ -14,6 +14,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 from scipy.ndimage import gaussian_filter
 
+from icnn_zoo import IrregularConv2d
 from icnn_zoo.analysis import heatmap, layer_shapes
 from icnn_zoo.cli.programs import zoo_main
 from icnn_zoo.report.page import write_page
@@ -198,6 +199,16 @@ def test_packed_positions_come_back_to_a_30000th_of_the_farthest(task):
     expected = shapes.thinned(payload["count"]).positions
     assert abs(packed * payload["scale"] - expected).max() <= abs(expected).max() / 30_000
     assert payload["total"] == len(shapes.positions)
+
+
+def test_spreads_are_packed_and_free_taps_have_no_clouds():
+    layer = IrregularConv2d(4, 4, (9, 17), groups=4, taps=5, interpolation="triangle", shapes="kernel")
+    (shapes,) = layer_shapes(layer)
+    payload = shapes_payload(shapes)
+    assert (len(payload["colors"]), payload["grid"], payload["ellipses"]) == (5, [[0, 0]], [])
+    spreads = np.array(payload["spreads"])
+    assert np.allclose(spreads[:, 1:3], shapes.positions.reshape(-1, 2), atol=1e-4)
+    assert np.allclose(spreads[:, 3:], 1.0)
 
 
 def test_tiles_are_the_heatmaps_of_the_classes_predicted_there(task, samples):
