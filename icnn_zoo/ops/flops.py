@@ -4,7 +4,8 @@ That is one multiply-add for each weight of each output, as conv2d is counted, a
 With a shape per input channel a value serves all outputs of its group, so that a layer with N outputs a group counts
 1 + 4 / N times conv2d's; in the full version it serves one, which makes 5 times. The backward has one such product for
 the gradient of the values and one for that of the weights, and interpolates once for each gradient. Biases are not
-counted.
+counted. Triangles and gaussians read more than four pixels, how many their spreads say, which a counter does not see:
+they count as bilinear.
 """
 
 from __future__ import annotations
