@@ -39,6 +39,7 @@ def convert(
     spread_per: SpreadPer = "tap",
     axes: Axes = "both",
     limit: Limit = None,
+    taps: int | None = None,
     order: Order = "registration",
     example_input: ExampleInput | None = None,
 ) -> nn.Module:
@@ -51,9 +52,9 @@ def convert(
     several names stays one module. References outside of the registered modules (plain lists, tuples, dicts,
     attributes, bound methods, partials, closures) are turned to the new layers too.
 
-    Each kernel keeps its number of taps: a pretrained weight says nothing of more of them, or of other places. Layers
-    with free taps are made as such, ``IrregularConv2d(..., taps=34)``, in a network of your own; :func:`place_taps`
-    moves the taps of converted layers.
+    Each kernel keeps its taps: its weights, pretrained perhaps, say nothing of more of them. Layers with free taps are
+    made as such, ``IrregularConv2d(..., taps=34)``, in a network of your own; :func:`place_taps` moves the taps of
+    converted layers.
 
     Reparameterize and dilate before converting: ``fuse``, ``fuse_model``, ``reparameterize`` and ``switch_to_deploy``
     of modules that hold a converted layer, ``set_input_size(patch_size=...)`` of a patch embedding, and
@@ -80,6 +81,7 @@ def convert(
         axes: Which coordinates are learned: "rows", "columns" or "both"; see :func:`icnn_zoo.limit_taps`.
         limit: The most that a coordinate may be away from the regular grid, in pixels, "extent" for the kernel's own
             box, None for no limit; likewise.
+        taps: None; a number is refused, see above.
         order: What "from ``start`` on" means, ``start`` itself included. "registration", the order of
             ``model.named_modules()``, is nearly always that of the forward; timm's twins, coat, fasternet,
             efficientvim, ghostnetv2 and hrnet with its classification head register some modules earlier or later than
@@ -104,6 +106,11 @@ def convert(
         >>> list(icnn_zoo.irregular_layers(model))
         ['layer4.0.conv1', 'layer4.0.conv2', 'layer4.1.conv1', 'layer4.1.conv2']
     """
+    if taps is not None:
+        raise ValueError(
+            f"`taps` must be None: conversion keeps a kernel's weights, which say nothing of other taps; got {taps!r}. "
+            f"Make layers with free taps in a network of your own: icnn_zoo.IrregularConv2d(..., taps={taps!r})."
+        )
     _refuse_wrapped(model)
     reading: dict[str, Any] = {"shapes": shapes, "interpolation": interpolation, "spread_per": spread_per}
     decided = plan(model, start, filter=filter, order=order, example_input=example_input, **reading)

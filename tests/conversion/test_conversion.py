@@ -56,7 +56,7 @@ def test_axes_and_limit_are_those_of_every_layer_and_wrong_ones_change_nothing()
         assert (layer.axes, layer.limit) == ("columns", 0.125)
         assert ((layer.positions - layer.regular_grid) == torch.tensor([0.0, 0.125])).all()
     model = small_net()
-    for options in ({"axes": "cols"}, {"limit": 0.0}):
+    for options in ({"axes": "cols"}, {"limit": 0.0}, {"taps": 34}):
         with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be"):
             convert(model, "0", **options)
     assert not irregular_layers(model)
