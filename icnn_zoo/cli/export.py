@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from icnn_zoo.cli.options import NETWORK, Command, add_allow, check_output
+from icnn_zoo.cli.options import NETWORK, Command, add_allow, add_registry, check_output, named_where
 from icnn_zoo.io.files import user_path
 
 
@@ -20,6 +20,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="image size to check and time with; the file takes any (default: 257 321)",
     )
+    add_registry(parser)
     add_allow(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
@@ -32,7 +33,7 @@ def _export(options: argparse.Namespace) -> None:
     from icnn_zoo.models import PixelsToLogits
     from icnn_zoo.training.network_sources import find_source, load_task
 
-    source = find_source(options.source, allow=options.allow)
+    source = find_source(options.source, **named_where(options))
     model = load_task(source).model
     network = PixelsToLogits(model)
     print(f"Weights: {source.weights()}")

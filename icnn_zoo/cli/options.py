@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from icnn_zoo.io.files import user_path
 
@@ -49,6 +49,11 @@ def add_allow(parser: argparse.ArgumentParser) -> None:
         help="dotted name of a class or package that a checkpoint may name as its network, once or several times "
         "(default: ICNN_ZOO_ALLOW, else none)",
     )
+
+
+def named_where(options: argparse.Namespace) -> dict[str, Any]:
+    """Where the network that a command names is looked for, and what it may import."""
+    return {name: getattr(options, name) for name in ("registry", "cache", "allow")}
 
 
 def add_white_level(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icnn_zoo.cli.options import FIGURE_SUFFIXES, NETWORK, Command, add_allow, add_white_level
+from icnn_zoo.cli.options import (
+    FIGURE_SUFFIXES,
+    NETWORK,
+    Command,
+    add_allow,
+    add_registry,
+    add_white_level,
+    named_where,
+)
 from icnn_zoo.io.files import check_target, replacing, user_path
 
 if TYPE_CHECKING:
@@ -38,6 +46,7 @@ def _shapes_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--animate", action="store_true", help="animate the shapes that ShapesLogger logged in a run")
     parser.add_argument("--json", action="store_true", help="print the statistics as data")
     add_white_level(parser)
+    add_registry(parser)
     add_allow(parser)
     _add_html(parser)
 
@@ -61,7 +70,7 @@ def _shapes(options: argparse.Namespace) -> None:
 
     source, tasks = _load_all(options)
     task = next(iter(tasks.values()))
-    others = [load_task(find_source(name)) for name in options.repeats]
+    others = [load_task(find_source(name, **named_where(options))) for name in options.repeats]
     # Fails early where there is no irregular layer.
     statistics = shape_statistics(task.model, layers=options.layers, repeats=[other.model for other in others])
     if options.json:
@@ -85,6 +94,7 @@ def _heatmap_options(parser: argparse.ArgumentParser) -> None:
     _add_against(parser)
     parser.add_argument("--to", type=user_path, help="picture to write: .png or .svg")
     add_white_level(parser)
+    add_registry(parser)
     add_allow(parser)
     _add_html(parser)
 
@@ -121,6 +131,7 @@ def _erf_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=user_path, help="picture to write: .png or .svg")
     parser.add_argument("--json", action="store_true", help="print the radii as data")
     add_white_level(parser)
+    add_registry(parser)
     add_allow(parser)
     _add_html(parser)
 
@@ -199,7 +210,7 @@ def _load_all(options: argparse.Namespace) -> tuple[Source, dict[str, Segmentati
     from icnn_zoo.training.network_sources import find_source, load_task
 
     named = [options.source, *([options.against] if getattr(options, "against", None) is not None else [])]
-    sources = [find_source(name, allow=options.allow) for name in named]
+    sources = [find_source(name, **named_where(options)) for name in named]
     tasks = [load_task(source) for source in sources]
     for source in sources:
         print(f"Weights: {source.weights()}", file=sys.stderr)  # beside the data that --json prints

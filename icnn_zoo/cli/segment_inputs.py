@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.progress import track
 
+from icnn_zoo.cli.options import named_where
 from icnn_zoo.io.files import check_writable, replacing, require_file, user_path, write_whole
 from icnn_zoo.io.images import read_header, read_image
 from icnn_zoo.io.label_pictures import color_map, palette_picture, segmentation_picture
@@ -122,7 +123,7 @@ def load_network(options: argparse.Namespace) -> Network:
     from icnn_zoo.training.network_sources import find_source, load_task
     from icnn_zoo.zoo.networks import load_checkpoint
 
-    where = {"registry": options.registry, "cache": options.cache, "allow": options.allow}
+    where = named_where(options)
     source = find_source(options.name, **where)
     if source.published is not None and not Path(options.name).exists():
         model = load_checkpoint(options.name, device=options.device, **where)

@@ -167,7 +167,7 @@ def _header(picture: Image.Image) -> ImageHeader:
 
 def _is_deep(picture: Image.Image) -> bool:
     # Pillow gives 16-bit colors the mode RGB and drops their lower bits; only the decoder's name of the layout tells.
-    layouts = [str(tile.args) for tile in getattr(picture, "tile", [])]
+    layouts = [str(tile[3]) for tile in getattr(picture, "tile", [])]  # its arguments; before Pillow 11 a plain tuple
     return picture.mode.startswith(("I", "F")) or any(";16" in layout for layout in layouts)
 
 

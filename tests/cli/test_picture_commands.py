@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from zoo_cases import NAME
 
 from icnn_zoo.analysis import shape_statistics
 from icnn_zoo.cli.programs import zoo_main
@@ -33,6 +34,11 @@ def regular(zoo_run, tmp_path):
 
 def lines(capsys):
     return capsys.readouterr().out.splitlines()
+
+
+def test_a_checkpoint_is_found_in_the_registry_that_is_named(zoo_folder, capsys):
+    zoo_main(["shapes", NAME, "--registry", str(zoo_folder), "--json"])
+    assert len(json.loads(capsys.readouterr().out)["layers"]) == 4
 
 
 def test_shapes_prints_a_table_and_writes_both_views(zoo_run, tmp_path, capsys):
