@@ -92,7 +92,8 @@ class SegmentationDataModule(pl.LightningDataModule, ABC):
                 raise ValueError(f"`{name}` must be at least {least}; got {value}.")
         if not 2 <= len(self.classes) <= self.ignore_index:
             raise ValueError(
-                f"`class_names` must be 2 to {self.ignore_index} classes, background first; got {list(self.classes)[:5]}."
+                f"`class_names` must be 2 to {self.ignore_index} classes, background first; got {len(self.classes)}: "
+                f"{list(self.classes)[:3]}."
             )
         check_classes("class_names", self.classes)
         self.batch_size = batch_size
