@@ -86,13 +86,13 @@ class NativeBackend:
                 return self._torch.forward(input, weight, positions, bias, geometry)
             if weight.shape[1] > 1:
                 maker = NativeWideColumns(input, positions, geometry)
+                if maker.by_kernel:
+                    call = _Call(input, weight, positions[..., :2], geometry, self.limits, windows=maker.windows)
+                    return self._forward(call, input, bias, geometry)
                 return columns.forward(maker, input, weight, bias, geometry, self._torch.limits)
             weight, positions, _ = draw_cells(weight, positions, geometry)
             return self.forward(input, weight, positions, bias, plain(geometry))
-        call = _Call(input, weight, positions, geometry, self.limits)
-        bias = None if bias is None else bias.to(call.dtype).contiguous()
-        output = self._compute(call, bias, geometry)
-        return output.to(input.dtype).contiguous(memory_format=memory_format(input))
+        return self._forward(_Call(input, weight, positions, geometry, self.limits), input, bias, geometry)
 
     def backward(
         self,
@@ -144,17 +144,22 @@ class NativeBackend:
             call.run("backward", grad_output=grad_output.to(call.dtype).contiguous(), **grads)
         return _in_types_of(grads, input, weight, positions, geometry, needs)
 
+    def _forward(self, call: _Call, input: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        bias = None if bias is None else bias.to(call.dtype).contiguous()
+        output = self._compute(call, bias, geometry)
+        return output.to(input.dtype).contiguous(memory_format=memory_format(input))
+
     def _compute(self, call: _Call, bias: Tensor | None, geometry: Geometry) -> Tensor:
         input, weight = call.arguments["input"], call.arguments["weight"]
         output = input.new_empty(input.shape[0], weight.shape[0], *geometry.output_size)
         if output.numel() == 0:
             return output
-        few = not call.is_stencil and weight.shape[0] // geometry.groups <= self.limits.few
+        few = not (call.is_stencil or call.windows) and weight.shape[0] // geometry.groups <= self.limits.few
         if few and call.run_few(bias=bias, output=output):
             return output
-        box = self._choose_box(call, geometry)
+        box = None if call.windows else self._choose_box(call, geometry)
         if box is None:
-            call.run("forward", bias=bias, output=output)
+            call.run("forward", bias=bias, output=output, **call.windows)
             return output
         output = box.forward(input, bias)
         if box.num_outliers:
@@ -220,6 +225,8 @@ class _Columns(ctypes.Structure):
         *_integers("images", "channels", "outputs", "groups", "taps", "depth", "band"),
         *_pointers("input", "weight", "positions", "bias", "output"),
         *_pointers("grad_output", "grad_input", "grad_weight", "grad_shift", "workspace"),
+        *_integers("reads_row", "reads_col"),
+        *_pointers("first_row", "first_col", "rows", "cols"),
     ]
 
 
@@ -233,6 +240,12 @@ class _Stencil(ctypes.Structure):
         *_pointers("input", "weight", "positions", "bias", "output"),
         *_pointers("grad_output", "grad_input", "grad_weight", "grad_shift", "workspace", "drawn"),
     ]
+
+
+_TYPES = {
+    **dict.fromkeys(("positions", "grad_shift"), torch.float64),
+    **dict.fromkeys(("first_row", "first_col"), torch.int64),
+}
 
 
 class _Call:
@@ -249,6 +262,7 @@ class _Call:
         geometry: Geometry,
         limits: Limits,
         as_stencil: bool = False,
+        windows: dict[str, Tensor] | None = None,
     ) -> None:
         self.is_stencil = as_stencil or positions.dim() == 4 or weight.shape[1] == 1
         # Half precision is computed in float32 and rounded once.
@@ -258,6 +272,7 @@ class _Call:
             "weight": weight.to(self.dtype).contiguous(),
         }
         self.positions = positions.contiguous()
+        self.windows = windows or {}  # of NativeWideColumns
         (images, channels), (outputs, _, taps) = input.shape[:2], weight.shape
         self.task = (_Stencil if self.is_stencil else _Columns)(
             sizes=_Sizes(*geometry.input_size, *geometry.output_size, *geometry.stride, *geometry.origin),
@@ -284,6 +299,10 @@ class _Call:
             "grad_weight": weights,
             "grad_shift": 2 * (weights if self.is_stencil else shapes),
         }
+        if self.windows:
+            self.task.reads_row, self.task.reads_col = (self.windows[name].shape[1] for name in ("rows", "cols"))
+            self.lengths |= dict.fromkeys(("first_row", "first_col"), shapes)
+            self.lengths |= {"rows": shapes * self.task.reads_row, "cols": shapes * self.task.reads_col}
         if self.is_stencil:
             self.task.per_kernel = positions.dim() == 4
         else:
@@ -338,6 +357,6 @@ class _Call:
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
-            dtype = torch.float64 if name in ("positions", "grad_shift") else self.dtype
+            dtype = _TYPES.get(name, self.dtype)
             setattr(self.task, name, address_of(name, tensor, dtype, lengths[name]))
         return tensors

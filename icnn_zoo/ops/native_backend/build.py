@@ -29,7 +29,7 @@ FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread")
 _TUNED = ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",)
 SYSTEMS = ("linux", "darwin")
 _FOLDER = Path(__file__).with_name("csrc")
-_HEADERS = [_FOLDER / name for name in ("plane.h", "columns.h", "stencil.h")]
+_HEADERS = [_FOLDER / name for name in ("plane.h", "filter.h", "columns.h", "stencil.h")]
 _NAMES = ("columns_forward.c", "columns_backward.c", "few.c", "stencil.c", "drawing.c", "wide.c")
 _SOURCES = [_FOLDER / name for name in _NAMES]
 _DIGEST_LENGTH = 64

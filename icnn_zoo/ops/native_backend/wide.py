@@ -35,14 +35,30 @@ class _Task(ctypes.Structure):
 
 
 class NativeWideColumns(WideColumns):
-    """As its base; arguments are those of a CPU."""
+    """As its base; arguments are those of a CPU.
+
+    Attributes:
+        by_kernel: Whether C makes the columns.
+        windows: Then what it wants to know of taps: the first row and column [C * T] of the windows of output (0, 0),
+            and the weights of their rows and columns [C * T, reads].
+    """
 
     def __init__(self, input: Tensor, taps: Tensor, geometry: Geometry) -> None:
         super().__init__(input, taps, geometry)
         self.reads = [weighing.weight.shape[1] for weighing in self.weighings]
         self.by_kernel = geometry.stride == (1, 1) and max(self.reads) <= LARGEST_WINDOW
+        self.windows: dict[str, Tensor] = {}
         if self.by_kernel:
             self.input = input.to(self.dtype).contiguous()
+            # A window that ends before the input, or begins behind it, may lie right beside it.
+            first = [
+                start.clamp(-(outputs + reads), extent + 1)
+                for start, outputs, reads, extent in zip(
+                    self.first, geometry.output_size, self.reads, geometry.input_size, strict=True
+                )
+            ]
+            weights = [weighing.weight.contiguous() for weighing in self.weighings]
+            self.windows = dict(zip(("first_row", "first_col", "rows", "cols"), (*first, *weights), strict=True))
 
     def columns(self, block: Block) -> Tensor:
         if not self.by_kernel:
@@ -83,18 +99,7 @@ class NativeWideColumns(WideColumns):
         geometry = self.geometry
         sizes = (*geometry.input_size, *geometry.output_size, *geometry.stride, *geometry.origin)
         counts = (planes.shape[0], planes.shape[1], self.taps, *self.reads, planes.stride(0), planes.stride(1))
-        # A window that ends before the input, or begins behind it, may lie right beside it.
-        ends = [
-            (-(outputs + reads), extent + 1)
-            for outputs, reads, extent in zip(geometry.output_size, self.reads, geometry.input_size, strict=True)
-        ]
-        arguments: dict[str, Tensor | None] = {
-            "first_row": self.first[0][span].clamp(*ends[0]),
-            "first_col": self.first[1][span].clamp(*ends[1]),
-            "rows": self.weighings[0].weight[span].contiguous(),
-            "cols": self.weighings[1].weight[span].contiguous(),
-            **tensors,
-        }
+        arguments: dict[str, Tensor | None] = {name: values[span] for name, values in self.windows.items()} | tensors
         task = _Task(**dict(zip((*_SIZES, *_COUNTS), (*sizes, *counts), strict=True)))
         # What C will touch, by the sizes that it is told; planes lie at the strides of the checked input.
         images, channels, taps, pixels = *planes.shape[:2], self.taps, geometry.input_size[0] * geometry.input_size[1]

@@ -7,6 +7,8 @@
 
 #include "plane.h"
 
+#include "filter.h"
+
 /* ---- matrix products --------------------------------------------------------------------------------------------- */
 
 /* total += sum over depth of a[d, row] * b[d, column] for the first rows of a tile; a is [depth, TILE_ROWS], b
@@ -99,6 +101,10 @@ typedef struct {
     REAL *grad_weight;       /* as weight, or NULL */
     double *grad_shift;      /* [channels * taps, 2], or NULL */
     REAL *workspace;         /* what workspace_length says */
+    /* Forward of triangle and gaussian taps, stride 1; positions are not read then. Else 0 and NULL. */
+    index_t reads_row, reads_col;         /* pixels of a window */
+    const index_t *first_row, *first_col; /* [channels, taps], of the window of output (0, 0) */
+    const REAL *rows, *cols;              /* [channels, taps, reads], weights */
 } columns_t;
 
 typedef struct {
@@ -183,10 +189,21 @@ static inline void cut_parts(layout_t *layout, const columns_t *task) {
     layout->parts = layout->cuts > 1 ? layout->cuts * task->images : smallest(wanted, task->images);
 }
 
+/* Zeros beside a plane for every window: rows are asked whether they are in the plane. */
+static inline frame_t wide_frame(const columns_t *task) {
+    index_t left = 0, right = 0;
+    for (index_t index = 0; index < task->channels * task->taps; index++) {
+        left = largest(left, -task->first_col[index]);
+        right = largest(right, task->first_col[index] + task->sizes.out_width + task->reads_col - 1 - task->sizes.width);
+    }
+    return make_frame(task->sizes.height, task->sizes.width, 0, 0, left, right, 1);
+}
+
 static inline layout_t make_layout(const columns_t *task, int backward, unsigned threads) {
     const sizes_t *sizes = &task->sizes;
     layout_t layout = {0};
-    layout.frame = make_frame(sizes->height, sizes->width, 1, 1, 1, 1, sizes->stride_col);
+    layout.frame = task->reads_row > 0 ? wide_frame(task)
+                                       : make_frame(sizes->height, sizes->width, 1, 1, 1, 1, sizes->stride_col);
     layout.area = sizes->height * sizes->width;
     layout.out_area = sizes->out_height * sizes->out_width;
     layout.group_channels = task->channels / task->groups;
@@ -241,7 +258,7 @@ static inline void make_frame_and_taps(const call_t *call, index_t plane) {
     const layout_t *layout = &call->layout;
     fill_frame(&layout->frame, layout->frames + plane * frame_length(&layout->frame),
                task->input + plane * layout->area, task->sizes.height, task->sizes.width);
-    if (plane >= task->channels) return;
+    if (plane >= task->channels || task->reads_row > 0) return;
     for (index_t index = plane * task->taps; index < (plane + 1) * task->taps; index++)
         layout->taps[index] = make_tap(&layout->frame, &task->sizes, task->positions + 2 * index);
 }

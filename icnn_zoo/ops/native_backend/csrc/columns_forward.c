@@ -28,6 +28,27 @@ static void forward_start_work(const void *data, index_t unit, REAL *scratch) {
     }
 }
 
+/* As make_column for a window of pixels: filtered along the columns into lines, then along the rows. */
+static void make_wide_column(const call_t *call, const REAL *plane, index_t index, index_t first, index_t last, REAL *lines,
+                             REAL *out) {
+    const columns_t *task = call->task;
+    const frame_t *frame = &call->layout.frame;
+    index_t width = task->sizes.out_width, pitch = round_up(width, LANES), top = task->first_row[index] + first;
+    for (index_t row = 0; row < last - first + task->reads_row - 1; row++) {
+        REAL *line = lines + row * pitch;
+        if (top + row < 0 || top + row >= task->sizes.height) {
+            memset(line, 0, pitch * sizeof(REAL));
+        } else {
+            filter(task->cols + index * task->reads_col, 1, task->reads_col,
+                   plane + frame_at(frame, top + row, task->first_col[index]), 1, line, width, 0);
+        }
+    }
+    /* In ascending order: what whole vectors spill over is written again. */
+    for (index_t row = 0; row < last - first; row++)
+        filter(task->rows + index * task->reads_row, 1, task->reads_row, lines + row * pitch, pitch, out + row * width,
+               width, 0);
+}
+
 static void forward_work(const void *data, index_t unit, REAL *scratch) {
     const call_t *call = data;
     const columns_t *task = call->task;
@@ -38,6 +59,7 @@ static void forward_work(const void *data, index_t unit, REAL *scratch) {
     index_t first = band * layout->band_rows, last = smallest(first + layout->band_rows, task->sizes.out_height);
     index_t pixels = (last - first) * width, columns = round_up(pixels, TILE_COLUMNS);
     REAL *total = scratch, *column = total + layout->tile_rows * columns, *packed = column + 2 * (columns + LANES);
+    REAL *lines = packed + layout->step * task->taps * columns;
     memset(total, 0, layout->tile_rows * columns * sizeof(REAL));
     memset(column, 0, 2 * (columns + LANES) * sizeof(REAL));
     for (index_t start = 0; start < layout->group_channels; start += layout->step) {
@@ -46,8 +68,13 @@ static void forward_work(const void *data, index_t unit, REAL *scratch) {
             if (d < depth) {
                 index_t channel = group * layout->group_channels + start + d / task->taps;
                 const REAL *plane = layout->frames + (image * task->channels + channel) * frame_length(&layout->frame);
-                make_column(call, plane, channel * task->taps + d % task->taps, first, last,
-                            column + d % 2 * (columns + LANES));
+                index_t index = channel * task->taps + d % task->taps;
+                REAL *to = column + d % 2 * (columns + LANES);
+                if (task->reads_row > 0) {
+                    make_wide_column(call, plane, index, first, last, lines, to);
+                } else {
+                    make_column(call, plane, index, first, last, to);
+                }
             }
             if (d == 0) continue;
             /* The one before: what was stored just now, by parts, would be waited for. */
@@ -75,8 +102,9 @@ int columns_forward(parallel_t parallel, unsigned threads, const columns_t *task
     const layout_t *layout = &call.layout;
     threads = worthwhile(&call, threads);
     index_t starts = task->images * task->channels + layout->blocks * (layout->tile_rows / TILE_ROWS);
-    index_t length =
-        layout->tile_rows * layout->band + 2 * (layout->band + LANES) + layout->step * task->taps * layout->band;
+    index_t lines = task->reads_row > 0 ? layout->band_rows + task->reads_row : 0;
+    index_t length = layout->tile_rows * layout->band + 2 * (layout->band + LANES) +
+                     layout->step * task->taps * layout->band + lines * round_up(task->sizes.out_width, LANES);
     return run_parallel(parallel, threads, &call, starts, 1, forward_start_work) ||
            run_parallel(parallel, threads, &call, layout->slices, length, forward_work);
 }

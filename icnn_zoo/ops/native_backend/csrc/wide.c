@@ -7,6 +7,8 @@
 #define NARROW
 #include "plane.h"
 
+#include "filter.h"
+
 typedef struct {
     sizes_t sizes;
     index_t images, channels, taps;
@@ -20,32 +22,6 @@ typedef struct {
     REAL *grad_input;                     /* [channels, images, height, width], or NULL */
     double *by_rows, *by_cols;            /* as rows and cols, with grad, or NULL */
 } wide_t;
-
-/* to[i] (+)= sum over k of weight[k * order] * from[k * step + i], i in whole vectors. */
-static inline __attribute__((always_inline)) void filter_some(const REAL *weight, index_t order, const int reads,
-                                                              const REAL *from, index_t step, REAL *to, index_t length,
-                                                              int add) {
-    for (index_t at = 0; at < length; at += LANES) {
-        vector total = add ? load(to + at) : all(0);
-        for (int k = 0; k < reads; k++) total += all(weight[k * order]) * load(from + k * step + at);
-        store(to + at, total);
-    }
-}
-
-static void filter(const REAL *weight, index_t order, index_t reads, const REAL *from, index_t step, REAL *to,
-                   index_t length, int add) {
-#define READS(N) case N: filter_some(weight, order, N, from, step, to, length, add); break
-    switch (reads) {
-        READS(2);
-        READS(3);
-        READS(4);
-        READS(5);
-        READS(6);
-    default:
-        filter_some(weight, order, (int)reads, from, step, to, length, add);
-    }
-#undef READS
-}
 
 static double dot(const REAL *a, const REAL *b, index_t length) {
     vector total = all(0);
