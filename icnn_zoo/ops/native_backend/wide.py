@@ -99,7 +99,7 @@ class NativeWideColumns(WideColumns):
         geometry = self.geometry
         sizes = (*geometry.input_size, *geometry.output_size, *geometry.stride, *geometry.origin)
         counts = (planes.shape[0], planes.shape[1], self.taps, *self.reads, planes.stride(0), planes.stride(1))
-        arguments: dict[str, Tensor | None] = {name: values[span] for name, values in self.windows.items()} | tensors
+        arguments = {**{name: values[span] for name, values in self.windows.items()}, **tensors}
         task = _Task(**dict(zip((*_SIZES, *_COUNTS), (*sizes, *counts), strict=True)))
         # What C will touch, by the sizes that it is told; planes lie at the strides of the checked input.
         images, channels, taps, pixels = *planes.shape[:2], self.taps, geometry.input_size[0] * geometry.input_size[1]
