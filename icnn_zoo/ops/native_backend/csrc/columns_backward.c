@@ -97,31 +97,47 @@ static void backward_start_work(const void *data, index_t unit, REAL *scratch) {
     }
 }
 
+/* Rows of a column with zeros around: a vector before each, one row above and below. */
+static inline index_t padded_pitch(index_t width) { return LANES + round_up(width + 1, LANES); }
+
 /* The adjoint of make_column for rows [first, last): adds to the plane's gradient and to that of the shift. */
 static void scatter_column(const call_t *call, const REAL *plane, index_t index, index_t first, index_t last,
-                           const REAL *column, REAL *total, REAL *row_buffer, double *by_shift) {
+                           const REAL *column, REAL *total, REAL *padded, double *by_shift) {
     const columns_t *task = call->task;
     const tap_t *tap = &call->layout.taps[index];
-    index_t width = task->sizes.out_width, count = tap->col_last - tap->col_first;
+    index_t width = task->sizes.out_width, count = tap->col_last - tap->col_first, pitch = padded_pitch(count);
+    index_t row_first = largest(first, tap->row_first), rows = smallest(last, tap->row_last) - row_first;
     REAL down = tap->down, right = tap->right;
     vector w00 = all((1 - down) * (1 - right)), w01 = all((1 - down) * right);
     vector w10 = all(down * (1 - right)), w11 = all(down * right);
     vector sum_down = all(0), sum_right = all(0);
-    memset(row_buffer, 0, round_up(count, LANES) * sizeof(REAL));
-    for (index_t row = largest(first, tap->row_first); row < smallest(last, tap->row_last); row++) {
-        /* With zeros after it, whole vectors do no harm to what follows in the frame. */
-        copy_row(row_buffer, column + (row - first) * width + tap->col_first, count);
+    if (rows <= 0) return;
+    memset(padded, 0, (rows + 2) * pitch * sizeof(REAL));
+    for (index_t row = 0; row < rows; row++)
+        copy_row(padded + (row + 1) * pitch + LANES, column + (row_first + row - first) * width + tap->col_first, count);
+    int joined = task->sizes.stride_row == 1 && task->sizes.stride_col == 1;
+    /* With stride 1 the four neighbours of all rows are next to each other: what a pixel gets is added at once. */
+    for (index_t row = 0; row <= rows && joined && total != NULL; row++) {
+        REAL *to = total + tap->top_left + (row_first + row) * tap->row_step;
+        const REAL *above = padded + row * pitch + LANES, *here = above + pitch;
+        for (index_t col = 0; col <= count; col += LANES)
+            store(to + col, load(to + col) + w00 * load(here + col) + w01 * load(here + col - 1) +
+                                w10 * load(above + col) + w11 * load(above + col - 1));
+    }
+    for (index_t row = row_first; row < row_first + rows; row++) {
+        const REAL *values = padded + (row - row_first + 1) * pitch + LANES;
         index_t left_at = tap->top_left + row * tap->row_step, right_at = tap->top_right + row * tap->row_step;
-        if (total != NULL) {
-            /* Left and right one after the other: with stride 1 they overlap. */
+        if (total != NULL && !joined) {
+            /* Left and right one after the other: they may overlap. With zeros after the values, whole vectors do no harm
+             * to what follows in the frame. */
             REAL *left = total + left_at, *other = total + right_at;
             for (index_t col = 0; col < count; col += LANES) {
-                vector value = load(row_buffer + col);
+                vector value = load(values + col);
                 store(left + col, load(left + col) + w00 * value);
                 store(left + tap->below + col, load(left + tap->below + col) + w10 * value);
             }
             for (index_t col = 0; col < count; col += LANES) {
-                vector value = load(row_buffer + col);
+                vector value = load(values + col);
                 store(other + col, load(other + col) + w01 * value);
                 store(other + tap->below + col, load(other + tap->below + col) + w11 * value);
             }
@@ -129,7 +145,7 @@ static void scatter_column(const call_t *call, const REAL *plane, index_t index,
         if (by_shift != NULL) {
             const REAL *left = plane + left_at, *other = plane + right_at;
             for (index_t col = 0; col < count; col += LANES) {
-                vector v00 = load(left + col), v01 = load(other + col), value = load(row_buffer + col);
+                vector v00 = load(left + col), v01 = load(other + col), value = load(values + col);
                 vector v10 = load(left + tap->below + col), v11 = load(other + tap->below + col);
                 vector left_step = v10 - v00, top_step = v01 - v00;
                 sum_down += value * (left_step + all(right) * (v11 - v01 - left_step));
@@ -159,8 +175,8 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
     index_t band_first = cut * layout->bands / layout->cuts, band_last = (cut + 1) * layout->bands / layout->cuts;
     const REAL *transposed = layout->packed + block * layout->rows * outputs;
     int by_columns = task->grad_input != NULL || task->grad_shift != NULL;
-    REAL *columns = scratch, *packed = columns + rows * layout->band, *row_buffer = packed + rows * layout->band;
-    REAL *column = row_buffer + task->sizes.out_width + LANES, *totals = column + layout->band + LANES;
+    REAL *columns = scratch, *packed = columns + rows * layout->band, *padded = packed + rows * layout->band;
+    REAL *column = padded + (layout->band_rows + 2) * padded_pitch(task->sizes.out_width), *totals = column + layout->band + LANES;
     REAL *by_weight = layout->by_weight + unit * layout->rows * layout->tile_columns;
     double *by_shift =
         task->grad_shift == NULL ? NULL : layout->by_shift + (part * task->channels + channel_first) * taps * 2;
@@ -185,7 +201,7 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
                 const REAL *plane = frames + channel * length;
                 if (by_columns)
                     scatter_column(call, plane, index, first, last, columns + row * layout->band,
-                                   task->grad_input == NULL ? NULL : totals + channel * length, row_buffer,
+                                   task->grad_input == NULL ? NULL : totals + channel * length, padded,
                                    by_shift == NULL ? NULL : by_shift + 2 * row);
                 if (task->grad_weight == NULL) continue;
                 make_column(call, plane, index, first, last, column);
@@ -287,7 +303,8 @@ int columns_backward(parallel_t parallel, unsigned threads, const columns_t *tas
     threads = worthwhile(&call, threads);
     starts_t starts = count_starts(&call);
     ends_t ends = count_ends(&call);
-    index_t length = 2 * layout->rows * layout->band + task->sizes.out_width + layout->band + 2 * LANES +
+    index_t length = 2 * layout->rows * layout->band + layout->band + LANES +
+                     (layout->band_rows + 2) * padded_pitch(task->sizes.out_width) +
                      layout->step * frame_length(&layout->frame);
     return run_parallel(parallel, threads, &call, starts.planes + starts.transposed + starts.along + starts.across, 1,
                         backward_start_work) ||
