@@ -176,7 +176,8 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
     const REAL *transposed = layout->packed + block * layout->rows * outputs;
     int by_columns = task->grad_input != NULL || task->grad_shift != NULL;
     REAL *columns = scratch, *packed = columns + rows * layout->band, *padded = packed + rows * layout->band;
-    REAL *column = padded + (layout->band_rows + 2) * padded_pitch(task->sizes.out_width), *totals = column + layout->band + LANES;
+    REAL *column = padded + (layout->band_rows + 2) * padded_pitch(task->sizes.out_width);
+    REAL *totals = column + layout->band + LANES;
     REAL *by_weight = layout->by_weight + unit * layout->rows * layout->tile_columns;
     double *by_shift =
         task->grad_shift == NULL ? NULL : layout->by_shift + (part * task->channels + channel_first) * taps * 2;

@@ -59,7 +59,8 @@ void drawing_choose(drawing_t *task) {
     for (index_t kernel = 0; kernel < task->kernels; kernel += step, sampled++) {
         index_t position = positions_of(task, kernel);
         for (index_t tap = 0; tap < task->taps; tap++, position += 2) {
-            double row = __builtin_floor(coordinate(task, position)), col = __builtin_floor(coordinate(task, position + 1));
+            double row = __builtin_floor(coordinate(task, position));
+            double col = __builtin_floor(coordinate(task, position + 1));
             if (!(row >= least[0] && row <= most[0] && col >= least[1] && col <= most[1])) continue;
             counts[0][(index_t)row + REACH]++;
             counts[1][(index_t)col + REACH]++;
