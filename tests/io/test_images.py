@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -236,9 +237,9 @@ def test_what_is_not_an_image_of_8_or_16_bits_is_refused_by_name(tmp_path, make:
 
 
 def test_reduced_versions_and_previews_are_not_pages(tmp_path):
-    thumbnail = Image.fromarray(SCENE[::2, ::2])
-    thumbnail.encoderinfo = {"tiffinfo": {254: 1}}
-    Image.fromarray(SCENE).save(tmp_path / "a.tif", save_all=True, append_images=[thumbnail])
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(SCENE, photometric="rgb")
+        file.write(SCENE[::2, ::2], photometric="rgb", subfiletype=1)
     Image.fromarray(SCENE).save(tmp_path / "a.mpo", save_all=True, append_images=[Image.fromarray(SCENE)])
     assert read_header(tmp_path / "a.tif").pages == 1
     assert read_header(tmp_path / "a.mpo").pages == 1
