@@ -234,13 +234,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
 def test_speeds_stand_in_the_committed_results():
     """Every ratio of this package's column, and that of the whole training steps."""
     text = TEXT["README"] + TEXT["speed"] + TEXT["reproduce"]
-    first, second = (json.loads((RESULTS / name).read_text()) for name in ("cpu_2cores.json", "cpu_2cores_spread.json"))
-    shapes = [*first["shapes"], *(shape for shape in second["shapes"] if shape["name"] != "layer3")]
-    assert len(shapes) == 11
-    for shape in shapes:
+    results = json.loads((RESULTS / "cpu_2cores.json").read_text())
+    assert len(results["shapes"]) == 13
+    for shape in results["shapes"]:
         ratios = [statistics.median(record["ratios"]) for record in shape["records"] if record["peer"] == "icnn_zoo"]
         assert f"| {ratios[0]:.2f} / {ratios[1]:.2f} |" in text, shape["name"]
-    for step in (second["training_step"], json.loads((RESULTS / "training_step_cpu_2cores.json").read_text())):
-        regular, irregular = step["seconds_per_step"].values()
-        ratio = statistics.median(ours / base for ours, base in zip(irregular, regular, strict=True))
-        assert re.search(rf"{ratio:.2f} times the\s+regular one's", text)
+    regular, irregular = results["training_step"]["seconds_per_step"].values()
+    ratio = statistics.median(ours / base for ours, base in zip(irregular, regular, strict=True))
+    assert re.search(rf"{ratio:.2f} times the\s+regular one's", text)
