@@ -22,7 +22,9 @@ import torch
 from training_report import attempts
 
 from icnn_zoo.data import DocumentsDataModule
-from icnn_zoo.training.network_sources import load_task
+from icnn_zoo.experiments.peers import PeerTask
+from icnn_zoo.training.checkpoints import read_task, task_options
+from icnn_zoo.training.task import SegmentationTask
 
 DRAWS = 2000
 
@@ -30,7 +32,10 @@ DRAWS = 2000
 @torch.inference_mode()
 def confusion_by_group(checkpoint: Path, pages: Any, groups: dict[str, str]) -> dict[str, np.ndarray]:
     """The confusion matrix [truth, prediction] of a checkpoint for each group of documents."""
-    task = load_task(checkpoint)
+    stored = read_task(checkpoint)
+    options = task_options(stored)
+    task = (PeerTask if "peer" in options else SegmentationTask)(**options).eval()
+    task.load_state_dict(stored["state_dict"])
     classes = len(task.class_names)
     found: dict[str, np.ndarray] = {}
     for index in range(len(pages)):
