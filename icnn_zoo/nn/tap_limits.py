@@ -59,11 +59,11 @@ def place_taps(
         positions = _even_grid(shape[-2], low, high).expand(shape)
     else:
         raise ValueError(f"`start` must be one of {', '.join(get_args(Start))}, or positions; got {start!r}.")
-    _set(layer, positions)
+    _set(layer, positions - layer.regular_grid)
 
 
-def _set(layer: IrregularConv2d, positions: Tensor) -> None:
-    layer.displacement.copy_(positions - layer.regular_grid)
+def _set(layer: IrregularConv2d, displacement: Tensor) -> None:
+    layer.displacement.copy_(displacement)
     if layer.step_watch is not None:
         layer.step_watch.forget()
 
@@ -135,7 +135,10 @@ def limit_taps(layer: IrregularConv2d, *, axes: Axes = "both", limit: Limit = No
         frozen = 1 if axes == "rows" else 0
         positions[..., frozen] = positions[..., frozen].round()
     low, high = pixel_limits(layer, limit)
-    _set(layer, torch.maximum(torch.minimum(positions, high), low))
+    positions = torch.maximum(torch.minimum(positions, high), low)
+    # Taps that may stay where they are keep their displacement to the bit.
+    stay = positions == layer.regular_grid + layer.displacement
+    _set(layer, torch.where(stay, layer.displacement, positions - layer.regular_grid))
 
 
 def distance_penalty(model: nn.Module, beyond: float = 0.0) -> Tensor:

@@ -52,6 +52,14 @@ def test_taps_end_within_their_limit_read_nothing_beyond_and_can_come_back(limit
     assert copy.deepcopy(layer).limit == limit
 
 
+@pytest.mark.parametrize("limit", [None, 2.0, "extent"])
+def test_taps_that_may_stay_keep_their_displacement_to_the_bit(limit: Any) -> None:
+    layer = icnn_zoo.IrregularConv2d(2, 3, 5, epsilon=1e-3)
+    limit_taps(layer, limit=limit)
+    stays = layer.regular_grid.abs() < 2 if limit == "extent" else torch.ones_like(layer.regular_grid, dtype=torch.bool)
+    assert (layer.displacement == 1e-3)[:, stays].all()
+
+
 @pytest.mark.parametrize("start", ["normal", "uniform", "grid"])
 def test_free_taps_start_within_their_extent_as_the_generator_says(start: Any) -> None:
     layers = [IrregularConv2d(4, 4, (5, 17), padding="same", groups=4, taps=34) for _ in range(2)]
