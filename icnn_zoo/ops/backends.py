@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import math
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry
+from icnn_zoo.ops.interpolation import join_unknown
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,8 @@ class Backend(Protocol):
     One that computes more than bilinear interpolation says so: ``interpolations = ("bilinear", "triangle", ...)``. It
     then gets positions with spreads [..., T, 4], see :mod:`icnn_zoo.ops.tap_reading`, and their gradients are of that
     shape too.
+    Positions of which one coordinate is no number come with both NaN; one that gives NaN to whatever such a tap feeds
+    by itself says ``joins_unknown = True`` and gets them as they are.
     One that cannot take images of every size also has ``too_large(geometry)``, which says why, or None.
     """
 
@@ -162,31 +167,61 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, geometry
     return last
 
 
-def compute(direction: str, name: str, device: torch.device, dtype: torch.dtype, *arguments: Any) -> Any:
-    """Calls ``forward`` or ``backward`` of a backend; "auto" goes on to the next one where a backend gives up.
-
-    Args:
-        direction: "forward" or "backward".
-        name: The name of a backend, or "auto".
-        device: Where the input is.
-        dtype: Its dtype.
-        *arguments: Those of the function, a geometry among them.
+def forward(
+    name: str, input: Tensor, weight: Tensor, positions: Tensor, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """Calls a backend's ``forward``; "auto" goes on to the next one where a backend gives up.
 
     Raises:
         RuntimeError: The backend asked for cannot run; the message says why.
     """
-    geometry = next(argument for argument in arguments if isinstance(argument, Geometry))
+
+    def call(backend: Backend) -> Tensor:
+        return backend.forward(input, weight, _known(positions, backend), bias, geometry)
+
+    output: Tensor = _run(name, input, geometry, call)
+    return output
+
+
+def backward(
+    name: str,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Calls a backend's ``backward``, as :func:`forward` does."""
+
+    def call(backend: Backend) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return backend.backward(grad_output, input, weight, _known(positions, backend), geometry, needs)
+
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None] = _run(name, input, geometry, call)
+    return grads
+
+
+def _run(name: str, input: Tensor, geometry: Geometry, call: Callable[[Backend], Any]) -> Any:
     failed = None
     while True:
-        chosen = choose_backend(name, device, dtype, geometry)
+        chosen = choose_backend(name, input.device, input.dtype, geometry)
         try:
-            return getattr(get_backend(chosen), direction)(*arguments)
+            return call(get_backend(chosen))
         except BackendError as error:
             if name != "auto" or chosen == failed:
                 raise RuntimeError(f"`backend`={chosen!r} cannot run: {error}.") from error
             failed = chosen
             warnings.warn(
-                f"The backend {chosen!r} cannot run on {device}: {error}. Slower ones compute there instead.",
+                f"The backend {chosen!r} cannot run on {input.device}: {error}. Slower ones compute there instead.",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
+
+
+def _known(positions: Tensor, backend: Backend) -> Tensor:
+    """Positions as a backend wants them: see ``joins_unknown`` in :class:`Backend`."""
+    if getattr(backend, "joins_unknown", False):
+        return positions
+    # To see that there is nothing to join takes less time; on a GPU that is to wait.
+    known = positions.device.type == "cpu" and math.isfinite(positions.detach().sum().item())
+    return positions if known else join_unknown(positions)

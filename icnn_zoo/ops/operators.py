@@ -10,18 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from icnn_zoo.ops import checks, flops, formula, vmap_rules
-from icnn_zoo.ops.backends import choose_backend, compute
+from icnn_zoo.ops import backends, checks, flops, formula, vmap_rules
 from icnn_zoo.ops.geometry import Geometry, memory_format
-from icnn_zoo.ops.interpolation import join_unknown
 
 
 def _forward(
@@ -39,18 +36,16 @@ def _forward(
 ) -> Tensor:
     if torch.is_anomaly_enabled():
         checks.check_finite(positions[..., :2])
-    sizes = (input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
-    geometry = Geometry.of(*sizes, interpolation, extent).canonical()
+    geometry = _geometry(input, weight, stride, padding, dilation, groups, interpolation, extent)
     if interpolation != "bilinear":
-        choose_backend(backend, input.device, input.dtype, geometry)
+        backends.choose_backend(backend, input.device, input.dtype, geometry)
         checks.check_spread(positions[..., 2:], interpolation, geometry.largest_spread)
     if input.numel() == 0 or weight.numel() == 0:  # a sum over nothing
-        choose_backend(backend, input.device, input.dtype, geometry)  # says why one asked for cannot run
+        backends.choose_backend(backend, input.device, input.dtype, geometry)  # says why one asked for cannot run
         output = _forward_fake(input, weight, positions, bias, stride, padding, dilation, groups, backend).zero_()
         return output if bias is None else output.add_(bias[:, None, None])
     with _without_autocast(input.device):
-        arguments = (input, weight.flatten(2), _join_unknown(positions), bias, geometry)
-        return compute("forward", backend, input.device, input.dtype, *arguments)
+        return backends.forward(backend, input, weight.flatten(2), positions, bias, geometry)
 
 
 def _forward_fake(
@@ -85,8 +80,7 @@ def _backward(
     interpolation: str = "bilinear",
     extent: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = (input.shape[-2:], weight.shape[-2:], stride, padding, dilation, groups)
-    geometry = Geometry.of(*sizes, interpolation, extent).canonical()
+    geometry = _geometry(input, weight, stride, padding, dilation, groups, interpolation, extent)
     needs = (output_mask[0], output_mask[1], output_mask[2])
     if 0 in (input.numel(), weight.numel(), grad_output.numel()):
         by_input, by_weight, by_positions = (
@@ -94,8 +88,7 @@ def _backward(
         )
         return by_input, by_weight, by_positions
     with _without_autocast(input.device):
-        arguments = (grad_output, input, weight.flatten(2), _join_unknown(positions), geometry, needs)
-        grads = compute("backward", backend, input.device, input.dtype, *arguments)
+        grads = backends.backward(backend, grad_output, input, weight.flatten(2), positions, geometry, needs)
     by_input, by_weight, by_positions = (
         like.new_empty(0) if grad is None else grad
         for grad, like in zip(grads, (input, weight, positions), strict=True)
@@ -134,17 +127,43 @@ def _gradients_like(
     return by_input, by_weight, by_positions
 
 
-def _join_unknown(positions: Tensor) -> Tensor:
-    """As ``join_unknown``, which takes longer than to see that there is nothing to join; on a GPU that is to wait."""
-    known = positions.device.type == "cpu" and math.isfinite(positions.detach().sum().item())
-    return positions if known else join_unknown(positions)
+def _geometry(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    interpolation: str,
+    extent: Sequence[int],
+) -> Geometry:
+    """The canonical geometry of a call, which a layer asks for in every step."""
+    sizes = (input.shape[-2:], weight.shape[-2:], tuple(stride), tuple(padding), tuple(dilation), groups)
+    return _known_geometry(*sizes, interpolation, tuple(extent))
+
+
+@functools.lru_cache(1024)
+def _known_geometry(*sizes: Any) -> Geometry:
+    return Geometry.of(*sizes).canonical()
+
+
+@contextlib.contextmanager
+def _autocast_off(kind: str) -> Iterator[None]:
+    torch.set_autocast_enabled(kind, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(kind, True)
+
+
+_NOTHING_TO_DO = contextlib.nullcontext()
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Dtypes are settled before an operator is called; autocast would cast what is inside."""
     if not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, enabled=False)
+        return _NOTHING_TO_DO
+    return _autocast_off(device.type)  # as `torch.autocast` does, which takes longer
 
 
 def _current(name: str) -> Callable[..., Any]:
@@ -204,8 +223,17 @@ def differentiable(
     if not torch.is_grad_enabled():  # what autograd adds takes longer than a small layer
         output: Tensor = torch.ops.icnn_zoo.irregular_conv2d(input, weight, positions, bias, *sizes, *how)
         return output
-    output = _Convolution.apply(input, weight, positions, bias, sizes, how)
+    output = _apply(_Convolution, input, weight, positions, bias, sizes, how)
     return output
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """``function.apply``, without what only transforms of ``torch.func`` need: it takes longer than a small layer."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    if not torch.is_grad_enabled():
+        return function.forward(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 class _Convolution(torch.autograd.Function):
@@ -234,7 +262,7 @@ class _Convolution(torch.autograd.Function):
         elif _is_forward_mode():
             grads = _by_formula(grad_output, input, weight, positions, ctx.sizes, ctx.how)
         else:
-            grads = _Gradients.apply(grad_output, input, weight, positions, ctx.sizes, needs, ctx.how)
+            grads = _apply(_Gradients, grad_output, input, weight, positions, ctx.sizes, needs, ctx.how)
         by_bias = grad_output.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), by_bias, None, None)
 

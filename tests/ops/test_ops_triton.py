@@ -139,9 +139,9 @@ class TestInterpreted:
         tensors = case.tensors()
         assert_close([case.forward(tensors, backend)], case.expected(tensors)[:1])
 
-    @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+    @pytest.mark.parametrize("value", [(torch.nan, torch.nan), (-torch.inf, 0.5), (0.5, torch.nan)])
     @pytest.mark.parametrize("form", ["columns", "direct", "few", "per kernel"])
-    def test_positions_that_are_no_numbers(self, form: str, value: float) -> None:
+    def test_positions_that_are_no_numbers(self, form: str, value: tuple[float, float]) -> None:
         """They give NaN to what they feed and to nothing else, and read nothing out of bounds."""
         limits = FEW if form == "few" else FORMS.get(form, FORMS["columns"])  # the full version has one form anyway
         backend = Guarded(limits)
@@ -150,7 +150,7 @@ class TestInterpreted:
             shapes="kernel" if form == "per kernel" else "channel", groups=groups, channels=(4, 2), stride=(2, 1)
         )
         tensors = case.tensors()
-        tensors[2].view(-1, 4, 2)[1, 2] = value
+        tensors[2].view(-1, 4, 2)[1, 2] = torch.tensor(value)
         results, expected = case.run(tensors, backend), case.expected(tensors)
         for result, truth in zip(results, expected, strict=True):
             assert truth.isnan().any()

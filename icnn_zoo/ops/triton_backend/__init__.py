@@ -55,9 +55,12 @@ class TritonBackend:
         limits: Sizes to work in.
     """
 
+    joins_unknown = True
+
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
         self._failures: dict[torch.device, str] = {}
+        self._able: set[torch.device] = set()
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on a device, in words that follow "cannot run: ", or None."""
@@ -65,6 +68,8 @@ class TritonBackend:
             return f"it needs a CUDA device; the input is on {device}"
         if device in self._failures:
             return self._failures[device]
+        if device in self._able:  # asking takes longer than a launch
+            return None
         if importlib.util.find_spec("triton") is None:
             return "it needs the package triton (pip install triton)"
         if torch.version.hip is not None:
@@ -73,6 +78,7 @@ class TritonBackend:
         if capability < _CAPABILITY:
             needed, given = (".".join(map(str, version)) for version in (_CAPABILITY, capability))
             return f"it needs compute capability {needed} or newer; this is {given}"
+        self._able.add(device)
         return None
 
     def supports(self, dtype: torch.dtype) -> bool:

@@ -25,35 +25,41 @@ def uses_tensor_cores(dtype: torch.dtype) -> bool:
     return dtype != torch.float32 or follows_tf32()
 
 
-@contextlib.contextmanager
-def _as_convolutions(dtype: torch.dtype) -> Iterator[None]:
+def _as_convolutions(dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
     """Sets what PyTorch keeps for matrix products to what it keeps for convolutions, for a moment and where it differs.
 
     TF32 is off for products and on for convolutions by default. Deterministic mode refuses products by cuBLAS unless an
     environment variable is set, as cuBLAS may give other bits where streams share its workspace; PyTorch gives each
-    stream its own.
+    stream its own. To be called with the lock, which keeps what one thread has set from being read by others.
     """
+    level, precision = torch.get_deterministic_debug_mode(), torch.backends.cuda.matmul.fp32_precision
+    switch = dtype == torch.float32 and (precision == "tf32") != follows_tf32()
+    return _set(level, precision, switch) if level or switch else _NOTHING_TO_SET
+
+
+_NOTHING_TO_SET = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _set(level: int, precision: str, switch: bool) -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
-    with _switching:
-        level, precision = torch.get_deterministic_debug_mode(), matmul.fp32_precision
-        switch = dtype == torch.float32 and (precision == "tf32") != follows_tf32()
-        if level:
-            torch.set_deterministic_debug_mode(0)
+    if level:
+        torch.set_deterministic_debug_mode(0)
+    if switch:
+        matmul.allow_tf32 = precision != "tf32"
+    try:
+        yield
+    finally:
         if switch:
-            matmul.allow_tf32 = precision != "tf32"
-        try:
-            yield
-        finally:
-            if switch:
-                matmul.allow_tf32 = precision == "tf32"
-                matmul.fp32_precision = precision  # "none", which follows more general settings, where it was that
-            if level:
-                torch.set_deterministic_debug_mode(level)
+            matmul.allow_tf32 = precision == "tf32"
+            matmul.fp32_precision = precision  # "none", which follows more general settings, where it was that
+        if level:
+            torch.set_deterministic_debug_mode(level)
 
 
 def multiply(left: Tensor, right: Tensor, out: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     """Batched product [g, m, n] of [g, m, k] and [g, k, n], plus a bias [g, m, 1]."""
-    with _as_convolutions(left.dtype):
+    with _switching, _as_convolutions(left.dtype):
         if bias is None:
             return torch.bmm(left, right, out=out)
         return torch.baddbmm(bias, left, right, out=out)
@@ -65,7 +71,7 @@ def multiply_float32(left: Tensor, right: Tensor) -> Tensor:
         return multiply(left, right)
     if left.device.type != "cuda":
         return multiply(left.float(), right.float())  # `out_dtype` is for CUDA; the kernels' tests run on a CPU
-    with _as_convolutions(left.dtype):
+    with _switching, _as_convolutions(left.dtype):
         return torch.bmm(left, right, out_dtype=torch.float32)
 
 

@@ -30,7 +30,7 @@ def split_position(positions, tap, origin_row, origin_col, bound_row, bound_col)
     """Splits the position of a tap into integer shifts (origin included) and fractions, as ``ops/interpolation.py``.
 
     Past the bounds every read is outside the input, so clamping does not change the function. NaN and infinite
-    positions get shift 0 or a bound, which is safe to read at, and the fraction NaN, which is what comes out.
+    coordinates get shift 0 or a bound, which is safe to read at; both fractions are then NaN, which is what comes out.
     """
     row = tl.load(positions + 2 * tap)
     col = tl.load(positions + 2 * tap + 1)
@@ -38,6 +38,9 @@ def split_position(positions, tap, origin_row, origin_col, bound_row, bound_col)
     col_floor = tl.floor(col)
     row_fraction = (row - row_floor).to(tl.float32)
     col_fraction = (col - col_floor).to(tl.float32)
+    either = row_fraction * col_fraction  # NaN where one of them is
+    row_fraction = tl.where(either == either, row_fraction, either)
+    col_fraction = tl.where(either == either, col_fraction, either)
     row_floor = tl.where(row_floor == row_floor, row_floor, 0.0)
     col_floor = tl.where(col_floor == col_floor, col_floor, 0.0)
     row_shift = tl.minimum(tl.maximum(row_floor, -bound_row), bound_row).to(tl.int32) + origin_row
