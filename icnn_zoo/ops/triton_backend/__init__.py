@@ -29,10 +29,9 @@ default). What lies outside the input is never read, wherever the positions are.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -120,17 +119,17 @@ class TritonBackend:
 
         call = self.make_call(input, weight, positions, geometry)
         bias = None if bias is None else bias.contiguous()
-        with self._kernels_of(input):
-            if self._is_drawn(weight):
-                drawn.forward(call, bias, output)
-            elif self._is_direct(weight, positions, geometry):
-                direct.forward(call, bias, output)
-            elif few.fits(input, weight, geometry, self.limits):
-                few.forward(call, bias, output)
-            elif columns.fits_fused(weight, geometry, self.limits):
-                columns.fused_forward(call, bias, output)
-            else:
-                columns.forward(call, bias, output)
+        if self._is_drawn(weight):
+            form: Any = drawn.forward
+        elif self._is_direct(weight, positions, geometry):
+            form = direct.forward
+        elif few.fits(input, weight, geometry, self.limits):
+            form = few.forward
+        elif columns.fits_fused(weight, geometry, self.limits):
+            form = columns.fused_forward
+        else:
+            form = columns.forward
+        self._run(form, call, bias, output)
         return output
 
     @torch.no_grad()
@@ -158,15 +157,13 @@ class TritonBackend:
                 if grad is not None:
                     grad.zero_()
         else:
-            with self._kernels_of(input):
-                if self._is_drawn(weight):
-                    drawn.backward(call, grad_output, grads)
-                elif self._is_direct(weight, positions, geometry):
-                    direct.backward(call, grad_output, grads)
-                elif few.fits(input, weight, geometry, self.limits):
-                    few.backward(call, grad_output, grads)
-                else:
-                    columns.backward(call, grad_output, grads)
+            if self._is_drawn(weight):
+                form: Any = drawn
+            elif self._is_direct(weight, positions, geometry):
+                form = direct
+            else:
+                form = few if few.fits(input, weight, geometry, self.limits) else columns
+            self._run(form.backward, call, grad_output, grads)
         return (
             grads.input,
             None if grads.weight is None else grads.weight.to(weight.dtype),
@@ -179,14 +176,13 @@ class TritonBackend:
 
         return Call(input, weight.contiguous(), positions.contiguous(), geometry, self.limits)
 
-    @contextlib.contextmanager
-    def _kernels_of(self, input: Tensor) -> Iterator[None]:
+    def _run(self, form: Callable[..., None], call: Call, *arguments: Any) -> None:
         """Runs kernels on the device of the input; one that cannot be compiled makes the backend unavailable there."""
-        with torch.cuda.device_of(input):
+        with torch.cuda.device_of(call.input):
             try:
-                yield
+                form(call, *arguments)
             except BackendError as error:
-                self._failures[input.device] = str(error)
+                self._failures[call.input.device] = str(error)
                 raise
 
     def _is_drawn(self, weight: Tensor) -> bool:

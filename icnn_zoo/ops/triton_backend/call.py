@@ -21,9 +21,12 @@ GAP = 16
 MAX_INT = 2**31 - 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class Gradients:
-    """Memory for the gradients that are asked for: the input's in its final form, the others float32."""
+    """The gradients that are asked for: memory of the input's in its final form, and of the others in float32.
+
+    A form fills them, or puts its own in the place of the others.
+    """
 
     input: Tensor | None
     weight: Tensor | None
@@ -33,6 +36,13 @@ class Gradients:
 def empty_like(tensor: Tensor, layout: torch.memory_format) -> Tensor:
     """Memory of a tensor's shape, with exactly the strides of a layout (``torch.empty_like`` may keep others)."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout)
+
+
+def take(tensor: Tensor, part: slice, axis: int = 0) -> Tensor:
+    """Part of a tensor along an axis; all of it is the tensor itself, as a view takes a while to make."""
+    if part.start == 0 and part.stop == tensor.shape[axis]:
+        return tensor
+    return tensor.narrow(axis, part.start, part.stop - part.start)
 
 
 @dataclass(frozen=True)
@@ -48,11 +58,10 @@ class Numbers:
     """Largest shift by columns that leaves all reads within the plane's own gap."""
     largest: int
     """No number that a kernel computes within an image is larger."""
-
-    @property
-    def of_planes(self) -> tuple[int, int, int]:
-        """What kernels are told of planes."""
-        return self.pitch, self.plane_size, self.last_free_shift
+    of_planes: tuple[int, int, int]
+    """What kernels are told of planes."""
+    gathering: tuple[int, ...]
+    """What kernels are told, in the order of the list of the same name in ``sampling``."""
 
     @staticmethod
     @functools.lru_cache(1024)
@@ -69,7 +78,14 @@ class Numbers:
         largest = (reach[0] + height + row_bound + abs(geometry.origin[0]) + 2) * (
             max(pitch, out_width) + col_bound + abs(geometry.origin[1])
         )
-        return Numbers(pitch, (height + 2) * pitch + 4, (row_bound, col_bound), width + gap - 2 - reach[1], largest)
+        plane_size, bounds, last_free_shift = (
+            (height + 2) * pitch + 4,
+            (row_bound, col_bound),
+            width + gap - 2 - reach[1],
+        )
+        of_planes = (pitch, plane_size, last_free_shift)
+        gathering = (*geometry.input_size, *geometry.output_size, *geometry.origin, *bounds)
+        return Numbers(pitch, plane_size, bounds, last_free_shift, largest, of_planes, gathering)
 
 
 class Call:
@@ -85,7 +101,7 @@ class Call:
         self.out_pixels = geometry.output_size[0] * geometry.output_size[1]
         self.numbers = Numbers.of(geometry)
         # In the order of the lists of the same names in `sampling`.
-        self.gathering = (*geometry.input_size, *geometry.output_size, *geometry.origin, *self.numbers.bounds)
+        self.gathering = self.numbers.gathering
         self.sampling = (*self.gathering, *self.numbers.of_planes)
         self.grouping = (self.group_outputs, self.group_channels, self.taps)
         self.strides = {"STRIDE_ROW": geometry.stride[0], "STRIDE_COL": geometry.stride[1]}
@@ -95,7 +111,7 @@ class Call:
         """Planes [S, C, plane_size] of some images; those of all are made at once where they fit in a chunk."""
         if self._planes is None and self._plane_bytes() * self.input.shape[0] <= self.limits.chunk_bytes:
             self._planes = self.make_planes(self.input)
-        return self.make_planes(self.input[images]) if self._planes is None else self._planes[images]
+        return self.make_planes(self.input[images]) if self._planes is None else take(self._planes, images)
 
     def make_planes(self, source: Tensor, numbers: Numbers | None = None) -> Tensor:
         """Copies images [S, c, H, W] of any strides to planes [S, c, plane_size], of the input's sizes or others."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
 from icnn_zoo.ops.triton_backend import columns_kernels
-from icnn_zoo.ops.triton_backend.call import GAP, MAX_INT, Call, Gradients, empty_like
+from icnn_zoo.ops.triton_backend.call import GAP, MAX_INT, Call, Gradients, empty_like, take
 from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
 from icnn_zoo.ops.triton_backend.limits import Limits
 from icnn_zoo.ops.triton_backend.products import ALIGNMENT, follows_tf32, multiply, multiply_float32, round_up
@@ -42,27 +43,37 @@ class _Part:
     """Channels within the input."""
 
 
-def _column_chunks(call: Call) -> Iterator[tuple[slice, list[list[_Part]]]]:
-    """Walks chunks of images; for each, parts that have groups in common stand in one list, to be summed."""
+_Chunks = tuple[tuple[slice, tuple[tuple[_Part, ...], ...]], ...]
+
+
+def _column_chunks(call: Call) -> _Chunks:
+    """Chunks of images; for each, parts that have groups in common stand together, to be summed."""
     channel_bytes = call.taps * call.out_pixels * call.input.element_size()
     image_bytes = channel_bytes * call.groups * call.group_channels
     if image_bytes <= call.limits.image_bytes:
         channels = call.groups * call.group_channels
     else:
         channels = max(1, call.limits.image_bytes // channel_bytes)
-    step_groups = max(1, channels // call.group_channels)
-    step_channels = min(channels, call.group_channels)
-    parts: list[list[_Part]] = []
-    for group in range(0, call.groups, step_groups):
-        groups = slice(group, min(group + step_groups, call.groups))
-        parts.append([])
-        for channel in range(0, call.group_channels, step_channels):
-            within = slice(channel, min(channel + step_channels, call.group_channels))
-            first = groups.start * call.group_channels + within.start
-            last = (groups.stop - 1) * call.group_channels + within.stop
-            parts[-1].append(_Part(groups, within, slice(first, last)))
-    for images in call.image_chunks(image_bytes):
-        yield images, parts
+    parts = _parts(call.groups, call.group_channels, channels)
+    return tuple((images, parts) for images in call.image_chunks(image_bytes))
+
+
+@functools.lru_cache(1024)
+def _parts(groups: int, group_channels: int, channels: int) -> tuple[tuple[_Part, ...], ...]:
+    """Parts of at most so many channels."""
+    step_groups = max(1, channels // group_channels)
+    step_channels = min(channels, group_channels)
+    parts = []
+    for group in range(0, groups, step_groups):
+        some = slice(group, min(group + step_groups, groups))
+        summed = []
+        for channel in range(0, group_channels, step_channels):
+            within = slice(channel, min(channel + step_channels, group_channels))
+            first = some.start * group_channels + within.start
+            last = (some.stop - 1) * group_channels + within.stop
+            summed.append(_Part(some, within, slice(first, last)))
+        parts.append(tuple(summed))
+    return tuple(parts)
 
 
 def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
@@ -74,16 +85,17 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
     for images, parts in _column_chunks(call):
         planes = call.planes(images)
         length = planes.shape[0] * call.out_pixels
-        target = output[images].transpose(0, 1).unflatten(0, (call.groups, -1))  # [G, N / G, S, Ho, Wo]
+        target = take(output, images).transpose(0, 1).unflatten(0, (call.groups, -1))  # [G, N / G, S, Ho, Wo]
         for summed in parts:
             groups = summed[0].groups
-            rows = target[groups]
-            bias_rows = None if start is None else start[groups]
+            rows = take(target, groups)
+            bias_rows = None if start is None else take(start, groups)
             if len(summed) == 1:
                 columns = _make_columns(call, planes, summed[0])
-                factors = weight[groups].flatten(2)
+                factors = take(weight, groups).flatten(2)
                 out = rows.flatten(2) if in_place else columns.new_empty(*factors.shape[:2], columns.shape[2])
-                product = multiply(factors, columns[:, :, :length], out[:, :, :length], bias_rows)
+                used = slice(0, length)
+                product = multiply(factors, take(columns, used, 2), take(out, used, 2), bias_rows)
                 if in_place:
                     continue
             else:
@@ -92,7 +104,7 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
             rows.copy_(product.unflatten(2, rows.shape[2:]))
 
 
-def _sum_parts(call: Call, planes: Tensor, parts: list[_Part], weight: Tensor) -> Tensor:
+def _sum_parts(call: Call, planes: Tensor, parts: Sequence[_Part], weight: Tensor) -> Tensor:
     """Sums the products of the channels of one group in float32 [1, N / G, L]."""
     total = None
     for part in parts:
@@ -120,7 +132,7 @@ def _launch_columns(
     call: Call, planes: Tensor, part: _Part, columns: Tensor, *, gradient: bool, store: bool
 ) -> Tensor | None:
     """Runs ``columns_kernel``; returns the positions' gradient [c, T, 2] of a part with ``gradient``."""
-    planes = planes[:, part.planes]
+    planes = take(planes, part.planes, 1)
     length, channels = planes.shape[0] * call.out_pixels, planes.shape[1]
     # With a sum over each block one warp works alone: no barrier for each tap.
     block, warps = (block_size(length, 256), 1) if gradient else (block_size(length, 1024), 4)
@@ -132,7 +144,7 @@ def _launch_columns(
         columns_kernels.columns_kernel,
         channels * blocks,
         planes,
-        call.positions[part.planes],
+        take(call.positions, part.planes),
         columns,
         planes if partials is None else partials,
         planes.stride(0),
@@ -155,18 +167,18 @@ def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
     """Fills the gradients that are asked for."""
     weight = call.weight.unflatten(0, (call.groups, -1))  # [G, N / G, C / G, T]
     grad_rows = _pixels_as_rows(grad_output).t().unflatten(0, (call.groups, -1))  # [G, N / G, B * Ho * Wo]
-    grad_weight = None if grads.weight is None else grads.weight.unflatten(0, (call.groups, -1))
     for images, groups_parts in _column_chunks(call):
         span = slice(images.start * call.out_pixels, images.stop * call.out_pixels)
         for part in (part for summed in groups_parts for part in summed):
-            grad_part = grad_rows[part.groups, :, span]
+            grad_part = take(take(grad_rows, part.groups), span, 2)
             columns = _empty_columns(call, images.stop - images.start, part)
+            used = take(columns, slice(0, grad_part.shape[2]), 2)
             if grads.input is not None or grads.positions is not None:
-                factors = weight[part.groups, :, part.channels].flatten(2)
-                multiply(factors.transpose(1, 2), grad_part, columns[:, :, : grad_part.shape[2]])
+                factors = take(take(weight, part.groups), part.channels, 2).flatten(2)
+                multiply(factors.transpose(1, 2), grad_part, used)
             if grads.input is not None:
                 _input_gradient(call, images, part, columns, grads.input)
-            if grads.positions is None and grad_weight is None:
+            if grads.positions is None and grads.weight is None:
                 continue
             by_position = _launch_columns(
                 call,
@@ -174,21 +186,33 @@ def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
                 part,
                 columns,
                 gradient=grads.positions is not None,
-                store=grad_weight is not None,
+                store=grads.weight is not None,
             )
             if grads.positions is not None and by_position is not None:
-                _add(grads.positions[part.planes], by_position, images)
-            if grad_weight is not None:
-                product = multiply_float32(grad_part, columns[:, :, : grad_part.shape[2]].transpose(1, 2))
-                _add(grad_weight[part.groups, :, part.channels], product.unflatten(2, (-1, call.taps)), images)
+                grads.positions = _add(grads.positions, by_position, images, part)
+            if grads.weight is not None:
+                product = multiply_float32(grad_part, used.transpose(1, 2)).unflatten(2, (-1, call.taps))
+                by_weight = _add(grads.weight.view_as(weight), product, images, part)
+                grads.weight = by_weight.view_as(call.weight)
 
 
-def _add(total: Tensor, value: Tensor, images: slice) -> None:
-    """Adds what a chunk of images gives; the first one finds memory that is not initialised."""
+def _add(total: Tensor, value: Tensor, images: slice, part: _Part) -> Tensor:
+    """The total after adding what a part of a chunk of images gives; at first its memory is not initialised.
+
+    Args:
+        total: By channel [C, ...], or by group, output and channel [G, N / G, C / G, ...].
+        value: Those of the part.
+        images: The images.
+        part: The part.
+    """
+    if images.start == 0 and value.shape == total.shape:
+        return value
+    place = total[part.planes] if total.dim() == 3 else total[part.groups, :, part.channels]
     if images.start == 0:
-        total.copy_(value)
+        place.copy_(value)
     else:
-        total.add_(value)
+        place.add_(value)
+    return total
 
 
 def _pixels_as_rows(grad_output: Tensor) -> Tensor:
@@ -203,7 +227,7 @@ def _pixels_as_rows(grad_output: Tensor) -> Tensor:
 
 
 def _input_gradient(call: Call, images: slice, part: _Part, grad_columns: Tensor, grad_input: Tensor) -> None:
-    target = grad_input[images, part.planes]
+    target = take(take(grad_input, images), part.planes, 1)
     in_place = memory_format(call.input) == torch.contiguous_format
     planes = target if in_place else empty_like(target, torch.contiguous_format)
     num_images, channels, height, width = target.shape
@@ -213,7 +237,7 @@ def _input_gradient(call: Call, images: slice, part: _Part, grad_columns: Tensor
         columns_kernels.input_gradient_kernel,
         channels * num_blocks(length, block),
         grad_columns,
-        call.positions[part.planes],
+        take(call.positions, part.planes),
         planes,
         call.taps,
         length,
