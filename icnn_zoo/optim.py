@@ -296,28 +296,35 @@ def move_positions(
                 "bound_positions, or remove the parametrization."
             )
 
-    def step(optimizer: torch.optim.Optimizer, displacement: Tensor) -> Tensor | float:
+    def move(keeper: torch.optim.Optimizer, displacement: Tensor) -> Tensor:
         gradient = displacement.grad
-        overflow = getattr(optimizer, "found_inf", None)  # a fused optimizer skips a scaler's infinities by itself
-        if gradient is None or (overflow is not None and bool(overflow)):
-            return 0.0
-        keeper = with_wrapped(optimizer)[-1]  # whose state a wrapper's state dict holds
+        if gradient is None:
+            return torch.zeros_like(local_part(displacement))
         rate: float = next(
             group["lr"] for group in keeper.param_groups if any(it is displacement for it in group["params"])
         )
         state = keeper.state[displacement]
         steps = state["position_steps"] = state.get("position_steps", 0) + 1
-        mean = state.setdefault("position_mean", torch.zeros_like(displacement)).lerp_(gradient, 1 - momentum)
-        square = state.setdefault("position_square", torch.zeros_like(displacement))
-        square.lerp_(gradient.square(), 1 - memory)
+        for name in ("position_mean", "position_square"):
+            if name not in state:
+                state[name] = torch.zeros_like(displacement)
+        mean = state["position_mean"].lerp_(gradient, 1 - momentum)
+        square = state["position_square"].lerp_(gradient.square(), 1 - memory)
         of_layer = whole_mean(square) / (1 - memory**steps)
         direction, variance = local_part(mean) / (1 - momentum**steps), local_part(square) / (1 - memory**steps)
-        if of_layer == 0:
-            return 0.0
         of_mean = (1 - momentum) / (1 + momentum) * (1 + momentum**steps) / (1 - momentum**steps)
         noise = of_mean * (variance / of_layer).sum(dim=-1, keepdim=True)
         length = (direction / of_layer.sqrt()).square().sum(dim=-1, keepdim=True)
         trust = torch.where(length > threshold * noise, 1 - threshold * noise / length, 0.0)
-        return rate * trust * direction / (variance.sqrt() + of_layer.sqrt())
+        step = rate * trust * direction / (variance.sqrt() + of_layer.sqrt())
+        return torch.where(of_layer == 0, 0.0, step)
 
-    return hook_steps(optimizer, model, bound_epsilon, rule=step)
+    def rule(optimizer: torch.optim.Optimizer, displacements: list[Tensor]) -> list[Tensor]:
+        # A fused optimizer skips a scaler's infinities by itself. To count steps, this waits for the GPU.
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            return [torch.zeros_like(local_part(displacement)) for displacement in displacements]
+        keeper = with_wrapped(optimizer)[-1]  # whose state a wrapper's state dict holds
+        return [move(keeper, displacement) for displacement in displacements]
+
+    return hook_steps(optimizer, model, bound_epsilon, rule=rule)

@@ -15,8 +15,8 @@ from icnn_zoo.nn.step_watch import StepWatch
 from icnn_zoo.nn.tap_restriction import pixel_limits
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
-Rule = Callable[[torch.optim.Optimizer, Tensor], Tensor | float]
-"""(the optimizer whose step runs, a displacement) to what to subtract from it."""
+Rule = Callable[[torch.optim.Optimizer, list[Tensor]], list[Tensor]]
+"""(the optimizer whose step runs, displacements) to what to subtract from each."""
 
 
 class BoundHandle:
@@ -127,14 +127,18 @@ def _refuse_optimizer(
 
 
 class StepHooks:
-    """What one call of :func:`bound_positions` does before and after steps."""
+    """What one call of :func:`bound_positions` does before and after steps.
+
+    A step takes a few operators for all layers together, not for each: on a GPU they are so small that only their
+    number counts.
+    """
 
     def __init__(self, model: nn.Module, bound_epsilon: float, rule: Rule | None) -> None:
         self.model = model
         self.bound_epsilon = bound_epsilon
         self.rule = rule
         self.running: torch.optim.Optimizer | None = None
-        self.last: list[tuple[list[IrregularConv2d], Tensor, Tensor]] = []
+        self.last: list[_Group] = []
 
     @torch.no_grad()
     def remember(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -142,40 +146,85 @@ class StepHooks:
             return  # a step within a wrapper's
         self.running = optimizer
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        # The very float32 positions that the forward used: floor(grid + displacement) differs from
-        # grid + floor(displacement) by rounding.
         tied: dict[tuple[int, ...], list[IrregularConv2d]] = {}  # layers that share one displacement are bounded once
-        for layer in irregular_layers(self.model).values():
-            parameters = tuple(map(id, layer.displacement_parameters()))
-            if held & set(parameters):
-                tied.setdefault(parameters, []).append(layer)
-        self.last = [
-            (layers, local.detach().clone(), layers[0].regular_grid + local.detach())
-            for layers in tied.values()
-            for local in [local_part(layers[0].displacement)]
-        ]
+        for module in self.model.modules():
+            if isinstance(module, IrregularConv2d):
+                parameters = tuple(map(id, module.displacement_parameters()))
+                if not held.isdisjoint(parameters):
+                    tied.setdefault(parameters, []).append(module)
+        together: dict[Any, list[list[IrregularConv2d]]] = {}
+        for layers in tied.values():
+            together.setdefault(_bounded_with(layers[0]), []).append(layers)
+        self.last = [_Group(layers) for layers in together.values()]
 
     @torch.no_grad()
     def bound(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         if optimizer is not self.running:
             return
-        for layers, displacement, positions in self.last:
-            layer = layers[0]
-            now, grid = local_part(layer.displacement), layer.regular_grid
-            if self.rule is not None:  # only now, as a closure makes the gradients within the step
-                now.copy_(displacement - self.rule(optimizer, layer.displacement))
-            low, high = layer.smooth_interval(positions)
-            bounded = (grid + now).clamp(low - self.bound_epsilon, high + self.bound_epsilon)
-            bounded = bounded.clamp(*pixel_limits(layer, layer.limit))
-            bounded = torch.where(bounded == grid + now, now, bounded - grid)
-            if isinstance(layer.displacement, nn.Parameter):
-                now.copy_(bounded)
-            elif not torch.equal(bounded, now):
-                layer.displacement = bounded  # by the parametrization's right inverse, which rounds
-            for watch in (layer.step_watch for layer in layers):
-                if watch is not None:
-                    watch.see(layer.displacement)
+        for group in self.last:
+            group.bound(self.bound_epsilon, self.rule, optimizer)
         self.running, self.last = None, []
+
+
+def _bounded_with(layer: IrregularConv2d) -> Any:
+    """What a layer has in common with those that are bounded in the same way, their taps one after the other."""
+    if layer.interpolation == "gaussian" or layer.limit is not None or not isinstance(layer.displacement, nn.Parameter):
+        return id(layer)
+    local = local_part(layer.displacement)
+    return local.device, local.dtype, local.shape[-2]
+
+
+class _Group:
+    """Layers that are bounded together, and where their taps are before a step."""
+
+    def __init__(self, tied: list[list[IrregularConv2d]]) -> None:
+        self.tied = tied
+        self.layers = [layers[0] for layers in tied]
+        locals_ = [local_part(layer.displacement).detach() for layer in self.layers]
+        grids = [layer.regular_grid.expand_as(it) for layer, it in zip(self.layers, locals_, strict=True)]
+        self.displacement, self.grid = _join(locals_), _join(grids)
+        # The very float32 positions that the forward used: floor(grid + displacement) differs from
+        # grid + floor(displacement) by rounding.
+        self.positions = self.grid + self.displacement
+
+    def bound(self, epsilon: float, rule: Rule | None, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the displacements back to where they may be after the optimizer's step, or the rule's."""
+        locals_ = [local_part(layer.displacement) for layer in self.layers]
+        if rule is None:
+            now = _join(locals_)
+        else:  # only now, as a closure makes the gradients within the step
+            now = self.displacement - _join(rule(optimizer, [layer.displacement for layer in self.layers]))
+        layer = self.layers[0]
+        low, high = layer.smooth_interval(self.positions)
+        moved = self.grid + now
+        bounded = moved.clamp(low - epsilon, high + epsilon)
+        if layer.limit is not None:
+            bounded = bounded.clamp(*pixel_limits(layer, layer.limit))
+        bounded = torch.where(bounded == moved, now, bounded - self.grid)
+        results = _split(bounded, locals_)
+        if isinstance(layer.displacement, nn.Parameter):
+            torch._foreach_copy_(locals_, results)
+        elif not torch.equal(bounded, now):
+            layer.displacement = bounded  # by the parametrization's right inverse, which rounds
+        for layers, result in zip(self.tied, results, strict=True):
+            for layer in layers:
+                if layer.step_watch is not None:
+                    layer.step_watch.see(layer.displacement, result)
+
+
+def _join(displacements: list[Tensor]) -> Tensor:
+    """A copy of displacements [..., T, 2], one after the other; of a single one in its shape."""
+    if len(displacements) == 1:
+        return displacements[0].clone()
+    return torch.cat([each.flatten(0, -3) for each in displacements])
+
+
+def _split(joined: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """What :func:`_join` has joined, in the shapes of ``like``."""
+    if len(like) == 1:
+        return [joined]
+    sizes = [each.shape[:-2].numel() for each in like]
+    return [part.view(each.shape) for part, each in zip(joined.split(sizes), like, strict=True)]
 
 
 def with_wrapped(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:

@@ -33,10 +33,11 @@ class StepWatch:
     version: int = -1
     """Torch's count of in-place changes at that time."""
 
-    def see(self, displacement: Tensor) -> None:
-        """Takes the displacement as right."""
+    def see(self, displacement: Tensor, copy: Tensor | None = None) -> None:
+        """Takes the displacement as right; ``copy``, where there is one already, is kept."""
         if _is_plain(displacement):
-            self.seen, self.version = displacement.detach().clone(), displacement._version
+            self.seen = displacement.detach().clone() if copy is None else copy
+            self.version = displacement._version
         else:
             self.forget()
 

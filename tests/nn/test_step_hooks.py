@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from timm.optim.lookahead import Lookahead
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from icnn_zoo import bound_positions, check_gradients, convert, irregular_layers, move_positions, parameter_groups
 
@@ -245,3 +246,39 @@ def test_a_displacement_without_a_gradient_is_told_by_its_layers_name():
     check_gradients(model)
     with pytest.raises(ValueError, match="must have irregular layers"):
         check_gradients(nn.Conv2d(3, 3, 3))
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that ran, without views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if not operator.is_view:
+            self.names.append(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+def operators_of_a_step(rule, layers: int) -> list[str]:
+    model = convert(nn.Sequential(*[nn.Conv2d(2, 2, 3) for _ in range(layers)]), "")
+    displacements = [layer.displacement for layer in irregular_layers(model).values()]
+    optimizer = torch.optim.SGD(displacements, lr=1.0, foreach=True)
+    rule(optimizer, model)
+    for displacement in displacements:
+        displacement.grad = torch.randn_like(displacement)
+    with Operators() as mode:
+        optimizer.step()
+    return mode.names
+
+
+def test_a_bounded_step_takes_no_more_operators_for_more_layers():
+    few, many = (operators_of_a_step(bound_positions, layers) for layers in (2, 6))
+    assert many == few
+    assert len(few) <= 20
+
+
+@pytest.mark.parametrize("rule", [bound_positions, move_positions])
+def test_a_step_reads_no_number_that_a_gpu_would_be_waited_for(rule):
+    assert "_local_scalar_dense" not in operators_of_a_step(rule, 2)
