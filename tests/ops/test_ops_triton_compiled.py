@@ -19,7 +19,9 @@ from icnn_zoo.ops.triton_backend import (
     direct_kernels,
     drawn_kernels,
     few_kernels,
+    fused_kernels,
     listed_kernels,
+    planes_kernels,
 )
 
 
@@ -102,7 +104,15 @@ def compile_launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     def compile_launches(case: Case, capability: int) -> list[Compiled]:
         launched.clear()
         triton.runtime.driver.set_active(_Driver(capability))
-        modules = (columns_kernels, direct_kernels, drawn_kernels, few_kernels, listed_kernels)
+        modules = (
+            columns_kernels,
+            direct_kernels,
+            drawn_kernels,
+            few_kernels,
+            fused_kernels,
+            listed_kernels,
+            planes_kernels,
+        )
         for kernel in [each for module in modules for each in vars(module).values()]:
             if isinstance(kernel, triton.runtime.jit.JITFunction):
                 kernel.device_caches.clear()
@@ -117,14 +127,17 @@ DENSE = Case("dense", batch=1, size=(41, 41), channels=(16, 64), kernel=(3, 3), 
 CLASSIFIER = replace(DENSE, name="classifier", channels=(64, 21), dilation=(12, 12), padding=(12, 12))
 GROUPED = replace(DENSE, name="grouped", channels=(64, 42), groups=2)
 DEPTHWISE = replace(DENSE, name="depthwise", channels=(8, 8), groups=8, kernel=(5, 5), padding=(2, 2))
+STRIDED = replace(DENSE, name="strided", stride=(2, 2))
 FULL = replace(DENSE, name="full version", channels=(4, 4), shapes="kernel")
 
 # Most instructions in the longest loop. A pass handles 8 elements a thread, the gathers of the input's gradient 4; slow
 # branches and, where there are two, the inner loop are counted too. A change of a layout or mask shows here first.
 LOOP_LIMITS = {
     "planes_kernel": 0,
-    "columns_kernel": 340,
-    "columns_kernel with sums": 570,
+    "transpose_kernel": 0,
+    "columns_kernel": 200,  # a tap and the seven rows of a band
+    "columns_kernel with sums": 300,
+    "banded_input_gradient_kernel": 300,  # a tap and seven rows, inside and at a border
     "input_gradient_kernel": 190,
     "fused_forward_kernel": 650,
     "shifted_sum_kernel": 200,
@@ -143,9 +156,10 @@ LOOP_LIMITS = {
     "direct_kernel_gradient_kernel": 960,
 }
 # Both ways to sum in one kernel, of which 12 programs of a warp fit at once; a kernel that runs once a call.
-REGISTER_LIMITS = {"drawn_gradient_kernel": 160, "undraw_kernel": 168}
+REGISTER_LIMITS = {"fused_forward_kernel": 136, "drawn_gradient_kernel": 160, "undraw_kernel": 168}
 OLDER_COMPILER = 1.0 if RELEASE >= (3, 9) else 1.4  # Triton 3.6 makes more of the same code
-COLUMNS_BACKWARD = {"columns_kernel with sums", "input_gradient_kernel"}
+COLUMNS_BACKWARD = {"columns_kernel with sums", "banded_input_gradient_kernel", "transpose_kernel"}
+STRIDED_BACKWARD = {"columns_kernel with sums", "input_gradient_kernel", "transpose_kernel"}
 FEW = {
     "shifted_sum_kernel",
     "shift_gradient_kernel",
@@ -156,7 +170,7 @@ FEW = {
     "listed_weight_gradient_kernel",
 }
 DRAWN = {"draw_kernel", "drawn_sum_kernel", "drawn_gradient_kernel", "undraw_kernel"}
-DIRECT = {"direct_forward_kernel", "direct_input_gradient_kernel", "direct_kernel_gradient_kernel"}
+DIRECT = {"transpose_kernel", "direct_forward_kernel", "direct_input_gradient_kernel", "direct_kernel_gradient_kernel"}
 
 
 class TestCompiled:
@@ -170,6 +184,7 @@ class TestCompiled:
             (DENSE, {"columns_kernel"} | COLUMNS_BACKWARD, torch.float32, 90),
             (DENSE, {"columns_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 80),
             (DENSE, {"columns_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 90),
+            (STRIDED, {"columns_kernel"} | STRIDED_BACKWARD, torch.bfloat16, 90),
             (GROUPED, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.float32, 90),
             (GROUPED, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 80),
             (GROUPED, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.float16, 90),

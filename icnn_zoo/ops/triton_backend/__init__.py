@@ -111,25 +111,17 @@ class TritonBackend:
         Returns:
             Output [B, N, Ho, Wo] in the memory format of ``input``.
         """
-        shape = (input.shape[0], weight.shape[0], *geometry.output_size)
-        output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+        from icnn_zoo.ops.triton_backend import columns, fused
+        from icnn_zoo.ops.triton_backend.call import empty_output
+
+        output = empty_output(input, (input.shape[0], weight.shape[0], *geometry.output_size))
         if output.numel() == 0:
             return output
-        from icnn_zoo.ops.triton_backend import columns, direct, drawn, few
-
-        call = self.make_call(input, weight, positions, geometry)
-        bias = None if bias is None else bias.contiguous()
-        if self._is_drawn(weight):
-            form: Any = drawn.forward
-        elif self._is_direct(weight, positions, geometry):
-            form = direct.forward
-        elif few.fits(input, weight, geometry, self.limits):
-            form = few.forward
-        elif columns.fits_fused(weight, geometry, self.limits):
-            form = columns.fused_forward
-        else:
-            form = columns.forward
-        self._run(form, call, bias, output)
+        form = self._form(input, weight, positions, geometry)
+        if form is columns and fused.fits(weight, geometry, self.limits):
+            form = fused
+        call = self.make_call(input, weight, positions, geometry, form.PLANE_GAP)
+        self._run(form.forward, call, None if bias is None else bias.contiguous(), output)
         return output
 
     @torch.no_grad()
@@ -143,10 +135,8 @@ class TritonBackend:
         needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
-        from icnn_zoo.ops.triton_backend import columns, direct, drawn, few
         from icnn_zoo.ops.triton_backend.call import Gradients, empty_like
 
-        call = self.make_call(input, weight, positions, geometry)
         grads = Gradients(
             empty_like(input, memory_format(input)) if needs[0] else None,
             weight.new_empty(weight.shape, dtype=torch.float32) if needs[1] else None,
@@ -157,12 +147,8 @@ class TritonBackend:
                 if grad is not None:
                     grad.zero_()
         else:
-            if self._is_drawn(weight):
-                form: Any = drawn
-            elif self._is_direct(weight, positions, geometry):
-                form = direct
-            else:
-                form = few if few.fits(input, weight, geometry, self.limits) else columns
+            form = self._form(input, weight, positions, geometry)
+            call = self.make_call(input, weight, positions, geometry, form.PLANE_GAP)
             self._run(form.backward, call, grad_output, grads)
         return (
             grads.input,
@@ -170,11 +156,21 @@ class TritonBackend:
             None if grads.positions is None else grads.positions.to(positions.dtype),
         )
 
-    def make_call(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry) -> Call:
-        """What forward and backward hand to the kernels."""
+    def make_call(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry, gap: int) -> Call:
+        """What forward and backward hand to the kernels, with planes of that gap."""
         from icnn_zoo.ops.triton_backend.call import Call
 
-        return Call(input, weight.contiguous(), positions.contiguous(), geometry, self.limits)
+        return Call(input, weight.contiguous(), positions.contiguous(), geometry, self.limits, gap)
+
+    def _form(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry) -> Any:
+        """The module whose ``forward`` and ``backward`` compute; that of "fused" is the columns'."""
+        from icnn_zoo.ops.triton_backend import columns, direct, drawn, few
+
+        if weight.shape[1] == 1 and weight.shape[2] <= self.limits.drawn_taps:
+            return drawn  # kernels with one input channel and few taps: small boxes
+        if self._is_direct(weight, positions, geometry):
+            return direct
+        return few if few.fits(input, weight, geometry, self.limits) else columns
 
     def _run(self, form: Callable[..., None], call: Call, *arguments: Any) -> None:
         """Runs kernels on the device of the input; one that cannot be compiled makes the backend unavailable there."""
@@ -184,10 +180,6 @@ class TritonBackend:
             except BackendError as error:
                 self._failures[call.input.device] = str(error)
                 raise
-
-    def _is_drawn(self, weight: Tensor) -> bool:
-        """Whether kernels have one input channel and few taps: small boxes."""
-        return weight.shape[1] == 1 and weight.shape[2] <= self.limits.drawn_taps
 
     def _is_direct(self, weight: Tensor, positions: Tensor, geometry: Geometry) -> bool:
         """Whether columns would cost more than they save."""

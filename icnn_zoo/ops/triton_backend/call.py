@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from icnn_zoo.ops.geometry import Geometry
-from icnn_zoo.ops.triton_backend.columns_kernels import planes_kernel
+from icnn_zoo.ops.geometry import Geometry, memory_format
 from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
 from icnn_zoo.ops.triton_backend.limits import Limits
+from icnn_zoo.ops.triton_backend.planes_kernels import planes_kernel, transpose_kernel
+from icnn_zoo.ops.triton_backend.products import ALIGNMENT, round_up
 
 # Zero columns after each row of a plane. A shift of up to that many columns needs no test for the plane's left and
 # right border; a larger one takes a slower branch.
@@ -45,6 +46,39 @@ def take(tensor: Tensor, part: slice, axis: int = 0) -> Tensor:
     return tensor.narrow(axis, part.start, part.stop - part.start)
 
 
+def empty_output(input: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Memory for an output in the input's memory format; in channels_last products may write a few pixels past it."""
+    batch, outputs, height, width = shape
+    pixels = batch * height * width
+    layout = memory_format(input)
+    if layout == torch.contiguous_format or pixels % ALIGNMENT == 0:
+        return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    rows = input.new_empty(round_up(pixels), outputs)
+    return rows[:pixels].view(batch, height, width, outputs).permute(0, 3, 1, 2)
+
+
+def copy_planes(planes: Tensor, target: Tensor) -> None:
+    """Copies contiguous images [S, C, H, W] to others of their shape, in tiles where those are in channels_last."""
+    num_images, channels, height, width = target.shape
+    if target.stride(1) != 1 or target.stride(2) != width * target.stride(3):
+        target.copy_(planes)
+        return
+    channel_block, pixel_block = 32, 64
+    launch(
+        transpose_kernel,
+        num_images * num_blocks(channels, channel_block) * num_blocks(height * width, pixel_block),
+        planes,
+        target,
+        channels,
+        height * width,
+        target.stride(0),
+        target.stride(3),
+        BLOCK_CHANNELS=channel_block,
+        BLOCK_PIXELS=pixel_block,
+        num_warps=4,
+    )
+
+
 @dataclass(frozen=True)
 class Numbers:
     """What a geometry is to the kernels."""
@@ -65,11 +99,11 @@ class Numbers:
 
     @staticmethod
     @functools.lru_cache(1024)
-    def of(geometry: Geometry) -> Numbers:
-        """Derives them."""
+    def of(geometry: Geometry, gap: int = GAP) -> Numbers:
+        """Derives them, for planes with a gap of at least 2."""
         (height, width), out_width = geometry.input_size, geometry.output_size[1]
         reach = [(size - 1) * stride for size, stride in zip(geometry.output_size, geometry.stride, strict=True)]
-        gap = min(GAP, reach[1] + 2)
+        gap = min(gap, reach[1] + 2)
         pitch = width + gap
         row_bound, col_bound = (
             extent + size + abs(origin) + 2
@@ -91,7 +125,9 @@ class Numbers:
 class Call:
     """The arguments of one call and the numbers that kernels need to know of them."""
 
-    def __init__(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry, limits: Limits) -> None:
+    def __init__(
+        self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry, limits: Limits, gap: int = GAP
+    ) -> None:
         self.input, self.weight, self.positions = input, weight, positions
         self.geometry, self.limits = geometry, limits
         self.groups = geometry.groups
@@ -99,7 +135,7 @@ class Call:
         self.group_outputs = self.num_outputs // self.groups
         self.per_kernel = positions.dim() == 4
         self.out_pixels = geometry.output_size[0] * geometry.output_size[1]
-        self.numbers = Numbers.of(geometry)
+        self.numbers = Numbers.of(geometry, gap)
         # In the order of the lists of the same names in `sampling`.
         self.gathering = self.numbers.gathering
         self.sampling = (*self.gathering, *self.numbers.of_planes)

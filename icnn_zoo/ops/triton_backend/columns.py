@@ -1,4 +1,4 @@
-"""Dense layers on CUDA by columns and matrix products, and layers with few outputs by both at once."""
+"""Dense layers on CUDA by columns and matrix products."""
 
 from __future__ import annotations
 
@@ -9,27 +9,45 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from icnn_zoo.ops.geometry import Geometry, memory_format
+from icnn_zoo.ops.geometry import memory_format
 from icnn_zoo.ops.triton_backend import columns_kernels
-from icnn_zoo.ops.triton_backend.call import GAP, MAX_INT, Call, Gradients, empty_like, take
+from icnn_zoo.ops.triton_backend.call import Call, Gradients, copy_planes, empty_like, take
 from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
-from icnn_zoo.ops.triton_backend.limits import Limits
-from icnn_zoo.ops.triton_backend.products import ALIGNMENT, follows_tf32, multiply, multiply_float32, round_up
+from icnn_zoo.ops.triton_backend.products import ALIGNMENT, multiply, multiply_float32, round_up
+
+# Columns of zeros between the rows of planes: enough for two at either side of a row.
+PLANE_GAP = 2
 
 # Rows of columns start at multiples of this many elements: vector stores, and fast kernels in cuBLAS.
 _COLUMN_ALIGNMENT = 16
 
-# Pixels, entries (channels times taps) and outputs of a tile of columns made in registers: 128 registers a thread, so
-# 16 warps at once.
-_FUSED_TILE = (64, 16)
-_FUSED_OUTPUTS = 32
+
+# Rows of a band, which are read at once; more need too many registers.
+_BAND_ROWS = 8
+# Lanes of a program; a warp works alone where it sums over its lanes for every tap: no barrier.
+_LANES, _LANES_BACKWARD = 128, 32
 
 
-def fits_fused(weight: Tensor, geometry: Geometry, limits: Limits) -> bool:
-    """Whether columns are multiplied as they are made: few outputs, and pixels that 32 bits can number in a tile."""
-    largest = MAX_INT // ((_FUSED_TILE[1] + 2) * 4)
-    small = (geometry.input_size[0] + 2) * (geometry.input_size[1] + GAP) <= largest
-    return small and weight.shape[0] // geometry.groups <= min(limits.fused_outputs, _FUSED_OUTPUTS)
+@dataclass(frozen=True)
+class _Bands:
+    """How columns of images, the lanes, and bands of their rows are divided among programs."""
+
+    rows: int
+    lanes: int
+    programs: int
+    """Programs for each channel."""
+
+    @staticmethod
+    def of(lanes: int, rows: int, most_lanes: int) -> _Bands:
+        """Makes all bands about as high."""
+        band_rows = num_blocks(rows, num_blocks(rows, _BAND_ROWS))
+        block = min(most_lanes, max(32, 1 << (lanes - 1).bit_length()))
+        return _Bands(band_rows, block, num_blocks(lanes, block) * num_blocks(rows, band_rows))
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What kernels are compiled for."""
+        return {"ROWS": self.rows, "BLOCK": self.lanes, "num_warps": self.lanes // 32}
 
 
 @dataclass(frozen=True)
@@ -84,7 +102,7 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
     in_place = memory_format(call.input) == torch.channels_last and call.num_outputs % ALIGNMENT == 0
     for images, parts in _column_chunks(call):
         planes = call.planes(images)
-        length = planes.shape[0] * call.out_pixels
+        length = _aligned_length(call, images)
         target = take(output, images).transpose(0, 1).unflatten(0, (call.groups, -1))  # [G, N / G, S, Ho, Wo]
         for summed in parts:
             groups = summed[0].groups
@@ -93,15 +111,30 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
             if len(summed) == 1:
                 columns = _make_columns(call, planes, summed[0])
                 factors = take(weight, groups).flatten(2)
-                out = rows.flatten(2) if in_place else columns.new_empty(*factors.shape[:2], columns.shape[2])
                 used = slice(0, length)
-                product = multiply(factors, take(columns, used, 2), take(out, used, 2), bias_rows)
+                if in_place:
+                    flat = rows.flatten(2)
+                    out = flat.as_strided((*flat.shape[:2], length), flat.stride())
+                else:
+                    out = take(columns.new_empty(*factors.shape[:2], columns.shape[2]), used, 2)
+                product = multiply(factors, take(columns, used, 2), out, bias_rows)
                 if in_place:
                     continue
+                product = take(product, slice(0, planes.shape[0] * call.out_pixels), 2)
             else:
                 product = _sum_parts(call, planes, summed, weight)
                 product = product if bias_rows is None else product + bias_rows
             rows.copy_(product.unflatten(2, rows.shape[2:]))
+
+
+def _aligned_length(call: Call, images: slice) -> int:
+    """Pixels that a product covers: rounded up, as cuBLAS is slow otherwise, where no image follows and there is room.
+
+    There is room for so many that the pixels of all images are rounded up.
+    """
+    length = (images.stop - images.start) * call.out_pixels
+    room = round_up(len(call.input) * call.out_pixels) - images.start * call.out_pixels
+    return round_up(length) if images.stop == len(call.input) and round_up(length) <= room else length
 
 
 def _sum_parts(call: Call, planes: Tensor, parts: Sequence[_Part], weight: Tensor) -> Tensor:
@@ -133,16 +166,12 @@ def _launch_columns(
 ) -> Tensor | None:
     """Runs ``columns_kernel``; returns the positions' gradient [c, T, 2] of a part with ``gradient``."""
     planes = take(planes, part.planes, 1)
-    length, channels = planes.shape[0] * call.out_pixels, planes.shape[1]
-    # With a sum over each block one warp works alone: no barrier for each tap.
-    block, warps = (block_size(length, 256), 1) if gradient else (block_size(length, 1024), 4)
-    # Stores of 32 bits a lane: wider ones would spread a warp's reads over more cache lines.
-    vector = 4 // columns.element_size()
-    blocks = num_blocks(length, block)
-    partials = planes.new_empty((blocks, channels, call.taps, 2), dtype=torch.float32) if gradient else None
+    channels, lanes = planes.shape[1], planes.shape[0] * call.geometry.output_size[1]
+    bands = _Bands.of(lanes, call.geometry.output_size[0], _LANES_BACKWARD if gradient else _LANES)
+    partials = planes.new_empty((bands.programs, channels, call.taps, 2), dtype=torch.float32) if gradient else None
     launch(
         columns_kernels.columns_kernel,
-        channels * blocks,
+        channels * bands.programs,
         planes,
         take(call.positions, part.planes),
         columns,
@@ -150,15 +179,13 @@ def _launch_columns(
         planes.stride(0),
         channels,
         call.taps,
-        length,
-        columns.shape[2] // vector,
+        lanes,
+        columns.shape[2],
         *call.sampling,
         **call.strides,
         GRADIENT=gradient,
         STORE=store,
-        VECTOR=vector,
-        BLOCK=block,
-        num_warps=warps,
+        **bands.constants,
     )
     return None if partials is None else partials.sum(0)
 
@@ -166,9 +193,10 @@ def _launch_columns(
 def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
     """Fills the gradients that are asked for."""
     weight = call.weight.unflatten(0, (call.groups, -1))  # [G, N / G, C / G, T]
-    grad_rows = _pixels_as_rows(grad_output).t().unflatten(0, (call.groups, -1))  # [G, N / G, B * Ho * Wo]
+    grad_rows = _pixels_as_rows(grad_output).t().unflatten(0, (call.groups, -1))  # [G, N / G, L]
     for images, groups_parts in _column_chunks(call):
-        span = slice(images.start * call.out_pixels, images.stop * call.out_pixels)
+        first, length = images.start * call.out_pixels, _aligned_length(call, images)
+        span = slice(first, first + length)
         for part in (part for summed in groups_parts for part in summed):
             grad_part = take(take(grad_rows, part.groups), span, 2)
             columns = _empty_columns(call, images.stop - images.start, part)
@@ -176,6 +204,8 @@ def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
             if grads.input is not None or grads.positions is not None:
                 factors = take(take(weight, part.groups), part.channels, 2).flatten(2)
                 multiply(factors.transpose(1, 2), grad_part, used)
+            elif length > (images.stop - images.start) * call.out_pixels:
+                columns.zero_()  # what lies past the last pixel is summed as well
             if grads.input is not None:
                 _input_gradient(call, images, part, columns, grads.input)
             if grads.positions is None and grads.weight is None:
@@ -216,13 +246,23 @@ def _add(total: Tensor, value: Tensor, images: slice, part: _Part) -> Tensor:
 
 
 def _pixels_as_rows(grad_output: Tensor) -> Tensor:
-    """The output's gradient as [B * Ho * Wo, N], which a channels_last one is; others and unaligned ones are copied."""
-    pixels = grad_output.permute(0, 2, 3, 1)
-    outputs = pixels.shape[3]
-    if outputs % ALIGNMENT == 0:
-        return pixels.reshape(-1, outputs)
-    rows = grad_output.new_empty(pixels.shape[:3].numel(), round_up(outputs))[:, :outputs]
-    rows.unflatten(0, pixels.shape[:3]).copy_(pixels)
+    """The output's gradient as [B * Ho * Wo, N], rows and numbers of them rounded up to what cuBLAS is fast with.
+
+    A channels_last one of such sizes is that already; of others a copy is filled up with zeros.
+    """
+    batch, outputs, height, width = grad_output.shape
+    length = batch * height * width
+    if outputs % ALIGNMENT == 0 and length % ALIGNMENT == 0:
+        pixels = grad_output.permute(0, 2, 3, 1)
+        if pixels.is_contiguous():
+            return pixels.view(length, outputs)
+    rows = grad_output.new_empty(round_up(length), round_up(outputs))[:, :outputs]
+    rows[length:] = 0
+    target = rows[:length].unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
+    if grad_output.is_contiguous():
+        copy_planes(grad_output, target)
+    else:
+        target.copy_(grad_output)
     return rows
 
 
@@ -231,66 +271,39 @@ def _input_gradient(call: Call, images: slice, part: _Part, grad_columns: Tensor
     in_place = memory_format(call.input) == torch.contiguous_format
     planes = target if in_place else empty_like(target, torch.contiguous_format)
     num_images, channels, height, width = target.shape
-    length = num_images * height * width
-    block = block_size(length, 512)
-    launch(
-        columns_kernels.input_gradient_kernel,
-        channels * num_blocks(length, block),
-        grad_columns,
-        take(call.positions, part.planes),
-        planes,
-        call.taps,
-        length,
-        grad_columns.shape[2],
-        planes.stride(0),
-        *call.gathering,
-        **call.strides,
-        BLOCK=block,
-        num_warps=4,
-    )
-    if not in_place:
-        target.copy_(planes)
-
-
-def fused_forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
-    """Fills the output [B, N, Ho, Wo] by columns that are multiplied as they are made."""
-    entries = call.group_channels * call.taps
-    pixels, step = _FUSED_TILE
-    for images in call.image_chunks():
-        planes = call.planes(images)
-        length = planes.shape[0] * call.out_pixels
-        programs = call.groups * num_blocks(length, pixels)
-        # Few pixels: several programs share the sum over the entries, at least 16 steps each.
-        splits = max(1, min(call.limits.programs // programs, entries // (16 * step)))
-        share = num_blocks(num_blocks(entries, splits), step) * step
-        splits = num_blocks(entries, share)
-        target = output[images]
-        out = target if splits == 1 else planes.new_empty((splits, *target.shape), dtype=torch.float32)
-        strides = (0, *out.stride()) if splits == 1 else out.stride()
+    positions = take(call.positions, part.planes)
+    if call.geometry.stride == (1, 1):
+        bands = _Bands.of(num_images * width, height, _LANES_BACKWARD)
         launch(
-            columns_kernels.fused_forward_kernel,
-            splits * programs,
+            columns_kernels.banded_input_gradient_kernel,
+            channels * bands.programs,
+            grad_columns,
+            positions,
             planes,
-            call.weight,
-            call.positions,
-            call.weight if bias is None else bias,
-            out,
-            call.groups,
-            *call.grouping,
-            length,
-            share,
-            *strides[:3],
-            strides[4],
-            *call.sampling,
-            **call.strides,
-            HAS_BIAS=bias is not None and splits == 1,
-            PRECISION="tf32" if follows_tf32() else "ieee",
-            BLOCK_PIXELS=pixels,
-            BLOCK_OUTPUTS=16 if call.group_outputs <= 16 else _FUSED_OUTPUTS,
-            BLOCK_ENTRIES=step,
-            num_warps=4,  # eight are known to be miscompiled in loops like this one
-            num_stages=1,  # prefetching into shared memory, element by element, spills registers
+            call.taps,
+            num_images * width,
+            grad_columns.shape[2],
+            planes.stride(0),
+            *call.gathering,
+            **bands.constants,
         )
-        if splits > 1:
-            total = out.sum(0)
-            target.copy_(total if bias is None else total + bias[:, None, None])
+    else:
+        length = num_images * height * width
+        block = block_size(length, 512)
+        launch(
+            columns_kernels.input_gradient_kernel,
+            channels * num_blocks(length, block),
+            grad_columns,
+            positions,
+            planes,
+            call.taps,
+            length,
+            grad_columns.shape[2],
+            planes.stride(0),
+            *call.gathering,
+            **call.strides,
+            BLOCK=block,
+            num_warps=4,
+        )
+    if not in_place:
+        copy_planes(planes, target)

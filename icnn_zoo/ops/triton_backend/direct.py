@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.ops.triton_backend import direct_kernels
-from icnn_zoo.ops.triton_backend.call import Call, Gradients, empty_like
+from icnn_zoo.ops.triton_backend.call import GAP, Call, Gradients, copy_planes, empty_like
 from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
+
+PLANE_GAP = GAP
 
 
 def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
@@ -17,7 +19,7 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
         target = output[images]
         out = planes_for(target)
         length = planes.shape[0] * call.out_pixels
-        block = block_size(length, 1024)
+        block = block_size(length, 512)
         launch(
             direct_kernels.direct_forward_kernel,
             call.num_outputs * num_blocks(length, block),
@@ -37,7 +39,7 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
             num_warps=4,
         )
         if out is not target:
-            target.copy_(out)
+            copy_planes(out, target)
 
 
 def planes_for(target: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ def input_gradient(call: Call, grad_output: Tensor, target: Tensor) -> None:
         num_warps=4,
     )
     if planes is not target:
-        target.copy_(planes)
+        copy_planes(planes, target)
 
 
 def _kernel_gradient(call: Call, grad_output: Tensor, planes: Tensor) -> Tensor:

@@ -60,29 +60,33 @@ def direct_forward_kernel(
     total = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
         total += tl.load(bias + kernel).to(tl.float32)
-    for entry in range(group_channels * taps):
-        in_kernel = entry // taps
-        place = kernel.to(tl.int64) * group_channels * taps + entry
-        owner = place
-        if not PER_KERNEL:
-            owner = first.to(tl.int64) * taps + entry
-        row_shift, col_shift, row_fraction, col_fraction = split_position(
-            positions, owner, origin_row, origin_col, bound_row, bound_col
-        )
-        top_left, top_right, bottom_left, bottom_right = read_corners(
-            base + in_kernel.to(tl.int64) * plane_size,
-            start,
-            flat,
-            column,
-            row_shift,
-            col_shift,
-            height,
-            width,
-            pitch,
-            last_free_shift,
-        )
-        values = blend(top_left, top_right, bottom_left, bottom_right, row_fraction, col_fraction)
-        total += tl.load(weight + place).to(tl.float32) * values
+    for in_kernel in range(group_channels):
+        part = tl.zeros([BLOCK], tl.float32)  # sums of sums: fewer roundings of large numbers
+        for tap in range(taps):
+            entry = in_kernel * taps + tap
+            place = kernel.to(tl.int64) * group_channels * taps + entry
+            owner = place
+            if not PER_KERNEL:
+                owner = first.to(tl.int64) * taps + entry
+            row_shift, col_shift, row_fraction, col_fraction = split_position(
+                positions, owner, origin_row, origin_col, bound_row, bound_col
+            )
+            top_left, top_right, bottom_left, bottom_right = read_corners(
+                base,
+                start,
+                flat,
+                column,
+                row_shift,
+                col_shift,
+                height,
+                width,
+                pitch,
+                last_free_shift,
+            )
+            values = blend(top_left, top_right, bottom_left, bottom_right, row_fraction, col_fraction)
+            part += tl.load(weight + place).to(tl.float32) * values
+        total += part
+        base += plane_size
     target = output + (image.to(tl.int64) * outputs + kernel) * size + pixel
     tl.store(target, total.to(output.dtype.element_ty), mask=number < length)
 
@@ -123,31 +127,34 @@ def direct_input_gradient_kernel(
     start = image * (outputs * size)
     flat = start + row * out_width + col
     total = tl.zeros([BLOCK], tl.float32)
-    for entry in range(group_outputs * taps):
-        kernel = entry // taps
-        place = ((first + kernel).to(tl.int64) * group_channels + in_kernel) * taps + (entry - kernel * taps)
-        owner = place
-        if not PER_KERNEL:
-            owner = channel.to(tl.int64) * taps + (entry - kernel * taps)
-        row_shift, col_shift, row_fraction, col_fraction = split_position(
-            positions, owner, origin_row, origin_col, bound_row, bound_col
-        )
-        values = gather_adjoint(
-            base + kernel.to(tl.int64) * size,
-            start,
-            flat,
-            row,
-            col,
-            row_shift,
-            col_shift,
-            row_fraction,
-            col_fraction,
-            out_height,
-            out_width,
-            STRIDE_ROW,
-            STRIDE_COL,
-        )
-        total += tl.load(weight + place).to(tl.float32) * values
+    for kernel in range(group_outputs):
+        part = tl.zeros([BLOCK], tl.float32)
+        for tap in range(taps):
+            place = ((first + kernel).to(tl.int64) * group_channels + in_kernel) * taps + tap
+            owner = place
+            if not PER_KERNEL:
+                owner = channel.to(tl.int64) * taps + tap
+            row_shift, col_shift, row_fraction, col_fraction = split_position(
+                positions, owner, origin_row, origin_col, bound_row, bound_col
+            )
+            values = gather_adjoint(
+                base,
+                start,
+                flat,
+                row,
+                col,
+                row_shift,
+                col_shift,
+                row_fraction,
+                col_fraction,
+                out_height,
+                out_width,
+                STRIDE_ROW,
+                STRIDE_COL,
+            )
+            part += tl.load(weight + place).to(tl.float32) * values
+        total += part
+        base += size
     target = grad_planes + (image.to(tl.int64) * channels + channel) * (height * width) + pixel
     tl.store(target, total.to(grad_planes.dtype.element_ty), mask=number < length)
 

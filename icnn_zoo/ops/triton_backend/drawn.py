@@ -10,9 +10,11 @@ from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.triton_backend import drawn_kernels
-from icnn_zoo.ops.triton_backend.call import Call, Gradients, Numbers
+from icnn_zoo.ops.triton_backend.call import GAP, Call, Gradients, Numbers
 from icnn_zoo.ops.triton_backend.direct import input_gradient, planes_for
 from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
+
+PLANE_GAP = GAP
 
 # A cell takes about a fourth of the instructions of a tap.
 _CELLS_PER_TAP = 4

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
 from icnn_zoo.ops.triton_backend import few_kernels, listed_kernels
-from icnn_zoo.ops.triton_backend.call import MAX_INT, Call, Gradients, Numbers
+from icnn_zoo.ops.triton_backend.call import GAP, MAX_INT, Call, Gradients, Numbers
 from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
 from icnn_zoo.ops.triton_backend.limits import Limits
 from icnn_zoo.ops.triton_backend.products import (
@@ -26,6 +26,8 @@ from icnn_zoo.ops.triton_backend.products import (
     round_up,
     uses_tensor_cores,
 )
+
+PLANE_GAP = GAP
 
 _SIDE = 3  # cells of a box along an axis
 _OUTPUTS = 32
