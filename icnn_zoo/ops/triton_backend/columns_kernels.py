@@ -1,4 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="assignment, unreachable, var-annotated"
 """CUDA kernels that make columns, and their adjoint. Letters as in ``sampling``."""
 
 import triton
