@@ -161,9 +161,10 @@ _NOTHING_TO_DO = contextlib.nullcontext()
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Dtypes are settled before an operator is called; autocast would cast what is inside."""
-    if not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)):
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return _NOTHING_TO_DO
-    return _autocast_off(device.type)  # as `torch.autocast` does, which takes longer
+    return _autocast_off(kind)  # as `torch.autocast` does, which takes longer
 
 
 def _current(name: str) -> Callable[..., Any]:

@@ -85,6 +85,7 @@ class Case:
         assert [grad.dtype for grad in grads] == [input.dtype, weight.dtype, positions.dtype]
         for result in (output, grads[0]):
             layout = memory_format(input)
+            assert not result._is_view()  # which in-place operators would refuse
             assert result.stride() == torch.empty(result.shape, device="meta", memory_format=layout).stride()
         return [output, *grads]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +34,17 @@ class Gradients:
     positions: Tensor | None
 
 
+def new_empty(like: Tensor, shape: Sequence[int], layout: torch.memory_format) -> Tensor:
+    """Memory of a shape [B, C, H, W], with exactly the strides of a layout (``torch.empty`` takes longer)."""
+    if layout == torch.channels_last and 0 not in shape:
+        batch, channels, height, width = shape
+        return like.new_empty_strided(shape, (channels * height * width, 1, channels * width, channels))
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
 def empty_like(tensor: Tensor, layout: torch.memory_format) -> Tensor:
     """Memory of a tensor's shape, with exactly the strides of a layout (``torch.empty_like`` may keep others)."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout)
+    return new_empty(tensor, tensor.shape, layout)
 
 
 def take(tensor: Tensor, part: slice, axis: int = 0) -> Tensor:
@@ -52,9 +60,10 @@ def empty_output(input: Tensor, shape: tuple[int, ...]) -> Tensor:
     pixels = batch * height * width
     layout = memory_format(input)
     if layout == torch.contiguous_format or pixels % ALIGNMENT == 0:
-        return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
-    rows = input.new_empty(round_up(pixels), outputs)
-    return rows[:pixels].view(batch, height, width, outputs).permute(0, 3, 1, 2)
+        return new_empty(input, shape, layout)
+    memory = input.new_empty(round_up(pixels), outputs).untyped_storage()
+    strides = (outputs * height * width, 1, outputs * width, outputs)
+    return input.new_empty(0).set_(memory, 0, shape, strides)  # not a view, which in-place operators would refuse
 
 
 def copy_planes(planes: Tensor, target: Tensor) -> None:
@@ -176,14 +185,17 @@ class Call:
         """Memory for the planes of an image."""
         return self.input.shape[1] * self.numbers.plane_size * self.input.element_size()
 
-    def image_chunks(self, column_bytes: int = 0) -> Iterator[slice]:
-        """Walks the images, as many at a time as keep what one launch reads or writes within a chunk, evenly.
+    def image_chunks(self, column_bytes: int = 0) -> tuple[slice, ...]:
+        """Slices of the images, as many at a time as keep what one launch reads or writes within a chunk, evenly.
 
         This also makes 32 bits enough for the pixels' numbers and for where all but the first image start.
         """
         images = self.input.shape[0]
         output_bytes = self.num_outputs * self.out_pixels * self.input.element_size()
         fitting = max(1, self.limits.chunk_bytes // max(column_bytes, self._plane_bytes(), output_bytes))
-        step = num_blocks(images, num_blocks(images, fitting))
-        for first in range(0, images, step):
-            yield slice(first, min(first + step, images))
+        return _slices(images, num_blocks(images, num_blocks(images, fitting)))
+
+
+@functools.lru_cache(1024)
+def _slices(length: int, step: int) -> tuple[slice, ...]:
+    return tuple(slice(first, min(first + step, length)) for first in range(0, length, step))

@@ -96,14 +96,15 @@ def _parts(groups: int, group_channels: int, channels: int) -> tuple[tuple[_Part
 
 def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
     """Fills the output [B, N, Ho, Wo] by a matrix product with stored columns."""
-    weight = call.weight.unflatten(0, (call.groups, -1))  # [G, N / G, C / G, T]
+    weight = call.weight.view(call.groups, *call.grouping)  # [G, N / G, C / G, T]
     start = None if bias is None else bias.view(call.groups, -1, 1)
     # The rows of channels_last outputs are what the product writes, pixels at one stride, where that is aligned.
     in_place = memory_format(call.input) == torch.channels_last and call.num_outputs % ALIGNMENT == 0
     for images, parts in _column_chunks(call):
         planes = call.planes(images)
         length = _aligned_length(call, images)
-        target = take(output, images).transpose(0, 1).unflatten(0, (call.groups, -1))  # [G, N / G, S, Ho, Wo]
+        outputs = take(output, images)
+        target = outputs.transpose(0, 1).unflatten(0, (call.groups, -1))  # [G, N / G, S, Ho, Wo]
         for summed in parts:
             groups = summed[0].groups
             rows = take(target, groups)
@@ -113,8 +114,8 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
                 factors = take(weight, groups).flatten(2)
                 used = slice(0, length)
                 if in_place:
-                    flat = rows.flatten(2)
-                    out = flat.as_strided((*flat.shape[:2], length), flat.stride())
+                    strides = (call.group_outputs * outputs.stride(1), outputs.stride(1), outputs.stride(3))
+                    out = rows.as_strided((*factors.shape[:2], length), strides)
                 else:
                     out = take(columns.new_empty(*factors.shape[:2], columns.shape[2]), used, 2)
                 product = multiply(factors, take(columns, used, 2), out, bias_rows)
@@ -192,7 +193,7 @@ def _launch_columns(
 
 def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
     """Fills the gradients that are asked for."""
-    weight = call.weight.unflatten(0, (call.groups, -1))  # [G, N / G, C / G, T]
+    weight = call.weight.view(call.groups, *call.grouping)  # [G, N / G, C / G, T]
     grad_rows = _pixels_as_rows(grad_output).t().unflatten(0, (call.groups, -1))  # [G, N / G, L]
     for images, groups_parts in _column_chunks(call):
         first, length = images.start * call.out_pixels, _aligned_length(call, images)

@@ -37,8 +37,9 @@ class _Code:
 
     def run(self, programs: int, device: int, arguments: tuple[Any, ...]) -> None:
         """As ``compiled[(programs, 1, 1)](*arguments)``, which makes a description of the launch for its hooks."""
-        hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-        if any(getattr(hook, "calls", hook) for hook in hooks):  # a profiler listens
+        runtime = triton.knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
             self.compiled[(programs, 1, 1)](*arguments, *self.constants)
             return
         stream = triton.runtime.driver.active.get_current_stream(device)

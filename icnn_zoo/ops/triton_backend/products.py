@@ -32,7 +32,8 @@ def _as_convolutions(dtype: torch.dtype) -> contextlib.AbstractContextManager[No
     environment variable is set, as cuBLAS may give other bits where streams share its workspace; PyTorch gives each
     stream its own. To be called with the lock, which keeps what one thread has set from being read by others.
     """
-    level, precision = torch.get_deterministic_debug_mode(), torch.backends.cuda.matmul.fp32_precision
+    level = torch.get_deterministic_debug_mode()
+    precision = torch.backends.cuda.matmul.fp32_precision if dtype == torch.float32 else ""
     switch = dtype == torch.float32 and (precision == "tf32") != follows_tf32()
     return _set(level, precision, switch) if level or switch else _NOTHING_TO_SET
 
