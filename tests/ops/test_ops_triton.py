@@ -23,6 +23,7 @@ from triton_cases import (
     Case,
     Guarded,
     assert_close,
+    surround,
 )
 
 import icnn_zoo
@@ -74,9 +75,9 @@ class TestInterpreted:
 
     @pytest.mark.parametrize("case", DRAWN, ids=lambda case: case.name)
     def test_drawn_kernels_equal_the_reference(self, case: Case) -> None:
-        backend = Guarded()
-        tensors = case.tensors()
-        assert_close(case.run(tensors, backend), case.expected(tensors))
+        input, *parameters, grad_output = case.tensors()
+        tensors = (surround(input), *parameters, surround(grad_output))
+        assert_close(case.run(tensors), case.expected(tensors))
 
     @pytest.mark.parametrize("case", PER_KERNEL, ids=lambda case: case.name)
     def test_full_version_equals_the_reference(self, case: Case) -> None:
@@ -140,15 +141,14 @@ class TestInterpreted:
         assert_close([case.forward(tensors, backend)], case.expected(tensors)[:1])
 
     @pytest.mark.parametrize("value", [(torch.nan, torch.nan), (-torch.inf, 0.5), (0.5, torch.nan)])
-    @pytest.mark.parametrize("form", ["columns", "direct", "few", "per kernel"])
+    @pytest.mark.parametrize("form", ["columns", "direct", "few", "drawn", "per kernel"])
     def test_positions_that_are_no_numbers(self, form: str, value: tuple[float, float]) -> None:
         """They give NaN to what they feed and to nothing else, and read nothing out of bounds."""
-        limits = FEW if form == "few" else FORMS.get(form, FORMS["columns"])  # the full version has one form anyway
+        limits = {**FORMS, "few": FEW}.get(form)  # others take their form anyway
         backend = Guarded(limits)
-        groups = 1 if form == "few" else 2
-        case = Case(
-            shapes="kernel" if form == "per kernel" else "channel", groups=groups, channels=(4, 2), stride=(2, 1)
-        )
+        groups = {"few": 1, "drawn": 4}.get(form, 2)
+        shapes = "kernel" if form == "per kernel" else "channel"
+        case = Case(shapes=shapes, groups=groups, channels=(4, max(2, groups)), stride=(2, 1))
         tensors = case.tensors()
         tensors[2].view(-1, 4, 2)[1, 2] = torch.tensor(value)
         results, expected = case.run(tensors, backend), case.expected(tensors)

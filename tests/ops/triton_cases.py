@@ -159,6 +159,13 @@ class Guarded(TritonBackend):
         return made
 
 
+def surround(tensor: Tensor) -> Tensor:
+    """A copy with NaN before and after it in memory: a read outside of it shows."""
+    margin = 5000
+    around = tensor.new_full((tensor.numel() + 2 * margin,), float("nan"))
+    return around.as_strided(tensor.shape, tensor.stride(), margin).copy_(tensor)
+
+
 # What makes tiny sizes take a form; the full version has only one.
 COLUMNS = Limits(drawn_taps=0, direct_channels=0, direct_product=0, few_outputs=0, fused_outputs=0)
 FORMS = {
@@ -179,4 +186,11 @@ DRAWN = [
     Case("drawn, per kernel", channels=(2, 4), groups=2, shapes="kernel"),
     Case("drawn, some boxes too large", channels=(3, 3), groups=3, size=(2, 40), spread=3.0),
     Case("drawn, spread 1e9 px", channels=(2, 2), groups=2, spread=1e9),
+    Case("drawn, boxes of several parts", channels=(3, 3), groups=3, size=(3, 5), kernel=(3, 3), spread=1.2),
+    Case("drawn, maps of several parts", batch=1, channels=(2, 2), groups=2, kernel=(3, 1), size=(23, 2)),
+    Case("drawn, two groups", batch=3, channels=(40, 40), groups=40, size=(3, 2), layout=torch.channels_last),
+    Case("drawn, channels_last, multiplier 2", channels=(3, 6), groups=3, layout=torch.channels_last),
+    Case("drawn, channels_last, too large", channels=(3, 6), groups=3, spread=3.0, layout=torch.channels_last),
+    Case("drawn, stride 3", channels=(2, 2), groups=2, kernel=(3, 3), stride=(3, 3), padding=(0, 0), spread=1.0),
+    Case("drawn, one pixel", batch=1, channels=(5, 5), groups=5, size=(1, 1), kernel=(3, 3)),
 ]

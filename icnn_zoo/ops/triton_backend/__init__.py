@@ -12,8 +12,10 @@ Five forms, chosen from static sizes alone, so that nothing synchronises and CUD
   on the GPU and added by columns. An infinite pixel makes all NaN that a box reaches.
 - *fused*, the forward of other layers with few outputs in a group: columns are made in registers, multiplied at once
   and never stored. Its backward is that of *columns*.
-- *drawn*, for depthwise layers: each kernel is drawn as the dense box around its taps, on the GPU, and the box's cells
-  are summed; a kernel with a large box is summed tap by tap. An infinite pixel makes all NaN that a box reaches.
+- *drawn*, for depthwise layers: each kernel is drawn on the GPU, as the dense box that is around the taps of its
+  neighboring channels' kernels too. A thread keeps outputs that lie below one another in registers and adds a column of
+  cells to all of them at once, from images where they lie, whatever their strides. Kernels with a large box are summed
+  tap by tap. An infinite pixel makes all NaN in its channel that a box reaches.
 - *direct*, for tiny groups and the full version: the taps are summed one by one, without columns. The full version
   costs an interpolation for each output channel, input channel and tap.
 

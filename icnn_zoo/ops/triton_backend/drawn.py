@@ -1,28 +1,35 @@
-"""Depthwise layers on CUDA: each kernel is drawn as the dense box around its taps, where that is small."""
+"""Depthwise layers on CUDA: kernels are drawn as the dense boxes around their taps, where those are small."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from icnn_zoo.ops.geometry import Geometry
-from icnn_zoo.ops.triton_backend import drawn_kernels
-from icnn_zoo.ops.triton_backend.call import GAP, Call, Gradients, Numbers
-from icnn_zoo.ops.triton_backend.direct import input_gradient, planes_for
-from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
+from icnn_zoo.ops.geometry import Geometry, memory_format
+from icnn_zoo.ops.triton_backend import drawn_kernels, drawn_sum_kernels
+from icnn_zoo.ops.triton_backend.call import GAP, Call, Gradients
+from icnn_zoo.ops.triton_backend.direct import input_gradient
+from icnn_zoo.ops.triton_backend.launching import launch, num_blocks
 
 PLANE_GAP = GAP
 
-# A cell takes about a fourth of the instructions of a tap.
-_CELLS_PER_TAP = 4
+# A tap takes as long as about so many cells.
+_CELLS_PER_TAP = 8
+# Outputs that a thread computes, at most; and sums that a thread of the cells' gradient keeps.
+_PART = 20
+_GRADIENT_PART = 10
+_SUMS = 30
+# Lanes of a program with four warps: two for each thread where channels come last, so that it reads them at once.
+_LANES = 256
 
 
 @dataclass(frozen=True)
 class _Drawing:
-    """Kernels drawn as boxes [N, 4] (first row, first col, rows, cols) of cells [N, CELLS]."""
+    """Boxes of groups of kernels [groups, 4] (first row, first col, rows, cols) and their cells [CELLS, N]."""
 
     boxes: Tensor
     cells: Tensor
@@ -31,11 +38,16 @@ class _Drawing:
     @staticmethod
     def of(call: Call) -> _Drawing:
         """Draws the kernels of a call."""
-        limit = _CELLS_PER_TAP * call.taps
-        capacity = 1 << (limit - 1).bit_length()
-        boxes = torch.empty(call.num_outputs, 4, dtype=torch.int32, device=call.input.device)
-        cells = call.input.new_empty((call.num_outputs, capacity), dtype=torch.float32)
-        constants = {"PER_KERNEL": call.per_kernel, "TAPS": 1 << (call.taps - 1).bit_length(), "CELLS": capacity}
+        channels = call.input.shape[1]
+        channels_last = memory_format(call.input) == torch.channels_last
+        constants = {
+            "PER_KERNEL": call.per_kernel,
+            "GROUP": min(32, _power_of_two(channels)) if channels_last else 1,
+            "ROWS": math.isqrt(call.taps - 1) + 3,  # of a square kernel that is at most a pixel larger on each side
+            "CELLS": _CELLS_PER_TAP * call.taps,
+        }
+        boxes = torch.empty(num_blocks(channels, constants["GROUP"]), 4, dtype=torch.int32, device=call.input.device)
+        cells = call.input.new_empty((constants["CELLS"], call.num_outputs), dtype=torch.float32)
         launch(
             drawn_kernels.draw_kernel,
             call.num_outputs,
@@ -43,138 +55,155 @@ class _Drawing:
             call.positions,
             boxes,
             cells,
-            call.group_outputs,
-            call.taps,
-            limit,
-            *call.sampling,
+            *_kernels_of(call),
+            *call.gathering,
             **constants,
+            BLOCK=128,
         )
         return _Drawing(boxes, cells, constants)
+
+    def constants_for(self, *names: str) -> dict[str, Any]:
+        """Some of the constants."""
+        return {name: self.constants[name] for name in names}
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest that is not less than a size."""
+    return 1 << (size - 1).bit_length()
+
+
+def _kernels_of(call: Call) -> tuple[int, int, int]:
+    return call.num_outputs, call.group_outputs, call.taps
+
+
+def _part(rows: int, most: int = _PART) -> int:
+    """Rows that a thread computes: an even number, and as many for each as the fewest threads allow."""
+    return 2 * num_blocks(num_blocks(rows, num_blocks(rows, most)), 2)
 
 
 def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
     """Fills the output [B, N, Ho, Wo]."""
-    drawing = _Drawing.of(call)
-    for images in call.image_chunks():
-        _sum(call, drawing, call.planes(images), bias, output[images], call.sampling, call.strides, adjoint=False)
+    _sum(call, _Drawing.of(call), call.input, bias, output, call.gathering, call.strides, adjoint=False)
 
 
 def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
     """Fills the gradients that are asked for."""
     drawing = _Drawing.of(call)
     geometry = call.geometry
-    # With stride 1 the input's gradient is a sum like the output, with shifts the other way.
-    turned = Geometry(geometry.output_size, geometry.input_size, (1, 1), geometry.origin, geometry.groups)
-    numbers = Numbers.of(turned)
-    sampling = (*turned.input_size, *turned.output_size, *call.gathering[4:], *numbers.of_planes)
-    sums = None
-    for images in call.image_chunks():
-        grad = grad_output[images]
-        if grads.input is not None:
-            if geometry.stride == (1, 1):
-                planes = call.make_planes(grad, numbers)
-                _sum(call, drawing, planes, None, grads.input[images], sampling, call.strides, adjoint=True)
-            else:
-                input_gradient(call, grad.contiguous(), grads.input[images])
-        if grads.weight is not None or grads.positions is not None:
-            found = _sum_cells(call, drawing, grad.contiguous(), call.planes(images))
-            sums = found if sums is None else sums.add_(found)
-    if sums is not None:
-        _undraw(call, drawing, sums, grads)
+    grad_output = grad_output.contiguous(memory_format=memory_format(call.input))
+    if grads.input is not None:
+        if geometry.stride == (1, 1):
+            # Then the input's gradient is a sum like the output, with shifts the other way.
+            turned = Geometry(geometry.output_size, geometry.input_size, (1, 1), geometry.origin, geometry.groups)
+            sizes = (*turned.input_size, *turned.output_size, *geometry.origin, *call.numbers.bounds)
+            _sum(call, drawing, grad_output, None, grads.input, sizes, call.strides, adjoint=True)
+        else:
+            for images in call.image_chunks():
+                input_gradient(call, grad_output[images].contiguous(), grads.input[images])
+    if grads.weight is not None or grads.positions is not None:
+        _undraw(call, drawing, _sum_cells(call, drawing, grad_output), grads)
 
 
 def _sum(
     call: Call,
     drawing: _Drawing,
-    planes: Tensor,
+    source: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    sampling: tuple[int, ...],
+    sizes: tuple[int, ...],
     strides: dict[str, int],
     *,
     adjoint: bool,
 ) -> None:
-    out = planes_for(target)
-    length = target.shape[0] * target.shape[2] * target.shape[3]
-    block = block_size(length, 1024)
-    constants = {key: value for key, value in drawing.constants.items() if key != "TAPS"}
+    images, channels, height, width = target.shape
+    group = drawing.constants["GROUP"]
+    part = _part(height)
+    # Channels last: two lanes of a thread are two channels. Else a thread has one.
+    block = _LANES // group if group > 1 else _LANES // 2
     launch(
-        drawn_kernels.drawn_sum_kernel,
-        target.shape[1] * num_blocks(length, block),
-        planes,
+        drawn_sum_kernels.drawn_sum_kernel,
+        num_blocks(channels, group) * num_blocks(height, part) * num_blocks(images * width, block),
+        source,
         drawing.cells,
         drawing.boxes,
         call.weight,
         call.positions,
         call.weight if bias is None else bias,
-        out,
-        call.num_outputs,
-        call.group_outputs,
-        call.taps,
-        length,
-        *sampling,
+        target,
+        *_kernels_of(call),
+        images * width,
+        *sizes,
+        *source.stride(),
+        *target.stride(),
         **strides,
         ADJOINT=adjoint,
         HAS_BIAS=bias is not None,
-        BLOCK=block,
-        **constants,
+        **drawing.constants_for("PER_KERNEL", "GROUP", "ROWS"),
+        PART=part,
+        COLUMNS=block,
         num_warps=4,
     )
-    if out is not target:
-        target.copy_(out)
 
 
-def _sum_cells(call: Call, drawing: _Drawing, grad_output: Tensor, planes: Tensor) -> Tensor:
-    """Sums over pixels of the output's gradient times what each cell reads: [N, CELLS]."""
-    length = planes.shape[0] * call.out_pixels
-    block = block_size(length, 256)
-    blocks = num_blocks(length, block)
-    split_blocks = num_blocks(blocks, min(blocks, num_blocks(16 * call.limits.programs, call.num_outputs)))
-    splits = num_blocks(blocks, split_blocks)
-    partials = planes.new_empty((splits, *drawing.cells.shape), dtype=torch.float32)
-    constants = {key: value for key, value in drawing.constants.items() if key != "TAPS"}
+def _sum_cells(call: Call, drawing: _Drawing, grad_output: Tensor) -> Tensor:
+    """Sums over pixels of the output's gradient times what each cell reads: [splits, CELLS, N]."""
+    images, channels, height, width = grad_output.shape
+    group, rows = drawing.constants["GROUP"], drawing.constants["ROWS"]
+    strips = num_blocks(rows, max(1, _SUMS // rows))
+    groups = num_blocks(channels, group)
+    part = _part(height, _GRADIENT_PART)
+    block = 64 // group if group > 1 else 32
+    steps = num_blocks(images * width, block) * num_blocks(height, part)
+    split_steps = num_blocks(steps, min(steps, num_blocks(3 * call.limits.programs, groups * strips)))
+    splits = num_blocks(steps, split_steps)
+    partials = drawing.cells.new_empty((splits, *drawing.cells.shape))
     launch(
-        drawn_kernels.drawn_gradient_kernel,
-        splits * call.num_outputs,
+        drawn_sum_kernels.drawn_gradient_kernel,
+        splits * strips * groups,
         grad_output,
-        planes,
+        call.input,
         drawing.boxes,
         call.positions,
         partials,
-        call.num_outputs,
-        call.group_outputs,
-        call.taps,
-        length,
-        split_blocks,
-        *call.sampling,
+        *_kernels_of(call),
+        images * width,
+        split_steps,
+        *call.gathering,
+        *call.input.stride(),
+        *grad_output.stride(),
         **call.strides,
-        **constants,
-        BLOCK=block,
+        **drawing.constants,
+        PART=part,
+        COLUMNS=block,
+        STRIP=num_blocks(rows, strips),
+        STRIPS=strips,
         num_warps=1,
     )
-    return partials.sum(0)
+    return partials
 
 
-def _undraw(call: Call, drawing: _Drawing, sums: Tensor, grads: Gradients) -> None:
+def _undraw(call: Call, drawing: _Drawing, partials: Tensor, grads: Gradients) -> None:
     """Fills the gradients of weights and positions from those of the cells."""
-    by_weight = sums.new_empty(call.weight.shape)
-    by_position = sums.new_empty(*call.weight.shape, 2)
+    shape = call.weight.shape
+    by_weight = partials.new_empty(shape) if grads.weight is None else grads.weight
+    shared = grads.positions is None or (call.group_outputs > 1 and not call.per_kernel)
+    by_position = partials.new_empty(*shape, 2) if shared else grads.positions
     launch(
         drawn_kernels.undraw_kernel,
-        call.num_outputs,
-        sums,
+        num_blocks(call.num_outputs, 32) * num_blocks(call.taps, 4),
+        partials,
         drawing.boxes,
         call.weight,
         call.positions,
         by_weight,
         by_position,
-        call.group_outputs,
-        call.taps,
+        *_kernels_of(call),
+        partials.shape[0],
         *call.gathering,
-        **drawing.constants,
+        **drawing.constants_for("PER_KERNEL", "GROUP", "CELLS"),
+        KERNELS=32,
+        TAPS=4,
+        num_warps=4,
     )
-    if grads.weight is not None:
-        grads.weight.copy_(by_weight)
-    if grads.positions is not None:
-        shared = by_position.unflatten(0, (call.groups, -1)).sum(1).flatten(0, 1)
-        grads.positions.copy_(by_position if call.per_kernel else shared)
+    if shared and grads.positions is not None:
+        grads.positions.copy_(by_position.unflatten(0, (call.groups, -1)).sum(1).flatten(0, 1))
