@@ -186,8 +186,8 @@ def _undraw(call: Call, drawing: _Drawing, partials: Tensor, grads: Gradients) -
     """Fills the gradients of weights and positions from those of the cells."""
     shape = call.weight.shape
     by_weight = partials.new_empty(shape) if grads.weight is None else grads.weight
-    shared = grads.positions is None or (call.group_outputs > 1 and not call.per_kernel)
-    by_position = partials.new_empty(*shape, 2) if shared else grads.positions
+    shared = call.group_outputs > 1 and not call.per_kernel
+    by_position = partials.new_empty(*shape, 2) if shared or grads.positions is None else grads.positions
     launch(
         drawn_kernels.undraw_kernel,
         num_blocks(call.num_outputs, 32) * num_blocks(call.taps, 4),

@@ -1,4 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# mypy: disable-error-code="assignment, var-annotated"
 """CUDA kernels that sum over the cells of drawn kernels, and over pixels for each cell.
 
 A thread computes ``PART`` outputs, one below the other: a column of cells and the pixels beside them are read once for
