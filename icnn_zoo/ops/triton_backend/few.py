@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
-from icnn_zoo.ops.triton_backend import few_kernels, listed_kernels
+from icnn_zoo.ops.triton_backend import boxes_kernels, few_kernels, listed_kernels
 from icnn_zoo.ops.triton_backend.call import GAP, MAX_INT, Call, Gradients, Numbers
 from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
 from icnn_zoo.ops.triton_backend.limits import Limits
@@ -29,10 +29,14 @@ from icnn_zoo.ops.triton_backend.products import (
 
 PLANE_GAP = GAP
 
-_SIDE = 3  # cells of a box along an axis
+_CELLS = 9  # of a box of 3 x 3
+_SUM_BLOCK = 128  # pixels of a program that sums the cells
+_CHANNELS = 128  # of a program that draws boxes or reads them
 _OUTPUTS = 32
 _ALIGNMENT = 16
 _WEIGHT_SPLITS = 4
+# Programs that share the pixels of listed entries, or of a channel: few, so that a launch that finds none is short.
+_LISTED_SPLITS, _CHANNEL_SPLITS = 16, 4
 
 
 def fits(input: Tensor, weight: Tensor, geometry: Geometry, limits: Limits) -> bool:
@@ -51,73 +55,102 @@ def fits(input: Tensor, weight: Tensor, geometry: Geometry, limits: Limits) -> b
 
 @dataclass(frozen=True)
 class _Boxes:
-    """The boxes of a call's taps, and who is outside of them."""
+    """The boxes of a call's taps, and who is outside of them; whole numbers of 32 bits, all made on the GPU."""
 
+    firsts: Tensor
+    """Row and col of each box's first cell [T, 2]."""
     offsets: Tensor
-    """Row and col of each cell [T * 9, 2], int32."""
-    weights: tuple[Tensor, Tensor]
-    """What a position weighs the rows and the cols of its box with [T, 3, C], zero outside."""
-    slopes: tuple[Tensor, Tensor]
-    """Their derivatives."""
+    """Row and col of each cell [T * 9, 2], the origin included."""
     entries: Tensor
-    """The entries (channel * T + tap) outside, in order, then the others [C * T], int32."""
+    """The entries (channel * T + tap) outside, in order; room for all [C * T]."""
     slots: Tensor
-    """Where each entry is in that list, -1 inside [C * T], int32."""
+    """Where each entry is in that list, -1 inside [C * T]."""
     count: Tensor
-    """How many are outside [1], int32."""
+    """How many are outside [1]."""
 
     @staticmethod
     def of(call: Call) -> _Boxes:
         """Chooses the boxes."""
-        positions = call.positions.float()  # [C, T, 2]
-        middle = positions.sort(0).values[len(positions) // 2]
-        limit = float(max(call.numbers.bounds))
-        first = (middle + 0.5).floor().nan_to_num(0.0, limit, -limit).clamp(-limit, limit) - 1  # [T, 2]
-        relative = positions - first
-        cell = relative.floor()
-        outside = ~((cell >= 0) & (cell <= _SIDE - 2)).all(-1)  # NaN is outside
-        fraction = relative - cell
-        steps = torch.arange(_SIDE, device=positions.device, dtype=positions.dtype)
-        at = (steps[:, None, None, None] - cell).masked_fill_(outside[..., None], -1.0)  # [3, C, T, 2]
-        weights = torch.where(at == 0, 1 - fraction, 0.0) + torch.where(at == 1, fraction, 0.0)
-        slopes = (at == 1).float() - (at == 0).float()
-        offsets = first[:, None] + torch.cartesian_prod(steps, steps)  # [T, 9, 2]
-        for axis, origin in enumerate(call.geometry.origin):  # a tensor of them would wait for the GPU
-            offsets[..., axis] += origin
-        listed = outside.flatten().int()
-        return _Boxes(
-            offsets.int().flatten(0, 1),
-            (weights[..., 0].permute(2, 0, 1), weights[..., 1].permute(2, 0, 1)),
-            (slopes[..., 0].permute(2, 0, 1), slopes[..., 1].permute(2, 0, 1)),
-            (1 - listed).argsort(stable=True).int(),
-            torch.where(listed > 0, listed.cumsum(0, dtype=torch.int32) - 1, -1).int(),
-            listed.sum(0, keepdim=True, dtype=torch.int32),
+        channels, taps = call.group_channels, call.taps
+        sizes = (taps * 2, taps * _CELLS * 2, channels * taps, channels * taps, 1)
+        memory = torch.empty(sum(sizes), dtype=torch.int32, device=call.input.device)
+        firsts, offsets, entries, slots, count = memory.split(sizes)
+        launch(
+            boxes_kernels.boxes_kernel,
+            taps,
+            call.positions,
+            firsts,
+            offsets,
+            channels,
+            taps,
+            *call.geometry.origin,
+            max(call.numbers.bounds),
+            CHANNELS=1 << (channels - 1).bit_length(),
+            num_warps=4,
         )
+        block = block_size(channels * taps, 4096)
+        launch(
+            boxes_kernels.list_kernel,
+            1,
+            call.positions,
+            firsts,
+            entries,
+            slots,
+            count,
+            channels * taps,
+            taps,
+            BLOCK=block,
+            num_warps=8,
+        )
+        return _Boxes(firsts, offsets.view(-1, 2), entries, slots, count)
 
-    def spread(self, weight: Tensor) -> Tensor:
+    def spread(self, call: Call) -> Tensor:
         """Weights [N, C, T] on the cells [T * 9 * N, C], in their dtype, rows rounded up."""
-        rows, cols = self.weights
-        outputs, channels, taps = weight.shape
-        num_rows = taps * _SIDE**2 * outputs
-        spread = weight.new_zeros(round_up(num_rows, _ALIGNMENT), channels)
-        by_tap = weight.permute(2, 0, 1).float()[:, None, None]  # [T, 1, 1, N, C]
-        values = by_tap * rows[:, :, None, None] * cols[:, None, :, None]
-        spread[:num_rows] = values.flatten(0, 3)
+        num_rows = len(self.offsets) * call.num_outputs
+        spread = call.weight.new_empty(round_up(num_rows, _ALIGNMENT), call.group_channels)
+        if len(spread) > num_rows:
+            spread[num_rows:] = 0
+        launch(
+            boxes_kernels.spread_kernel,
+            call.taps * num_blocks(call.group_channels, _CHANNELS),
+            call.weight,
+            call.positions,
+            self.firsts,
+            spread,
+            call.num_outputs,
+            call.group_channels,
+            call.taps,
+            BLOCK=_CHANNELS,
+            num_warps=4,
+        )
         return spread
 
-    def gather(self, by_cell: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(
+        self, call: Call, by_cell: Tensor, listed_weight: Tensor, listed_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Gradients of weights [N, C, T] and positions [C, T, 2] from those of the cells [T * 9 * N, C]."""
-        rows, cols = (part[:, :, None] for part in self.weights)  # [T, 3, 1, C]
-        row_slopes, col_slopes = (part[:, :, None] for part in self.slopes)
-        outputs, channels, taps = weight.shape
-        by_cell = by_cell.view(taps, _SIDE, _SIDE, outputs, channels)
-        by_row = (by_cell * cols[:, None]).sum(2)  # [T, 3, N, C]
-        by_col = (by_cell * rows[:, :, None]).sum(1)
-        factor = weight.permute(2, 0, 1).float()  # [T, N, C]
-        by_position = [
-            ((part * slope).sum(1) * factor).sum(1) for part, slope in ((by_row, row_slopes), (by_col, col_slopes))
-        ]
-        return (by_row * rows).sum(1).permute(1, 2, 0), torch.stack(by_position, -1).transpose(0, 1)
+        by_weight = by_cell.new_empty(call.weight.shape)
+        by_position = by_cell.new_empty(call.positions.shape)
+        launch(
+            boxes_kernels.gather_kernel,
+            call.taps * num_blocks(call.group_channels, _CHANNELS),
+            by_cell,
+            call.weight,
+            call.positions,
+            self.firsts,
+            self.slots,
+            listed_weight,
+            listed_positions,
+            by_weight,
+            by_position,
+            call.num_outputs,
+            call.group_channels,
+            call.taps,
+            LISTED_OUTPUTS=listed_weight.shape[1],
+            BLOCK=_CHANNELS,
+            num_warps=4,
+        )
+        return by_weight, by_position
 
 
 def _pixels(tensor: Tensor) -> Tensor:
@@ -128,16 +161,16 @@ def _pixels(tensor: Tensor) -> Tensor:
 def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
     """Fills the output [B, N, Ho, Wo]."""
     boxes = _Boxes.of(call)
-    spread = boxes.spread(call.weight)
+    spread = boxes.spread(call)
     outputs = call.num_outputs
-    for images in call.image_chunks(_chunk_bytes(call)):
+    for images in call.image_chunks(_cell_bytes(call)):
         pixels = _pixels(call.input[images])
         products = spread.new_empty(len(spread), round_up(len(pixels), _ALIGNMENT))
         multiply(spread[None], pixels.t()[None], products[None, :, : len(pixels)])
         target = output[images]
         length = target.shape[0] * call.out_pixels
         rest = _listed_sum(call, boxes, images, length)
-        block = block_size(length, 512)
+        block = block_size(length, _SUM_BLOCK)
         launch(
             few_kernels.shifted_sum_kernel,
             outputs * num_blocks(length, block),
@@ -163,11 +196,15 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
         )
 
 
-def _chunk_bytes(call: Call) -> int:
-    """Memory for the products of an image, or the columns of all its entries, of which only those listed are used."""
+def _cell_bytes(call: Call) -> int:
+    """Memory for the products of an image."""
     height, width = call.geometry.input_size
-    cells = call.taps * _SIDE**2 * call.num_outputs * height * width
-    return max(cells, call.group_channels * call.taps * call.out_pixels) * call.input.element_size()
+    return call.taps * _CELLS * call.num_outputs * height * width * call.input.element_size()
+
+
+def _column_bytes(call: Call) -> int:
+    """Memory for the columns of all entries of an image, of which only those listed are used."""
+    return call.group_channels * call.taps * call.out_pixels * call.input.element_size()
 
 
 def _tile(call: Call) -> dict[str, Any]:
@@ -177,14 +214,14 @@ def _tile(call: Call) -> dict[str, Any]:
 
 def _listed_sum(call: Call, boxes: _Boxes, images: slice, length: int) -> Tensor:
     """What listed entries give to the output [splits, N, L]."""
-    planes = call.planes(images)
+    source = call.input[images]
     blocks = num_blocks(length, 64)
     splits = 1 << max(0, min(3, (call.limits.programs // blocks).bit_length() - 1))
-    rest = planes.new_empty((splits, call.num_outputs, length), dtype=torch.float32)
+    rest = source.new_empty((splits, call.num_outputs, length), dtype=torch.float32)
     launch(
         listed_kernels.listed_sum_kernel,
         splits * blocks,
-        planes,
+        source,
         call.weight,
         call.positions,
         boxes.entries,
@@ -194,8 +231,8 @@ def _listed_sum(call: Call, boxes: _Boxes, images: slice, length: int) -> Tensor
         call.group_channels * call.taps,
         call.taps,
         length,
-        planes.stride(0),
-        *call.sampling,
+        *source.stride(),
+        *call.gathering,
         **call.strides,
         **_tile(call),
         BLOCK_ENTRIES=16,
@@ -209,10 +246,10 @@ def _listed_sum(call: Call, boxes: _Boxes, images: slice, length: int) -> Tensor
 def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
     """Fills the gradients that are asked for."""
     boxes = _Boxes.of(call)
-    spread = boxes.spread(call.weight)
+    spread = boxes.spread(call)
     num_rows = len(boxes.offsets) * call.num_outputs
     by_cell = rest_weight = rest_positions = None
-    for images in call.image_chunks(_chunk_bytes(call)):
+    for images in call.image_chunks(max(_cell_bytes(call), _column_bytes(call))):
         grad = grad_output[images].contiguous()
         source = call.input[images]
         length = source.shape[0] * source.shape[2] * source.shape[3]
@@ -236,13 +273,11 @@ def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
             rest_positions = by_position if rest_positions is None else rest_positions.add_(by_position)
             rest_weight = by_weight if rest_weight is None else rest_weight.add_(by_weight)
     if by_cell is not None and rest_weight is not None and rest_positions is not None:
-        by_weight, by_position = boxes.gather(by_cell, call.weight)
+        by_weight, by_position = boxes.gather(call, by_cell, rest_weight, rest_positions)
         if grads.weight is not None:
-            slots = boxes.slots.long()
-            listed = rest_weight[slots.clamp(min=0)].masked_fill((slots < 0)[:, None], 0.0)  # [C * T, outputs]
-            torch.add(by_weight, listed[:, : call.num_outputs].t().view_as(by_weight), out=grads.weight)
+            grads.weight = by_weight
         if grads.positions is not None:
-            torch.add(by_position, rest_positions, out=grads.positions)
+            grads.positions = by_position
 
 
 def _shift(call: Call, boxes: _Boxes, grad: Tensor, num_rows: int, length: int) -> Tensor:
@@ -274,7 +309,7 @@ def _listed_column_gradient(call: Call, boxes: _Boxes, grad: Tensor) -> Tensor:
     columns = grad.new_empty(entries, round_up(length, _ALIGNMENT))
     launch(
         listed_kernels.listed_column_gradient_kernel,
-        num_blocks(entries, 64) * num_blocks(length, 64),
+        num_blocks(entries, 64) * _LISTED_SPLITS,
         grad,
         call.weight,
         boxes.entries,
@@ -287,7 +322,9 @@ def _listed_column_gradient(call: Call, boxes: _Boxes, grad: Tensor) -> Tensor:
         columns.shape[1],
         **_tile(call),
         BLOCK_ENTRIES=64,
+        SPLITS=_LISTED_SPLITS,
         num_warps=4,
+        num_stages=1,
     )
     return columns
 
@@ -297,7 +334,7 @@ def _listed_input_gradient(call: Call, boxes: _Boxes, columns: Tensor, target: T
     block = block_size(length, 512)
     launch(
         listed_kernels.listed_input_gradient_kernel,
-        call.group_channels * num_blocks(length, block),
+        call.group_channels * _CHANNEL_SPLITS,
         columns,
         call.positions,
         boxes.slots,
@@ -311,33 +348,32 @@ def _listed_input_gradient(call: Call, boxes: _Boxes, columns: Tensor, target: T
         *call.gathering,
         **call.strides,
         BLOCK=block,
+        SPLITS=_CHANNEL_SPLITS,
         num_warps=4,
     )
 
 
 def _listed_columns(call: Call, boxes: _Boxes, images: slice, columns: Tensor) -> Tensor:
     """Makes columns over their gradient; returns the positions' gradient [C, T, 2]."""
-    planes = call.planes(images)
-    length = len(planes) * call.out_pixels
-    block = block_size(length, 256)
-    blocks = num_blocks(length, block)
-    partials = planes.new_empty((blocks, call.group_channels, call.taps, 2), dtype=torch.float32)
+    source = call.input[images]
+    partials = source.new_empty((_CHANNEL_SPLITS, call.group_channels, call.taps, 2), dtype=torch.float32)
     launch(
         listed_kernels.listed_columns_kernel,
-        call.group_channels * blocks,
-        planes,
+        call.group_channels * _CHANNEL_SPLITS,
+        source,
         call.positions,
         boxes.slots,
         columns,
         partials,
         call.group_channels,
         call.taps,
-        length,
+        len(source) * call.out_pixels,
         columns.shape[1],
-        planes.stride(0),
-        *call.sampling,
+        *source.stride(),
+        *call.gathering,
         **call.strides,
-        BLOCK=block,
+        BLOCK=64,
+        SPLITS=_CHANNEL_SPLITS,
         num_warps=1,
     )
     return partials.sum(0)
