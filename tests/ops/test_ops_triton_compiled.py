@@ -151,7 +151,7 @@ LOOP_LIMITS = {
     "spread_kernel": 150,
     "gather_kernel": 200,
     "listed_sum_kernel": 700,
-    "listed_column_gradient_kernel": 480,
+    "listed_column_gradient_kernel": 520,
     "listed_input_gradient_kernel": 480,
     "listed_columns_kernel": 570,
     "listed_weight_gradient_kernel": 400,
