@@ -8,14 +8,14 @@ their boxes are listed on the GPU and added by columns, so that the result is ex
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
-from icnn_zoo.ops.triton_backend import boxes_kernels, few_kernels, listed_kernels
+from icnn_zoo.ops.triton_backend import few_kernels, listed_kernels
+from icnn_zoo.ops.triton_backend.boxes import ALIGNMENT, CELLS, Boxes
 from icnn_zoo.ops.triton_backend.call import GAP, MAX_INT, Call, Gradients, Numbers
 from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
 from icnn_zoo.ops.triton_backend.limits import Limits
@@ -29,11 +29,8 @@ from icnn_zoo.ops.triton_backend.products import (
 
 PLANE_GAP = GAP
 
-_CELLS = 9  # of a box of 3 x 3
 _SUM_BLOCK = 128  # pixels of a program that sums the cells
-_CHANNELS = 128  # of a program that draws boxes or reads them
 _OUTPUTS = 32
-_ALIGNMENT = 16
 _WEIGHT_SPLITS = 4
 # Programs that share the pixels of listed entries, or of a channel: few, so that a launch that finds none is short.
 _LISTED_SPLITS, _CHANNEL_SPLITS = 16, 4
@@ -53,106 +50,6 @@ def fits(input: Tensor, weight: Tensor, geometry: Geometry, limits: Limits) -> b
     )
 
 
-@dataclass(frozen=True)
-class _Boxes:
-    """The boxes of a call's taps, and who is outside of them; whole numbers of 32 bits, all made on the GPU."""
-
-    firsts: Tensor
-    """Row and col of each box's first cell [T, 2]."""
-    offsets: Tensor
-    """Row and col of each cell [T * 9, 2], the origin included."""
-    entries: Tensor
-    """The entries (channel * T + tap) outside, in order; room for all [C * T]."""
-    slots: Tensor
-    """Where each entry is in that list, -1 inside [C * T]."""
-    count: Tensor
-    """How many are outside [1]."""
-
-    @staticmethod
-    def of(call: Call) -> _Boxes:
-        """Chooses the boxes."""
-        channels, taps = call.group_channels, call.taps
-        sizes = (taps * 2, taps * _CELLS * 2, channels * taps, channels * taps, 1)
-        memory = torch.empty(sum(sizes), dtype=torch.int32, device=call.input.device)
-        firsts, offsets, entries, slots, count = memory.split(sizes)
-        launch(
-            boxes_kernels.boxes_kernel,
-            taps,
-            call.positions,
-            firsts,
-            offsets,
-            channels,
-            taps,
-            *call.geometry.origin,
-            max(call.numbers.bounds),
-            CHANNELS=1 << (channels - 1).bit_length(),
-            num_warps=4,
-        )
-        block = block_size(channels * taps, 4096)
-        launch(
-            boxes_kernels.list_kernel,
-            1,
-            call.positions,
-            firsts,
-            entries,
-            slots,
-            count,
-            channels * taps,
-            taps,
-            BLOCK=block,
-            num_warps=8,
-        )
-        return _Boxes(firsts, offsets.view(-1, 2), entries, slots, count)
-
-    def spread(self, call: Call) -> Tensor:
-        """Weights [N, C, T] on the cells [T * 9 * N, C], in their dtype, rows rounded up."""
-        num_rows = len(self.offsets) * call.num_outputs
-        spread = call.weight.new_empty(round_up(num_rows, _ALIGNMENT), call.group_channels)
-        if len(spread) > num_rows:
-            spread[num_rows:] = 0
-        launch(
-            boxes_kernels.spread_kernel,
-            call.taps * num_blocks(call.group_channels, _CHANNELS),
-            call.weight,
-            call.positions,
-            self.firsts,
-            spread,
-            call.num_outputs,
-            call.group_channels,
-            call.taps,
-            BLOCK=_CHANNELS,
-            num_warps=4,
-        )
-        return spread
-
-    def gather(
-        self, call: Call, by_cell: Tensor, listed_weight: Tensor, listed_positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of weights [N, C, T] and positions [C, T, 2] from those of the cells [T * 9 * N, C]."""
-        by_weight = by_cell.new_empty(call.weight.shape)
-        by_position = by_cell.new_empty(call.positions.shape)
-        launch(
-            boxes_kernels.gather_kernel,
-            call.taps * num_blocks(call.group_channels, _CHANNELS),
-            by_cell,
-            call.weight,
-            call.positions,
-            self.firsts,
-            self.slots,
-            listed_weight,
-            listed_positions,
-            by_weight,
-            by_position,
-            call.num_outputs,
-            call.group_channels,
-            call.taps,
-            LISTED_OUTPUTS=listed_weight.shape[1],
-            BLOCK=_CHANNELS,
-            num_warps=4,
-        )
-        return by_weight, by_position
-
-
 def _pixels(tensor: Tensor) -> Tensor:
     """Images [S, C, H, W] as rows [S * H * W, C], which channels_last ones are."""
     return tensor.permute(0, 2, 3, 1).reshape(-1, tensor.shape[1])
@@ -160,12 +57,12 @@ def _pixels(tensor: Tensor) -> Tensor:
 
 def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
     """Fills the output [B, N, Ho, Wo]."""
-    boxes = _Boxes.of(call)
+    boxes = Boxes.of(call)
     spread = boxes.spread(call)
     outputs = call.num_outputs
     for images in call.image_chunks(_cell_bytes(call)):
         pixels = _pixels(call.input[images])
-        products = spread.new_empty(len(spread), round_up(len(pixels), _ALIGNMENT))
+        products = spread.new_empty(len(spread), round_up(len(pixels), ALIGNMENT))
         multiply(spread[None], pixels.t()[None], products[None, :, : len(pixels)])
         target = output[images]
         length = target.shape[0] * call.out_pixels
@@ -199,7 +96,7 @@ def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
 def _cell_bytes(call: Call) -> int:
     """Memory for the products of an image."""
     height, width = call.geometry.input_size
-    return call.taps * _CELLS * call.num_outputs * height * width * call.input.element_size()
+    return call.taps * CELLS * call.num_outputs * height * width * call.input.element_size()
 
 
 def _column_bytes(call: Call) -> int:
@@ -212,7 +109,7 @@ def _tile(call: Call) -> dict[str, Any]:
     return {"PRECISION": precision, "BLOCK_PIXELS": 64, "BLOCK_OUTPUTS": 16 if call.num_outputs <= 16 else _OUTPUTS}
 
 
-def _listed_sum(call: Call, boxes: _Boxes, images: slice, length: int) -> Tensor:
+def _listed_sum(call: Call, boxes: Boxes, images: slice, length: int) -> Tensor:
     """What listed entries give to the output [splits, N, L]."""
     source = call.input[images]
     blocks = num_blocks(length, 64)
@@ -245,7 +142,7 @@ def _listed_sum(call: Call, boxes: _Boxes, images: slice, length: int) -> Tensor
 
 def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
     """Fills the gradients that are asked for."""
-    boxes = _Boxes.of(call)
+    boxes = Boxes.of(call)
     spread = boxes.spread(call)
     num_rows = len(boxes.offsets) * call.num_outputs
     by_cell = rest_weight = rest_positions = None
@@ -280,9 +177,9 @@ def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
             grads.positions = by_position
 
 
-def _shift(call: Call, boxes: _Boxes, grad: Tensor, num_rows: int, length: int) -> Tensor:
+def _shift(call: Call, boxes: Boxes, grad: Tensor, num_rows: int, length: int) -> Tensor:
     """The output's gradient at the offsets of all cells [rows, L], L rounded up."""
-    shifted = grad.new_empty(num_rows, round_up(length, _ALIGNMENT))
+    shifted = grad.new_empty(num_rows, round_up(length, ALIGNMENT))
     block = block_size(shifted.shape[1], 1024)
     launch(
         few_kernels.shift_gradient_kernel,
@@ -303,10 +200,10 @@ def _shift(call: Call, boxes: _Boxes, grad: Tensor, num_rows: int, length: int) 
     return shifted
 
 
-def _listed_column_gradient(call: Call, boxes: _Boxes, grad: Tensor) -> Tensor:
+def _listed_column_gradient(call: Call, boxes: Boxes, grad: Tensor) -> Tensor:
     """Columns' gradient of listed entries [slots, L], L rounded up."""
     length, entries = len(grad) * call.out_pixels, call.group_channels * call.taps
-    columns = grad.new_empty(entries, round_up(length, _ALIGNMENT))
+    columns = grad.new_empty(entries, round_up(length, ALIGNMENT))
     launch(
         listed_kernels.listed_column_gradient_kernel,
         num_blocks(entries, 64) * _LISTED_SPLITS,
@@ -329,7 +226,7 @@ def _listed_column_gradient(call: Call, boxes: _Boxes, grad: Tensor) -> Tensor:
     return columns
 
 
-def _listed_input_gradient(call: Call, boxes: _Boxes, columns: Tensor, target: Tensor) -> None:
+def _listed_input_gradient(call: Call, boxes: Boxes, columns: Tensor, target: Tensor) -> None:
     length = target.shape[0] * target.shape[2] * target.shape[3]
     block = block_size(length, 512)
     launch(
@@ -353,7 +250,7 @@ def _listed_input_gradient(call: Call, boxes: _Boxes, columns: Tensor, target: T
     )
 
 
-def _listed_columns(call: Call, boxes: _Boxes, images: slice, columns: Tensor) -> Tensor:
+def _listed_columns(call: Call, boxes: Boxes, images: slice, columns: Tensor) -> Tensor:
     """Makes columns over their gradient; returns the positions' gradient [C, T, 2]."""
     source = call.input[images]
     partials = source.new_empty((_CHANNEL_SPLITS, call.group_channels, call.taps, 2), dtype=torch.float32)
@@ -379,7 +276,7 @@ def _listed_columns(call: Call, boxes: _Boxes, images: slice, columns: Tensor) -
     return partials.sum(0)
 
 
-def _listed_weight_gradient(call: Call, boxes: _Boxes, grad: Tensor, columns: Tensor) -> Tensor:
+def _listed_weight_gradient(call: Call, boxes: Boxes, grad: Tensor, columns: Tensor) -> Tensor:
     """Weights' gradient by slot [C * T, outputs rounded up]."""
     tile = _tile(call)
     entries = len(columns)
