@@ -37,7 +37,7 @@ class Gradients:
 def new_empty(like: Tensor, shape: Sequence[int], layout: torch.memory_format) -> Tensor:
     """Memory of a shape [B, C, H, W], with exactly the strides of a layout (``torch.empty`` takes longer)."""
     if layout == torch.channels_last and 0 not in shape:
-        batch, channels, height, width = shape
+        _, channels, height, width = shape
         return like.new_empty_strided(shape, (channels * height * width, 1, channels * width, channels))
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
