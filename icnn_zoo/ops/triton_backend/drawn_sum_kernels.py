@@ -342,7 +342,7 @@ def drawn_gradient_kernel(
                 by_value += tl.where(real, grad * values, 0.0)
                 by_row += tl.where(real, grad * row_slope, 0.0)
                 by_col += tl.where(real, grad * col_slope, 0.0)
-            numbers = partials + kernels.to(tl.int64) * (3 * tap)
+            numbers = partials + 3 * tap * kernels
             tl.store(numbers, tl.sum(by_value, axis=0), mask=wanted)
             tl.store(numbers + kernels, tl.sum(by_row, axis=0), mask=wanted)
             tl.store(numbers + 2 * kernels, tl.sum(by_col, axis=0), mask=wanted)
