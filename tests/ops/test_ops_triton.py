@@ -5,11 +5,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import (
     CASES,
     DRAWN,
@@ -30,7 +32,7 @@ import icnn_zoo
 from icnn_zoo.ops import backends, formula
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.torch_backend import TorchBackend
-from icnn_zoo.ops.triton_backend import TritonBackend, products
+from icnn_zoo.ops.triton_backend import TritonBackend, call, columns, few, products
 
 FORMS_AND_LAYOUTS = [
     ("columns", torch.contiguous_format),
@@ -223,6 +225,37 @@ def test_a_kernel_that_does_not_compile_falls_back_with_one_warning(monkeypatch:
     with pytest.warns(RuntimeWarning, match="'triton' cannot run on cpu: its kernel planes_kernel cannot be compiled"):
         output = icnn_zoo.irregular_conv2d(input, weight, positions)
     assert output.equal(icnn_zoo.irregular_conv2d(input, weight, positions))  # warns no more
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run, without views: on a GPU each takes the CPU as long as a small kernel runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not operator.is_view
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("form", "most"), [("columns", (6, 14)), ("few", (20, 60))])
+def test_few_operators_run_beside_the_kernels(
+    form: str, most: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = FEW if form == "few" else FORMS[form]
+    module = few if form == "few" else columns
+    for each in (module, call):
+        monkeypatch.setattr(each, "launch", lambda *arguments, **constants: None)
+    case = Case(channels=(8, 8), layout=torch.channels_last, bias=False)
+    input, weight, positions, _, grad_output = case.tensors()
+    with Operators() as forward:
+        case.forward((input, weight, positions, None, grad_output), TritonBackend(limits))
+    with Operators() as backward:
+        arguments = (grad_output, input, weight.flatten(2), positions, case.geometry)
+        TritonBackend(limits).backward(*arguments, (True, True, True))
+    assert forward.count <= most[0]
+    assert backward.count <= most[1]
 
 
 def test_products_follow_what_is_set_for_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
