@@ -8,10 +8,9 @@ around them, which ``torch.func`` understands. To break an exported node into st
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,10 +41,11 @@ def _forward(
         checks.check_spread(positions[..., 2:], interpolation, geometry.largest_spread)
     if input.numel() == 0 or weight.numel() == 0:  # a sum over nothing
         backends.choose_backend(backend, input.device, input.dtype, geometry)  # says why one asked for cannot run
-        output = _forward_fake(input, weight, positions, bias, stride, padding, dilation, groups, backend).zero_()
-        return output if bias is None else output.add_(bias[:, None, None])
-    with _without_autocast(input.device):
-        return backends.forward(backend, input, weight.flatten(2), positions, bias, geometry)
+        zeros = _forward_fake(input, weight, positions, bias, stride, padding, dilation, groups, backend).zero_()
+        return zeros if bias is None else zeros.add_(bias[:, None, None])
+    arguments = (backend, input, weight.flatten(2), positions, bias, geometry)
+    output: Tensor = _without_autocast(input.device, backends.forward, *arguments)
+    return output
 
 
 def _forward_fake(
@@ -87,8 +87,8 @@ def _backward(
             grad.zero_() for grad in _gradients_like(input, weight, positions, output_mask)
         )
         return by_input, by_weight, by_positions
-    with _without_autocast(input.device):
-        grads = backends.backward(backend, grad_output, input, weight.flatten(2), positions, geometry, needs)
+    arguments = (backend, grad_output, input, weight.flatten(2), positions, geometry, needs)
+    grads = _without_autocast(input.device, backends.backward, *arguments)
     by_input, by_weight, by_positions = (
         like.new_empty(0) if grad is None else grad
         for grad, like in zip(grads, (input, weight, positions), strict=True)
@@ -147,24 +147,16 @@ def _known_geometry(*sizes: Any) -> Geometry:
     return Geometry.of(*sizes).canonical()
 
 
-@contextlib.contextmanager
-def _autocast_off(kind: str) -> Iterator[None]:
-    torch.set_autocast_enabled(kind, False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled(kind, True)
-
-
-_NOTHING_TO_DO = contextlib.nullcontext()
-
-
-def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Dtypes are settled before an operator is called; autocast would cast what is inside."""
+def _without_autocast(device: torch.device, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function. Dtypes are settled before an operator is called; autocast would cast what is inside."""
     kind = device.type
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return _NOTHING_TO_DO
-    return _autocast_off(kind)  # as `torch.autocast` does, which takes longer
+        return function(*arguments)
+    torch.set_autocast_enabled(kind, False)  # as `torch.autocast` does, which takes longer
+    try:
+        return function(*arguments)
+    finally:
+        torch.set_autocast_enabled(kind, True)
 
 
 def _current(name: str) -> Callable[..., Any]:
