@@ -32,7 +32,7 @@ import icnn_zoo
 from icnn_zoo.ops import backends, formula
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.torch_backend import TorchBackend
-from icnn_zoo.ops.triton_backend import TritonBackend, call, columns, few, products
+from icnn_zoo.ops.triton_backend import TritonBackend, boxes, call, columns, few, products
 
 FORMS_AND_LAYOUTS = [
     ("columns", torch.contiguous_format),
@@ -239,13 +239,12 @@ class Operators(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("form", "most"), [("columns", (6, 14)), ("few", (20, 60))])
+@pytest.mark.parametrize(("form", "most"), [("columns", (6, 14)), ("few", (10, 20))])
 def test_few_operators_run_beside_the_kernels(
     form: str, most: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = FEW if form == "few" else FORMS[form]
-    module = few if form == "few" else columns
-    for each in (module, call):
+    for each in (boxes, call, columns, few):
         monkeypatch.setattr(each, "launch", lambda *arguments, **constants: None)
     case = Case(channels=(8, 8), layout=torch.channels_last, bias=False)
     input, weight, positions, _, grad_output = case.tensors()
