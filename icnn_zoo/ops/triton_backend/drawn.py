@@ -19,12 +19,20 @@ PLANE_GAP = GAP
 
 # A tap takes as long as about so many cells.
 _CELLS_PER_TAP = 8
-# Outputs that a thread computes, at most; and sums that a thread of the cells' gradient keeps.
+# Neighboring channels whose kernels share a box, where channels come last.
+_GROUP = 32
+# Outputs that a thread computes, at most, and the warps and lanes of a program. Where channels come last a thread has
+# two lanes, which are two channels: it reads them at once.
 _PART = 20
-_GRADIENT_PART = 10
-_SUMS = 30
-# Lanes of a program with four warps: two for each thread where channels come last, so that it reads them at once.
+_WARPS = 4
 _LANES = 256
+# The same of the cells' gradient, of whose sums a thread keeps so many for each lane.
+_GRADIENT_PART = 10
+_GRADIENT_WARPS = 1
+_GRADIENT_LANES = 64
+_SUMS = 30
+# Programs of the cells' gradient that fit at once: 12 of a warp for each of 128 multiprocessors.
+_GRADIENT_PROGRAMS = 1536
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class _Drawing:
         channels_last = memory_format(call.input) == torch.channels_last
         constants = {
             "PER_KERNEL": call.per_kernel,
-            "GROUP": min(32, _power_of_two(channels)) if channels_last else 1,
+            "GROUP": min(_GROUP, _power_of_two(channels)) if channels_last else 1,
             "ROWS": math.isqrt(call.taps - 1) + 3,  # of a square kernel that is at most a pixel larger on each side
             "CELLS": _CELLS_PER_TAP * call.taps,
         }
@@ -118,7 +126,6 @@ def _sum(
     images, channels, height, width = target.shape
     group = drawing.constants["GROUP"]
     part = _part(height)
-    # Channels last: two lanes of a thread are two channels. Else a thread has one.
     block = _LANES // group if group > 1 else _LANES // 2
     launch(
         drawn_sum_kernels.drawn_sum_kernel,
@@ -141,7 +148,7 @@ def _sum(
         **drawing.constants_for("PER_KERNEL", "GROUP", "ROWS"),
         PART=part,
         COLUMNS=block,
-        num_warps=4,
+        num_warps=_WARPS,
     )
 
 
@@ -152,9 +159,9 @@ def _sum_cells(call: Call, drawing: _Drawing, grad_output: Tensor) -> Tensor:
     strips = num_blocks(rows, max(1, _SUMS // rows))
     groups = num_blocks(channels, group)
     part = _part(height, _GRADIENT_PART)
-    block = 64 // group if group > 1 else 32
+    block = _GRADIENT_LANES // group if group > 1 else _GRADIENT_LANES // 2
     steps = num_blocks(images * width, block) * num_blocks(height, part)
-    split_steps = num_blocks(steps, min(steps, num_blocks(3 * call.limits.programs, groups * strips)))
+    split_steps = num_blocks(steps, min(steps, num_blocks(_GRADIENT_PROGRAMS, groups * strips)))
     splits = num_blocks(steps, split_steps)
     partials = drawing.cells.new_empty((splits, *drawing.cells.shape))
     launch(
@@ -177,7 +184,7 @@ def _sum_cells(call: Call, drawing: _Drawing, grad_output: Tensor) -> Tensor:
         COLUMNS=block,
         STRIP=num_blocks(rows, strips),
         STRIPS=strips,
-        num_warps=1,
+        num_warps=_GRADIENT_WARPS,
     )
     return partials
 
