@@ -286,20 +286,19 @@ def drawn_gradient_kernel(
             pixel = target + (image * target_image + first.to(tl.int64) * target_row + col.to(tl.int64) * target_col)
             grads = _read_column(pixel, target_row, first, out_height, real, PART)
             top = first * STRIDE_ROW + first_row + down
+            left = col * STRIDE_COL + first_col + right
+            pixel = source + (image * source_image + top.to(tl.int64) * source_row + left.to(tl.int64) * source_col)
             added = ()
             for index in tl.static_range(STRIP):
                 column = ()
                 for cell in tl.static_range(ROWS):
                     column += (sums[index * ROWS + cell],)
                 if right + index < cols:
-                    left = col * STRIDE_COL + (first_col + right + index)
-                    inside = real & _within(left, width)
-                    pixel = source + (
-                        image * source_image + top.to(tl.int64) * source_row + left.to(tl.int64) * source_col
-                    )
+                    inside = real & _within(left + index, width)
                     values = _read_column(pixel, source_row, top, height, inside, (PART - 1) * STRIDE_ROW + ROWS)
                     column = _add_products(column, grads, values, STRIDE_ROW, ROWS, PART)
                 added += column
+                pixel += source_col
             sums = added
         for index in tl.static_range(STRIP):
             for cell in tl.static_range(ROWS):
