@@ -295,10 +295,10 @@ def drawn_gradient_kernel(
                     column += (sums[index * ROWS + cell],)
                 if right + index < cols:
                     inside = real & _within(left + index, width)
-                    values = _read_column(pixel, source_row, top, height, inside, (PART - 1) * STRIDE_ROW + ROWS)
+                    beside = pixel + index * source_col
+                    values = _read_column(beside, source_row, top, height, inside, (PART - 1) * STRIDE_ROW + ROWS)
                     column = _add_products(column, grads, values, STRIDE_ROW, ROWS, PART)
                 added += column
-                pixel += source_col
             sums = added
         for index in tl.static_range(STRIP):
             for cell in tl.static_range(ROWS):
