@@ -1,12 +1,17 @@
 """Is the operator right on this GPU? Every form, dtype and layout against the formula in float64, and more.
 
-A line a check, and gate.json. One failure ends nothing.
+A line a check, and gate.json. One failure ends nothing. Each form is checked in a process of its own, as compiling its
+kernels takes most of the time.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import itertools
 import json
+import multiprocessing
+import os
 import sys
 import time
 import traceback
@@ -49,17 +54,28 @@ def errors(results: list[Tensor], expected: list[Tensor]) -> list[float]:
 
 
 class Checks:
-    """Runs checks and keeps what came of them."""
+    """Runs checks and keeps what came of them.
 
-    def __init__(self, backend: str, device: str, path: Path) -> None:
-        self.backend, self.device, self.path = backend, device, path
-        self.results: list[dict[str, object]] = json.loads(path.read_text()) if path.is_file() else []
+    Args:
+        backend: The backend to check.
+        device: Where.
+        known: The checks that were run before.
+        deadline: When ``time.monotonic`` is there, no check begins.
+    """
+
+    def __init__(self, backend: str, device: str, known: frozenset[str], deadline: float) -> None:
+        self.backend, self.device, self.known, self.deadline = backend, device, known, deadline
+        self.results: list[dict[str, object]] = []
+        self.skipped: list[str] = []
 
     def attempt(self, name: str, check: Callable[[], str | None]) -> None:
         """Runs a check that was not run before; an exception is a failure, with its text."""
-        if any(result["check"] == name for result in self.results):
+        if name in self.known:
             return
         begin = time.monotonic()
+        if begin > self.deadline:
+            self.skipped.append(name)
+            return
         try:
             text, passed = check() or "", True
         except Exception as error:
@@ -68,7 +84,6 @@ class Checks:
             traceback.print_exc(limit=-4, file=sys.stdout)
         seconds = round(time.monotonic() - begin, 2)
         self.results.append({"check": name, "passed": passed, "text": text, "seconds": seconds})
-        self.path.write_text(json.dumps(self.results, indent=1) + "\n")
         print(f"{'ok  ' if passed else 'FAIL'} {name}: {text} ({seconds} s)", flush=True)
 
     def equals_formula(self, layer: Layer, dtype: torch.dtype, layout: torch.memory_format) -> str:
@@ -152,39 +167,62 @@ class Checks:
             torch.testing.assert_close(result, same, rtol=1e-3, atol=1e-3 * same.abs().max().item())
 
 
-def main(folder: Path, seconds: float, *, rehearsal: bool = False) -> int:
-    """Runs the checks, writes gate.json and returns 0 if all passed, 1 if not, 3 if time was too short for some."""
+def check(
+    form: str | None, rehearsal: bool, known: frozenset[str], deadline: float
+) -> tuple[list[dict[str, object]], list[str]]:
+    """Runs the checks of a form, or with None those of all else; returns results, and the names of those left out."""
     warnings.simplefilter("ignore")
-    begin, device = time.monotonic(), "cpu" if rehearsal else "cuda"
-    forms = REHEARSED_FORMS if rehearsal else FORMS
+    device, forms = ("cpu", REHEARSED_FORMS) if rehearsal else ("cuda", FORMS)
     dtypes = [torch.float32, torch.float16] if rehearsal else list(LIMITS)
     with rehearsing.backend(rehearsal) as backend, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        checks = Checks(backend, device, folder / "gate.json")
-        skipped = []
-
-        def attempt(name: str, check: Callable[[], str | None]) -> None:
-            if time.monotonic() - begin < seconds:
-                checks.attempt(name, check)
-            else:
-                skipped.append(name)
-
-        for (form, layer), dtype, layout in itertools.product(forms.items(), dtypes, LAYOUTS[: 1 if rehearsal else 2]):
-            name = f"{form}, {str(dtype)[6:]}, {str(layout)[6:]}"
-            attempt(name, lambda layer=layer, dtype=dtype, layout=layout: checks.equals_formula(layer, dtype, layout))
+        checks = Checks(backend, device, known, deadline)
+        if form is not None:
+            layer = forms[form]
+            for dtype, layout in itertools.product(dtypes, LAYOUTS[: 1 if rehearsal else 2]):
+                name = f"{form}, {str(dtype)[6:]}, {str(layout)[6:]}"
+                checks.attempt(name, lambda dtype=dtype, layout=layout: checks.equals_formula(layer, dtype, layout))
+            return checks.results, checks.skipped
         layer = next(iter(forms.values()))
+        small = replace(layer, size=(13, 17))
         others = [
-            checks.positions_that_are_no_numbers,
-            checks.strided_input,
-            checks.deterministic_mode,
-            checks.autocast,
+            (checks.positions_that_are_no_numbers, layer),
+            (checks.strided_input, layer),
+            (checks.deterministic_mode, layer),
+            (checks.autocast, layer),
         ]
         if not rehearsal:
-            layer = replace(layer, size=(13, 17))
-            others += [checks.exported, checks.second_derivatives, checks.other_stream, checks.compiled_with_graphs]
-        for check in others:
-            attempt(check.__name__, lambda check=check: check(layer))
-    failed = sum(not result["passed"] for result in checks.results)
-    print(f"{failed} of {len(checks.results)} checks failed, {time.monotonic() - begin:.0f} s")
+            others += [
+                (checks.exported, small),
+                (checks.second_derivatives, small),
+                (checks.other_stream, small),
+                (checks.compiled_with_graphs, small),
+            ]
+        for one, of in others:
+            checks.attempt(one.__name__, lambda one=one, of=of: one(of))
+        return checks.results, checks.skipped
+
+
+def main(folder: Path, seconds: float, *, rehearsal: bool = False) -> int:
+    """Runs the checks, writes gate.json and returns 0 if all passed, 1 if not, 3 if time was too short for some."""
+    begin, path = time.monotonic(), folder / "gate.json"
+    results: list[dict[str, object]] = json.loads(path.read_text()) if path.is_file() else []
+    known = frozenset(str(result["check"]) for result in results)
+    jobs = [(form, rehearsal, known, begin + seconds) for form in (*(REHEARSED_FORMS if rehearsal else FORMS), None)]
+    skipped: list[str] = []
+    with contextlib.ExitStack() as stack:
+        found = (check(*job) for job in jobs)
+        if not rehearsal:
+            workers = min(len(jobs), os.cpu_count() or 1)
+            pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+            stack.enter_context(pool)
+            futures = [pool.submit(check, *job) for job in jobs]
+            found = (future.result() for future in concurrent.futures.as_completed(futures))
+        for more, left_out in found:
+            results += more
+            skipped += left_out
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    failed = sum(not result["passed"] for result in results)
+    print(f"{failed} of {len(results)} checks failed, {time.monotonic() - begin:.0f} s")
     if rehearsal and failed:
         raise RuntimeError(f"{failed} checks failed, see {folder / 'gate.log'}")
     return 3 if skipped else int(failed > 0)

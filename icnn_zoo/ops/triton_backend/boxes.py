@@ -53,7 +53,7 @@ class Boxes:
             CHANNELS=1 << (channels - 1).bit_length(),
             num_warps=4,
         )
-        block = block_size(channels * taps, 4096)
+        block = block_size(channels * taps, 16384)
         launch(
             boxes_kernels.list_kernel,
             1,
@@ -65,7 +65,7 @@ class Boxes:
             channels * taps,
             taps,
             BLOCK=block,
-            num_warps=8,
+            num_warps=16,
         )
         return Boxes(firsts, offsets.view(-1, 2), entries, slots, count)
 
