@@ -100,10 +100,11 @@ def irregular_calls(layer: Layer, tensors: list[Tensor], backend: str) -> tuple[
     """This package's forward and backward."""
     input, weight, positions, _, grad = tensors
     operators = torch.ops.icnn_zoo
+    how = (backend if layer.interpolation == "bilinear" else "auto", layer.interpolation)
     return (
-        lambda: operators.irregular_conv2d(input, weight, positions, None, *layer.sizes, backend),
+        lambda: operators.irregular_conv2d(input, weight, positions, None, *layer.sizes, *how),
         lambda: operators.irregular_conv2d_backward(
-            grad, input, weight, positions, *layer.sizes, [True, True, True], backend
+            grad, input, weight, positions, *layer.sizes, [True, True, True], *how
         ),
     )
 
@@ -144,11 +145,12 @@ def time_layer(layer: Layer, device: str, backend: str) -> dict[str, Any]:
                 eager, enqueue = clock.eager(call)
                 row[name]["eager_ms"].append(eager)
                 row[name]["enqueue_ms"].append(enqueue)
-                row[name]["graph_ms"].append(clock.graph(call))
+                graph = layer.interpolation == "bilinear" or name == "conv2d"
+                row[name]["graph_ms"].append(clock.graph(call) if graph else eager)
             if device == "cuda":
                 row[name]["kernels"] = [top_kernels(call) for call in calls]
     del tensors
-    if not layer.per_kernel:
+    if not layer.per_kernel and layer.interpolation == "bilinear":
         try:
             deformable = deformable_call(layer, device)
             row["deform_conv2d"] = {"peak_mib": clock.peak_mib(deformable), "eager_ms": clock.eager(deformable, 2)[0]}

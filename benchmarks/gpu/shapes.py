@@ -24,6 +24,8 @@ class Layer:
     batch: int = 2
     spread: float = 0.75
     per_kernel: bool = False
+    interpolation: str = "bilinear"
+    """What "bilinear" is not is computed by the torch backend, which reads the spreads: no CUDA graph holds that."""
     target: float | None = None
     """What forward and backward should take at most, of cuDNN's time."""
 
@@ -59,6 +61,8 @@ class Layer:
         def rand(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(device, dtype)
 
+        if self.interpolation != "bilinear":
+            positions = torch.cat((positions, torch.full_like(positions, SPREADS[self.interpolation])), -1)
         weight = rand(out_channels, fan_in, self.kernel, self.kernel) / (fan_in * self.kernel**2) ** 0.5
         input = rand(self.batch, in_channels, *self.size).contiguous(memory_format=layout)
         grad = rand(self.batch, out_channels, *output_size).contiguous(memory_format=layout)
@@ -69,6 +73,7 @@ class Layer:
         return dict(vars(self))
 
 
+SPREADS = {"triangle": 1.0, "gaussian": 0.5}
 MAP = (41, 43)
 FORMS = {
     "columns": Layer((64, 96), MAP, dilation=2),
@@ -99,6 +104,11 @@ TIMED = {
     "stride 2": Layer((256, 256), (41, 41), stride=2, batch=16),
     "32 groups": Layer((256, 256), (41, 41), groups=32, batch=16),
     "layer3, batch 2": Layer((256, 256), (41, 41), dilation=2, batch=2),
+    "layer3, batch 10": Layer((256, 256), (41, 41), dilation=2, batch=10),
+    "layer3 at 64": Layer((256, 256), (64, 64), dilation=2, batch=16),
+    "64 channels, a shape per kernel": Layer((64, 64), (41, 41), batch=4, per_kernel=True),
+    "layer3, triangle": Layer((256, 256), (41, 41), dilation=2, batch=16, interpolation="triangle"),
+    "layer3, gaussian": Layer((256, 256), (41, 41), dilation=2, batch=16, interpolation="gaussian"),
 }
 REHEARSED_TIMED = {
     "layer3": replace(TIMED["layer3"], channels=(3, 40), size=(4, 5), dilation=1, batch=1),
