@@ -147,7 +147,7 @@ def time_layer(layer: Layer, device: str, backend: str) -> dict[str, Any]:
                 row[name]["enqueue_ms"].append(enqueue)
                 graph = layer.interpolation == "bilinear" or name == "conv2d"
                 row[name]["graph_ms"].append(clock.graph(call) if graph else eager)
-            if device == "cuda":
+            if device == "cuda" and name == "icnn_zoo":
                 row[name]["kernels"] = [top_kernels(call) for call in calls]
     del tensors
     if not layer.per_kernel and layer.interpolation == "bilinear":

@@ -82,4 +82,10 @@ def _step(result: dict[str, Any]) -> list[str]:
         kernels = result.get("busy", {}).get(name)
         running = f", kernels run {kernels['kernels_ms']:.1f} ms in {kernels['kernels']} launches" if kernels else ""
         lines.append(f"- {name}: {statistics.median(seconds) * 1e3:.1f} ms ({ratio:.2f}){memory}{running}")
+    times = result.get("graphed_seconds_per_step", {})
+    for name, seconds in times.items():
+        ratio = statistics.median(mine / base for mine, base in zip(seconds, times["regular"], strict=True))
+        lines.append(
+            f"- {name}, forward and backward as CUDA graphs: {statistics.median(seconds) * 1e3:.1f} ms ({ratio:.2f})"
+        )
     return lines
