@@ -103,6 +103,7 @@ TIMED = {
     "layer4 at 65": Layer((512, 512), (65, 65), dilation=4, batch=16),
     "stride 2": Layer((256, 256), (41, 41), stride=2, batch=16),
     "32 groups": Layer((256, 256), (41, 41), groups=32, batch=16),
+    "groups of 4": Layer((128, 128), (41, 41), groups=32, batch=16),
     "layer3, batch 2": Layer((256, 256), (41, 41), dilation=2, batch=2),
     "layer3, batch 10": Layer((256, 256), (41, 41), dilation=2, batch=10),
     "layer3 at 64": Layer((256, 256), (64, 64), dilation=2, batch=16),

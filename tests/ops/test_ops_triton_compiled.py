@@ -21,7 +21,6 @@ from icnn_zoo.ops.triton_backend import (
     drawn_kernels,
     drawn_sum_kernels,
     few_kernels,
-    fused_kernels,
     listed_kernels,
     planes_kernels,
 )
@@ -113,7 +112,6 @@ def compile_launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
             drawn_kernels,
             drawn_sum_kernels,
             few_kernels,
-            fused_kernels,
             listed_kernels,
             planes_kernels,
         )
@@ -143,7 +141,6 @@ LOOP_LIMITS = {
     "columns_kernel with sums": 300,
     "banded_input_gradient_kernel": 300,  # a tap and seven rows, inside and at a border
     "input_gradient_kernel": 190,
-    "fused_forward_kernel": 650,
     "shifted_sum_kernel": 200,
     "shift_gradient_kernel": 0,
     "boxes_kernel": 40,
@@ -166,7 +163,6 @@ LOOP_LIMITS = {
 # Products with tiles of 64 x 64; sums that stay in registers, of which 12 programs of a warp fit at once.
 REGISTER_LIMITS = {
     "listed_column_gradient_kernel": 176,
-    "fused_forward_kernel": 136,
     "drawn_gradient_kernel": 168,
 }
 OLDER_COMPILER = 1.0 if RELEASE >= (3, 9) else 1.4  # Triton 3.6 makes more of the same code
@@ -201,9 +197,9 @@ class TestCompiled:
             (DENSE, {"columns_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 80),
             (DENSE, {"columns_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 90),
             (STRIDED, {"columns_kernel"} | STRIDED_BACKWARD, torch.bfloat16, 90),
-            (GROUPED, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.float32, 90),
-            (GROUPED, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 80),
-            (GROUPED, {"fused_forward_kernel"} | COLUMNS_BACKWARD, torch.float16, 90),
+            (GROUPED, {"columns_kernel"} | COLUMNS_BACKWARD, torch.float32, 90),
+            (GROUPED, {"columns_kernel"} | COLUMNS_BACKWARD, torch.bfloat16, 80),
+            (GROUPED, {"columns_kernel"} | COLUMNS_BACKWARD, torch.float16, 90),
             (CLASSIFIER, FEW, torch.bfloat16, 80),
             (CLASSIFIER, FEW, torch.float32, 90),
             (DEPTHWISE, DRAWN, torch.float32, 80),
@@ -225,5 +221,5 @@ class TestCompiled:
             assert kernel.stack_bytes == 0, f"{name} spills"
             assert kernel.num_registers <= REGISTER_LIMITS.get(name, 128), name
             assert kernel.loop_instructions <= LOOP_LIMITS[name] * OLDER_COMPILER, name
-            if name in ("fused_forward_kernel", "listed_sum_kernel") and dtype != torch.float32:
+            if name == "listed_sum_kernel" and dtype != torch.float32:
                 assert kernel.count("HGMMA" if capability == 90 else "HMMA") > 0

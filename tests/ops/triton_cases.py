@@ -167,10 +167,9 @@ def surround(tensor: Tensor) -> Tensor:
 
 
 # What makes tiny sizes take a form; the full version has only one.
-COLUMNS = Limits(drawn_taps=0, direct_channels=0, direct_product=0, few_outputs=0, fused_outputs=0)
+COLUMNS = Limits(drawn_taps=0, direct_channels=0, direct_product=0, few_outputs=0)
 FORMS = {
     "columns": COLUMNS,
-    "fused": replace(COLUMNS, fused_outputs=32),
     "direct": replace(COLUMNS, direct_product=10**9),
 }
 FEW = replace(COLUMNS, few_outputs=32, few_channels=1)

@@ -1,17 +1,16 @@
 """The irregular convolution on CUDA, with kernels in Triton and matrix products by cuBLAS.
 
-Five forms, chosen from static sizes alone, so that nothing synchronises and CUDA graphs can hold the calls:
+Four forms, chosen from static sizes alone, so that nothing synchronises and CUDA graphs can hold the calls:
 
 - *columns*, for dense layers: the input is copied to planes with zeros around them, a kernel reads every (channel, tap)
   at its sub-pixel shift into columns, and a matrix product does the rest, for the whole batch where columns are at most
-  512 MiB. The backward makes the columns' gradient by a matrix product; one kernel gathers the
-  input's gradient from it, a second reads the planes once for both the positions' gradient and the columns, which
-  overwrite their own gradient on the way to the weights' gradient.
+  512 MiB. The backward makes the columns' gradient by a matrix product; one kernel gathers the input's gradient from
+  it, a second reads the planes once for both the positions' gradient and the columns, which overwrite their own
+  gradient on the way to the weights' gradient. Kernels work on bands of rows, of which all is read before anything is
+  written: each row serves the samples above and below it.
 - *few*, for dense layers with few outputs (a classifier), where products run on tensor cores: a product with weights
   spread over boxes of 3 x 3 cells, then a sum at the cells' integer offsets. What lies outside of the boxes is listed
   on the GPU and added by columns. An infinite pixel makes all NaN that a box reaches.
-- *fused*, the forward of other layers with few outputs in a group: columns are made in registers, multiplied at once
-  and never stored. Its backward is that of *columns*.
 - *drawn*, for depthwise layers: each kernel is drawn on the GPU, as the dense box that is around the taps of its
   neighboring channels' kernels too. A thread keeps outputs that lie below one another in registers and adds a column of
   cells to all of them at once, from images where they lie, whatever their strides. Kernels with a large box are summed
@@ -113,15 +112,12 @@ class TritonBackend:
         Returns:
             Output [B, N, Ho, Wo] in the memory format of ``input``.
         """
-        from icnn_zoo.ops.triton_backend import columns, fused
         from icnn_zoo.ops.triton_backend.call import empty_output
 
         output = empty_output(input, (input.shape[0], weight.shape[0], *geometry.output_size))
         if output.numel() == 0:
             return output
         form = self._form(input, weight, positions, geometry)
-        if form is columns and fused.fits(weight, geometry, self.limits):
-            form = fused
         call = self.make_call(input, weight, positions, geometry, form.PLANE_GAP)
         self._run(form.forward, call, None if bias is None else bias.contiguous(), output)
         return output
@@ -165,7 +161,7 @@ class TritonBackend:
         return Call(input, weight.contiguous(), positions.contiguous(), geometry, self.limits, gap)
 
     def _form(self, input: Tensor, weight: Tensor, positions: Tensor, geometry: Geometry) -> Any:
-        """The module whose ``forward`` and ``backward`` compute; that of "fused" is the columns'."""
+        """The module whose ``forward`` and ``backward`` compute."""
         from icnn_zoo.ops.triton_backend import columns, direct, drawn, few
 
         if weight.shape[1] == 1 and weight.shape[2] <= self.limits.drawn_taps:

@@ -9,21 +9,19 @@ from dataclasses import dataclass
 class Limits:
     """Sizes chosen for speed; what is computed depends on them by rounding only.
 
-    They follow from instruction counts of the compiled kernels and await timings on a GPU.
+    They follow from instruction counts of the compiled kernels and from timings on an H200 (docs/gpu.md).
     """
 
     drawn_taps: int = 64
     """Most taps for which kernels of groups of one input channel are drawn as dense boxes; at most 64."""
     direct_channels: int = 1
     """Most input channels of a group for which nothing but taps are summed, without columns."""
-    direct_product: int = 32
+    direct_product: int = 8
     """Most input channels times outputs of a group, likewise."""
     few_outputs: int = 32
     """Most outputs of a dense layer for which the product comes first and the shifts second; at most 32."""
     few_channels: int = 64
     """Fewest input channels, likewise."""
-    fused_outputs: int = 32
-    """Most outputs of a group for which columns are made in registers; at most 32."""
     chunk_bytes: int = 512 * 2**20
     """Columns of a chunk of images: the whole batch of most layers. Chunks small enough for the L2 cache would save
     traffic, but each costs the CPU more time to launch than that takes."""
