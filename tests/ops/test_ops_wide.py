@@ -8,9 +8,11 @@ from torch import Tensor
 from wide_cases import KINDS, LAYOUTS, arguments, run
 
 import icnn_zoo
-from icnn_zoo.ops import formula
+from icnn_zoo.ops import formula, register_backend, unregister_backend
 from icnn_zoo.ops.backends import choose_backend
 from icnn_zoo.ops.geometry import Geometry
+from icnn_zoo.ops.torch_backend import TorchBackend, dense
+from icnn_zoo.ops.torch_backend.limits import Limits
 
 
 @pytest.mark.parametrize("far", [0.0, 30.0], ids=["near", "one tap far away"])
@@ -101,6 +103,33 @@ def test_a_narrow_gaussian_on_the_grid_is_conv2d_and_its_gradient_reaches_as_far
 def test_on_gpus_standard_operators_compute():
     geometry = Geometry.of((9, 9), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1, "gaussian")
     assert choose_backend("auto", torch.device("cuda"), torch.bfloat16, geometry) == "torch"
+
+
+class _Drawing(TorchBackend):
+    """Draws every layer into boxes, as is done on devices other than CPUs."""
+
+    def _dense_box(self, weight: Tensor, positions: Tensor, geometry: Geometry) -> dense.Box | None:
+        return dense.measure_box(positions, geometry)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_layers_can_be_drawn(kind: str, groups: int) -> None:
+    """With a shape for each channel too, some outputs at a time."""
+    input, _, positions, spread, bias = arguments(kind, "channel")
+    weight = torch.rand(4, 4 // groups, 2, 3, dtype=torch.float64, requires_grad=True)
+    tensors = [input, weight, positions, spread, bias]
+
+    def grads_and_output(backend: str) -> list[Tensor]:
+        options = {"interpolation": kind, "spread": spread, "backend": backend}
+        output = icnn_zoo.irregular_conv2d(input, weight, positions, bias, 1, 1, 1, groups, **options)
+        return [output, *torch.autograd.grad(output.square().sum(), tensors)]
+
+    register_backend("drawing", _Drawing(Limits(kernel_elements=1)))
+    try:
+        torch.testing.assert_close(grads_and_output("drawing"), grads_and_output("reference"))
+    finally:
+        unregister_backend("drawing")
 
 
 REFUSED = {

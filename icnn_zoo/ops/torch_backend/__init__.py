@@ -4,7 +4,9 @@ Positions vary neither over space nor over the batch, so every (channel, tap) re
 shift. Columns gather whole rows of the shifted plane (contiguous runs, no per-pixel index) and blend them twice with
 ``torch.lerp``. The adjoint with respect to the input is again a gather, of the columns' gradient at the negated shift,
 so nothing is scattered. Depthwise layers and the full version are drawn as dense kernels while these are small: on
-CPUs, and with triangle or gaussian interpolation on any device, as their spreads must be looked at anyway.
+CPUs, and with triangle or gaussian interpolation on any device, as their spreads must be looked at anyway. On other
+devices than CPUs that goes for all layers of these two: their columns are smoothed in a group for each channel, tap
+and image, which cuDNN takes hundreds of times as long for as for a dense convolution.
 """
 
 from __future__ import annotations
@@ -124,7 +126,8 @@ class TorchBackend:
 
     def _dense_box(self, weight: Tensor, positions: Tensor, geometry: Geometry) -> dense.Box | None:
         """The box to draw dense kernels into where that is cheaper than columns."""
-        if positions.dim() == 3 and weight.shape[1] > 1:
+        shares_columns = positions.dim() == 3 and weight.shape[1] > 1
+        if shares_columns and (positions.device.type == "cpu" or not geometry.reading.is_wide):
             return None
         box = dense.measure_box(positions, geometry)
         return box if box is not None and box.cells <= self.limits.cells_per_tap * positions.shape[-2] else None

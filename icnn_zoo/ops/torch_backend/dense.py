@@ -117,7 +117,7 @@ def forward(
     Args:
         input: Images [B, C, H, W].
         weight: Weights [N, C / G, T].
-        positions: Positions [C, T, 2] of a depthwise layer, or [N, C / G, T, 2] of the full version.
+        positions: Positions [C, T, 2], or [N, C / G, T, 2] of the full version; with spreads [..., T, 4].
         bias: Bias [N] or None.
         box: What :func:`measure_box` returned.
         geometry: Sizes of the call.
@@ -175,7 +175,8 @@ def backward(
                 grad_positions[part.outputs] = by_positions
             else:
                 # The outputs of a channel share its shape.
-                grad_positions[part.channels] = by_positions.unflatten(0, (positions.shape[0], -1)).sum((1, 2))
+                by_output = by_positions.unflatten(0, (part.groups, -1))  # [g, n, C / G, T, ...]
+                grad_positions[part.channels] += by_output.sum(1).flatten(0, 1)
     grad_input = None
     if grad_padded is not None:
         grad_input = _spread_unknown(_crop(grad_padded, input, box, geometry), positions, geometry)
@@ -196,7 +197,7 @@ def _spread_unknown(grad_input: Tensor, positions: Tensor, geometry: Geometry) -
 
 @dataclass(frozen=True)
 class _Part:
-    """Output channels drawn at once, what they read, and their positions [n, C / G, T, 2]."""
+    """Output channels drawn at once, what they read, and their positions [n, C / G, T, 2], or those of all in one."""
 
     outputs: slice
     channels: slice
@@ -207,8 +208,8 @@ class _Part:
 def _parts(weight: Tensor, positions: Tensor, box: Box, geometry: Geometry, limits: Limits) -> Iterator[_Part]:
     num_outputs, group_channels = weight.shape[:2]
     per_group = num_outputs // geometry.groups
-    if positions.dim() == 3:
-        moved = positions.repeat_interleave(per_group, dim=0)[:, None]
+    if positions.dim() == 3 and geometry.groups > 1:
+        moved = positions.unflatten(0, (geometry.groups, -1)).repeat_interleave(per_group, dim=0)
         yield _Part(slice(0, num_outputs), slice(0, positions.shape[0]), geometry.groups, moved)
         return
     chunk = max(1, limits.kernel_elements // (group_channels * box.cells))
@@ -217,7 +218,7 @@ def _parts(weight: Tensor, positions: Tensor, box: Box, geometry: Geometry, limi
         last_of_group = (group + 1) * per_group
         for first in range(group * per_group, last_of_group, chunk):
             span = slice(first, min(first + chunk, last_of_group))
-            yield _Part(span, channels, 1, positions[span])
+            yield _Part(span, channels, 1, positions[None] if positions.dim() == 3 else positions[span])
 
 
 def _margins(input: Tensor, box: Box, geometry: Geometry) -> tuple[int, int, int, int]:
