@@ -130,7 +130,9 @@ class TorchBackend:
         if shares_columns and (positions.device.type == "cpu" or not geometry.reading.is_wide):
             return None
         box = dense.measure_box(positions, geometry)
-        return box if box is not None and box.cells <= self.limits.cells_per_tap * positions.shape[-2] else None
+        on_cpu = positions.device.type == "cpu"
+        cells_per_tap = self.limits.cells_per_tap if on_cpu else self.limits.cells_per_tap_elsewhere
+        return box if box is not None and box.cells <= cells_per_tap * positions.shape[-2] else None
 
     def _copies(
         self, input: Tensor, positions: Tensor, geometry: Geometry
