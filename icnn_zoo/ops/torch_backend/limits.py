@@ -24,5 +24,5 @@ class Limits:
     """Cells of a dense kernel for each tap above which columns are gathered: a gathered column element costs as much as
     about this many multiply-adds of a convolution."""
     cells_per_tap_elsewhere: int = 256
-    """Likewise on other devices than CPUs, where the columns of triangles and gaussians took 400 to 700 times as long as
+    """Likewise on other devices than CPUs, where columns of triangles and gaussians took 400 to 700 times as long as
     a convolution of the regular kernel (one NVIDIA H200)."""
