@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,12 +106,18 @@ def signal_shares(models: Sequence[nn.Module], **kwargs: Any) -> dict[str, Signa
         One entry for each layer's name, in the order of registration.
 
     Raises:
-        ValueError: The networks have different irregular layers or none, a layer never moved, or as
-            :func:`signal_share`.
+        ValueError: The networks have different irregular layers or none, two of them equal shapes, a layer never moved,
+            or as :func:`signal_share`.
     """
     layers = [irregular_layers(model) for model in models]
     if not layers or not layers[0] or any(found.keys() != layers[0].keys() for found in layers):
         raise ValueError("`models` must be several trainings of one network with irregular layers.")
+    for first, second in itertools.combinations(range(len(layers)), 2):
+        if all(layer.displacement.equal(layers[second][name].displacement) for name, layer in layers[first].items()):
+            raise ValueError(
+                f"`models` {first} and {second} have equal shapes: one training twice, or two that saw the same data in "
+                "the same order. Train with other seeds of the data (data.init_args.seed), from the same weights."
+            )
     return {
         name: signal_share(
             [found[name].displacement.detach().cpu().double() - found[name].epsilon for found in layers], **kwargs

@@ -59,11 +59,20 @@ def test_shapes_as_data_are_the_statistics_and_nothing_else(zoo_run, capsys):
     assert set(data["trends"]) == {"center_shift_over_length", "length", "anisotropy", "elongation"}
 
 
-def test_shapes_of_repeats_say_the_signal_in_table_and_data(zoo_run, capsys):
-    zoo_main(["shapes", str(zoo_run), "--repeats", str(zoo_run)])
-    assert any("classifier" in line and "100%" in line for line in lines(capsys))
-    zoo_main(["shapes", str(zoo_run), "--repeats", str(zoo_run), "--json"])
-    assert json.loads(capsys.readouterr().out)["layers"][0]["signal"]["share"] == pytest.approx(1)
+def test_shapes_of_repeats_say_the_signal_in_table_and_data(zoo_run, tmp_path, capsys):
+    content = torch.load(next(zoo_run.rglob("last.ckpt")), weights_only=True)
+    trainings = [tmp_path / "first.ckpt", tmp_path / "second.ckpt"]
+    for number, path in enumerate(trainings):
+        for name, value in content["state_dict"].items():
+            if name.endswith("displacement"):
+                value += torch.linspace(-1, 1, value.numel()).view_as(value) * (1 + number / 100)
+        torch.save(content, path)
+    first, second = map(str, trainings)
+    zoo_main(["shapes", first, "--repeats", second])
+    assert any("classifier" in line and "80%" in line for line in lines(capsys))
+    zoo_main(["shapes", first, "--repeats", second, "--json"])
+    share = json.loads(capsys.readouterr().out)["layers"][0]["signal"]["share"]
+    assert share == pytest.approx(2 * 1 * 2.01 / (1 + 2.01**2), abs=1e-3)  # the second moved as far again
 
 
 def test_heatmaps_of_two_networks_stand_side_by_side(zoo_run, regular, picture, tmp_path):
