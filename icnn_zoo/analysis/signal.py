@@ -115,8 +115,8 @@ def signal_shares(models: Sequence[nn.Module], **kwargs: Any) -> dict[str, Signa
     for first, second in itertools.combinations(range(len(layers)), 2):
         if all(layer.displacement.equal(layers[second][name].displacement) for name, layer in layers[first].items()):
             raise ValueError(
-                f"`models` {first} and {second} have equal shapes: one training twice, or two that saw the same data in "
-                "the same order. Train with other seeds of the data (data.init_args.seed), from the same weights."
+                f"`models` {first} and {second} have equal shapes: one training twice, or two that saw the same data "
+                "in the same order. Train with other seeds of the data (data.init_args.seed), from the same weights."
             )
     return {
         name: signal_share(

@@ -77,7 +77,7 @@ def test_what_is_wrong_is_named(displacements, message):
 
 def test_a_training_is_not_compared_with_itself():
     network = convert(nn.Sequential(nn.Conv2d(3, 4, 3)), "0", epsilon=0.1)
-    with pytest.raises(ValueError, match="0 and 1 have equal shapes.*data.init_args.seed"):
+    with pytest.raises(ValueError, match=r"0 and 1 have equal shapes.*data\.init_args\.seed"):
         signal_shares([network, network])
 
 
