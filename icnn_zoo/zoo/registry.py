@@ -252,12 +252,18 @@ def find_entry(
         progress: Likewise.
 
     Raises:
-        ValueError: None has it (the message lists the nearest names), it has another hash, or the hash is not one.
+        ValueError: None has it (the message lists the nearest names), the address has no name, it has another hash, or
+            the hash is not one.
     """
     if is_address(name):
         if registry is not None:
             raise ValueError(f"`name`={shown(name)!r} is an address, which has its registry in it; give no `registry`.")
-        registry, name = split_last(name)
+        address, (registry, name) = name, split_last(name)
+        if re.fullmatch(r"hf://((datasets|spaces)/)?[^/]+", registry):
+            raise ValueError(
+                f"`name`={shown(address)!r} is a repository; name a checkpoint in it: {shown(address)}/arch.tag. "
+                f"`icnn-zoo list --registry {shown(address)}` lists them."
+            )
     name, mark, pinned = name.partition("@")
     if mark and not pinned.startswith("sha256:"):
         raise ValueError(f"a name is pinned as {name}{PIN}<64 hexadecimal digits>; got {name}@{pinned}.")

@@ -15,7 +15,7 @@ import icnn_zoo
 from icnn_zoo.io.downloads import cache_folder
 from icnn_zoo.io.transports import DownloadError
 from icnn_zoo.zoo.networks import verify_checkpoint
-from icnn_zoo.zoo.registry import Registry
+from icnn_zoo.zoo.registry import Registry, find_entry
 
 
 @pytest.fixture(autouse=True)
@@ -198,3 +198,10 @@ def test_predictions_do_not_depend_on_where_the_network_came_from(zoo_folder, zo
     places = (zoo_folder, zoo_server.serve(zoo_folder))
     first, second = (icnn_zoo.load_checkpoint(NAME, registry=place, progress=False) for place in places)
     assert np.array_equal(first.predict(image), second.predict(image))
+
+
+@pytest.mark.parametrize("address", ["hf://user/repo", "hf://datasets/user/repo"])
+def test_an_address_of_a_repository_lacks_a_name(address: str) -> None:
+    """Said before anything is asked of a server, which would be asked for the user's index."""
+    with pytest.raises(ValueError, match=f"{address}/arch.tag"):
+        find_entry(address)
