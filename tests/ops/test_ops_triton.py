@@ -165,6 +165,16 @@ class TestInterpreted:
             assert result.isfinite().equal(finite)
             torch.testing.assert_close(result.double()[finite], truth[finite], rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("form", ["columns", "direct"])
+    def test_the_gradient_of_weights_does_not_depend_on_them(self, form: str) -> None:
+        """Not even where they are no numbers: products of columns cover more than the pixels."""
+        case = Case(layout=torch.channels_last)
+        tensors = case.tensors()
+        tensors[1][0, 0, 0, 0] = torch.nan
+        result, expected = case.run(tensors, TritonBackend(FORMS[form]))[2], case.expected(tensors)[2]
+        assert expected.isfinite().all()
+        assert_close([result], [expected])
+
     @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
     @pytest.mark.parametrize("form", ["columns", "direct"])
     def test_gradients_alone(self, form: str, needs: tuple[bool, bool, bool]) -> None:

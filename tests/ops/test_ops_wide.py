@@ -112,10 +112,11 @@ class _Drawing(TorchBackend):
         return dense.measure_box(positions, geometry)
 
 
+@pytest.mark.parametrize("at_once", [1, 2**24])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_dense_layers_can_be_drawn(kind: str, groups: int) -> None:
-    """With a shape for each channel too, some outputs at a time."""
+def test_dense_layers_can_be_drawn(kind: str, groups: int, at_once: int) -> None:
+    """With a shape for each channel too, some outputs at a time or all."""
     input, _, positions, spread, bias = arguments(kind, "channel")
     weight = torch.rand(4, 4 // groups, 2, 3, dtype=torch.float64, requires_grad=True)
     tensors = [input, weight, positions, spread, bias]
@@ -125,7 +126,7 @@ def test_dense_layers_can_be_drawn(kind: str, groups: int) -> None:
         output = icnn_zoo.irregular_conv2d(input, weight, positions, bias, 1, 1, 1, groups, **options)
         return [output, *torch.autograd.grad(output.square().sum(), tensors)]
 
-    register_backend("drawing", _Drawing(Limits(kernel_elements=1)))
+    register_backend("drawing", _Drawing(Limits(kernel_elements=at_once)))
     try:
         torch.testing.assert_close(grads_and_output("drawing"), grads_and_output("reference"))
     finally:

@@ -107,6 +107,8 @@ CASES = [
     Case("3x3", kernel=(3, 3), channels=(2, 3)),
     Case("no bias, channels_last", bias=False, layout=torch.channels_last),
     Case("channels_last, groups", groups=2, channels=(4, 4), layout=torch.channels_last),
+    Case("channels_last, aligned outputs", channels=(2, 8), layout=torch.channels_last),
+    Case("channels_last, groups of aligned outputs", groups=2, channels=(2, 16), layout=torch.channels_last),
     Case("stride 2", stride=(2, 2)),
     Case("unequal strides", stride=(3, 2), size=(8, 6)),
     Case("unequal strides, one is 1", stride=(1, 2)),
@@ -148,8 +150,8 @@ class Guarded(TritonBackend):
         made = super().make_call(*arguments)
         make_planes = made.make_planes
 
-        def guarded(*source: Any) -> Tensor:
-            inside = make_planes(*source)
+        def guarded(source: Tensor) -> Tensor:
+            inside = make_planes(source)
             margin = 5000
             around = inside.new_full((inside.numel() + 2 * margin,), float("nan"))
             around[margin:-margin] = inside.flatten()

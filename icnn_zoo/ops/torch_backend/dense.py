@@ -112,7 +112,7 @@ def forward(
     geometry: Geometry,
     limits: Limits,
 ) -> Tensor:
-    """Computes the convolution with dense kernels, of a group of output channels at a time in the full version.
+    """Computes the convolution with dense kernels, of some output channels at a time where kernels are many.
 
     Args:
         input: Images [B, C, H, W].
@@ -208,7 +208,8 @@ class _Part:
 def _parts(weight: Tensor, positions: Tensor, box: Box, geometry: Geometry, limits: Limits) -> Iterator[_Part]:
     num_outputs, group_channels = weight.shape[:2]
     per_group = num_outputs // geometry.groups
-    if positions.dim() == 3 and geometry.groups > 1:
+    few = group_channels == 1 or num_outputs * group_channels * box.cells <= limits.kernel_elements
+    if positions.dim() == 3 and geometry.groups > 1 and few:
         moved = positions.unflatten(0, (geometry.groups, -1)).repeat_interleave(per_group, dim=0)
         yield _Part(slice(0, num_outputs), slice(0, positions.shape[0]), geometry.groups, moved)
         return
@@ -218,7 +219,7 @@ def _parts(weight: Tensor, positions: Tensor, box: Box, geometry: Geometry, limi
         last_of_group = (group + 1) * per_group
         for first in range(group * per_group, last_of_group, chunk):
             span = slice(first, min(first + chunk, last_of_group))
-            yield _Part(span, channels, 1, positions[None] if positions.dim() == 3 else positions[span])
+            yield _Part(span, channels, 1, positions[channels][None] if positions.dim() == 3 else positions[span])
 
 
 def _margins(input: Tensor, box: Box, geometry: Geometry) -> tuple[int, int, int, int]:

@@ -19,7 +19,7 @@ class Limits:
     copied_elements: int = 2**21
     """Elements of the input that the full version copies at once, once for each output channel."""
     kernel_elements: int = 2**24
-    """Elements of the dense kernels drawn at once in the full version."""
+    """Elements of the dense kernels drawn at once, but for depthwise layers, which are drawn whole."""
     cells_per_tap: int = 64
     """Cells of a dense kernel for each tap above which columns are gathered: a gathered column element costs as much as
     about this many multiply-adds of a convolution."""

@@ -101,8 +101,6 @@ class Numbers:
     """Largest shift by columns that leaves all reads within the plane's own gap."""
     largest: int
     """No number that a kernel computes within an image is larger."""
-    of_planes: tuple[int, int, int]
-    """What kernels are told of planes."""
     gathering: tuple[int, ...]
     """What kernels are told, in the order of the list of the same name in ``sampling``."""
 
@@ -121,14 +119,9 @@ class Numbers:
         largest = (reach[0] + height + row_bound + abs(geometry.origin[0]) + 2) * (
             max(pitch, out_width) + col_bound + abs(geometry.origin[1])
         )
-        plane_size, bounds, last_free_shift = (
-            (height + 2) * pitch + 4,
-            (row_bound, col_bound),
-            width + gap - 2 - reach[1],
-        )
-        of_planes = (pitch, plane_size, last_free_shift)
+        plane_size, bounds = (height + 2) * pitch + 4, (row_bound, col_bound)
         gathering = (*geometry.input_size, *geometry.output_size, *geometry.origin, *bounds)
-        return Numbers(pitch, plane_size, bounds, last_free_shift, largest, of_planes, gathering)
+        return Numbers(pitch, plane_size, bounds, width + gap - 2 - reach[1], largest, gathering)
 
 
 class Call:
@@ -147,7 +140,8 @@ class Call:
         self.numbers = Numbers.of(geometry, gap)
         # In the order of the lists of the same names in `sampling`.
         self.gathering = self.numbers.gathering
-        self.sampling = (*self.gathering, *self.numbers.of_planes)
+        numbers = self.numbers
+        self.sampling = (*self.gathering, numbers.pitch, numbers.plane_size, numbers.last_free_shift)
         self.grouping = (self.group_outputs, self.group_channels, self.taps)
         self.strides = {"STRIDE_ROW": geometry.stride[0], "STRIDE_COL": geometry.stride[1]}
         self._planes: Tensor | None = None
@@ -158,10 +152,10 @@ class Call:
             self._planes = self.make_planes(self.input)
         return self.make_planes(self.input[images]) if self._planes is None else take(self._planes, images)
 
-    def make_planes(self, source: Tensor, numbers: Numbers | None = None) -> Tensor:
-        """Copies images [S, c, H, W] of any strides to planes [S, c, plane_size], of the input's sizes or others."""
+    def make_planes(self, source: Tensor) -> Tensor:
+        """Copies images [S, C, H, W] of any strides to planes [S, C, plane_size]."""
         num_images, num_channels, height, width = source.shape
-        pitch, plane_size, _ = (numbers or self.numbers).of_planes
+        pitch, plane_size = self.numbers.pitch, self.numbers.plane_size
         planes = source.new_empty(num_images, num_channels, plane_size)
         channels_last = source.stride(1) == 1 and num_channels > 1
         channel_block, pixel_block = (32, 64) if channels_last else (1, block_size(plane_size, 1024))

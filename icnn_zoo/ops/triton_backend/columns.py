@@ -21,7 +21,6 @@ PLANE_GAP = 2
 # Rows of columns start at multiples of this many elements: vector stores, and fast kernels in cuBLAS.
 _COLUMN_ALIGNMENT = 16
 
-
 # Rows of a band, which are read at once; more need too many registers.
 _BAND_ROWS = 8
 # Lanes of a program; a warp works alone where it sums over its lanes for every tap: no barrier.
@@ -182,7 +181,9 @@ def _launch_columns(
         call.taps,
         lanes,
         columns.shape[2],
-        *call.sampling,
+        *call.gathering,
+        call.numbers.pitch,
+        call.numbers.plane_size,
         **call.strides,
         GRADIENT=gradient,
         STORE=store,
@@ -197,7 +198,7 @@ def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
     grad_rows = _pixels_as_rows(grad_output).t().unflatten(0, (call.groups, -1))  # [G, N / G, L]
     for images, groups_parts in _column_chunks(call):
         first, length = images.start * call.out_pixels, _aligned_length(call, images)
-        span = slice(first, first + length)
+        span, pixels = slice(first, first + length), (images.stop - images.start) * call.out_pixels
         for part in (part for summed in groups_parts for part in summed):
             grad_part = take(take(grad_rows, part.groups), span, 2)
             columns = _empty_columns(call, images.stop - images.start, part)
@@ -205,8 +206,6 @@ def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
             if grads.input is not None or grads.positions is not None:
                 factors = take(take(weight, part.groups), part.channels, 2).flatten(2)
                 multiply(factors.transpose(1, 2), grad_part, used)
-            elif length > (images.stop - images.start) * call.out_pixels:
-                columns.zero_()  # what lies past the last pixel is summed as well
             if grads.input is not None:
                 _input_gradient(call, images, part, columns, grads.input)
             if grads.positions is None and grads.weight is None:
@@ -222,6 +221,8 @@ def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
             if grads.positions is not None and by_position is not None:
                 grads.positions = _add(grads.positions, by_position, images, part)
             if grads.weight is not None:
+                if length > pixels:  # what lies past the last pixel is summed as well: zeros, whatever the weights are
+                    used[:, :, pixels:].zero_()
                 product = multiply_float32(grad_part, used.transpose(1, 2)).unflatten(2, (-1, call.taps))
                 by_weight = _add(grads.weight.view_as(weight), product, images, part)
                 grads.weight = by_weight.view_as(call.weight)

@@ -7,7 +7,6 @@ import triton.language as tl
 
 from icnn_zoo.ops.triton_backend.sampling import (
     GATHERING,
-    SAMPLING,
     gather_adjoint,
     number_pixels,
     split_position,
@@ -22,7 +21,7 @@ def _near(place, col_fraction):
     return left * (1 - col_fraction) + right * col_fraction, right - left
 
 
-@triton.jit(do_not_specialize=["stride_image", "channels", "taps", "lanes", "column_pitch", *SAMPLING])
+@triton.jit(do_not_specialize=["stride_image", "channels", "taps", "lanes", "column_pitch", *GATHERING, "pitch", "plane_size"])
 def columns_kernel(
     planes,
     positions,
@@ -43,7 +42,6 @@ def columns_kernel(
     bound_col,
     pitch,
     plane_size,
-    last_free_shift,
     STRIDE_ROW: tl.constexpr,
     STRIDE_COL: tl.constexpr,
     GRADIENT: tl.constexpr,
