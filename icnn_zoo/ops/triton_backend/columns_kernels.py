@@ -21,7 +21,10 @@ def _near(place, col_fraction):
     return left * (1 - col_fraction) + right * col_fraction, right - left
 
 
-@triton.jit(do_not_specialize=["stride_image", "channels", "taps", "lanes", "column_pitch", *GATHERING, "pitch", "plane_size"])
+_SIZES = ["stride_image", "channels", "taps", "lanes", "column_pitch", "pitch", "plane_size"]
+
+
+@triton.jit(do_not_specialize=[*_SIZES, *GATHERING])
 def columns_kernel(
     planes,
     positions,
