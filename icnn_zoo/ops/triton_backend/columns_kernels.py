@@ -5,12 +5,9 @@
 import triton
 import triton.language as tl
 
-from icnn_zoo.ops.triton_backend.sampling import (
-    GATHERING,
-    gather_adjoint,
-    number_pixels,
-    split_position,
-)
+from icnn_zoo.ops.triton_backend.sampling import GATHERING, gather_adjoint, number_pixels, split_position
+
+_SIZES = ["stride_image", "channels", "taps", "lanes", "column_pitch", "pitch", "plane_size"]
 
 
 @triton.jit
@@ -19,9 +16,6 @@ def _near(place, col_fraction):
     left = tl.load(place).to(tl.float32)
     right = tl.load(place + 1).to(tl.float32)
     return left * (1 - col_fraction) + right * col_fraction, right - left
-
-
-_SIZES = ["stride_image", "channels", "taps", "lanes", "column_pitch", "pitch", "plane_size"]
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *GATHERING])
