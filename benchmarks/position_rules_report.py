@@ -32,7 +32,8 @@ def report(options: argparse.Namespace) -> None:
     for name in TASKS:
         for rule in dict.fromkeys(run["rule"] for run in runs if run["task"] == name and run["displacement"]):
             files = sorted(options.folder.glob(f"{name}_{rule}_*.npz"))
-            if len(files) > 1 and TASKS[name].pretrained:  # from random weights channels do not correspond
+            learns = not rule.startswith(("walk", "frozen"))  # whose noise is the same for all seeds
+            if len(files) > 1 and TASKS[name].pretrained and learns:  # from random weights channels do not correspond
                 signal.setdefault(name, {})[rule] = _signal([dict(np.load(file)) for file in files])
     signal_path.write_text(json.dumps(signal, indent=1) + "\n")
     tables = [_table(name, runs) for name in TASKS if any(run["task"] == name for run in runs)] + [
@@ -104,7 +105,7 @@ def _spread(values: list[float], digits: int, sign: str = "") -> str:
 
 def _draw(runs: list[dict[str, Any]]) -> Figure:
     """Accuracy over the steps in both tasks of lines; training loss minus regular, smoothed, in drawn-voc."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
     tasks = [name for name in TASKS if any(run["task"] == name for run in runs)]
     panels = np.atleast_1d(figure.subplots(1, len(tasks)))
     rules = list(dict.fromkeys(run["rule"] for run in runs))
@@ -139,8 +140,8 @@ def _draw(runs: list[dict[str, Any]]) -> Figure:
         axes.set(title=name, xlabel="step", ylabel="accuracy, %" if accuracy_panel else "training loss minus regular")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#e9ecef")
-        if named:
-            axes.legend(frameon=False, fontsize=7)
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=8)
     return figure
 
 
