@@ -143,7 +143,7 @@ LOOP_LIMITS = {
     "input_gradient_kernel": 190,
     "shifted_sum_kernel": 200,
     "shift_gradient_kernel": 0,
-    "boxes_kernel": 40,
+    "boxes_kernel": 60,
     "list_kernel": 560,
     "spread_kernel": 150,
     "gather_kernel": 200,
@@ -162,7 +162,7 @@ LOOP_LIMITS = {
 }
 # Products with tiles of 64 x 64; sums that stay in registers, of which 12 programs of a warp fit at once.
 REGISTER_LIMITS = {
-    "listed_column_gradient_kernel": 176,
+    "listed_column_gradient_kernel": 208,
     "drawn_gradient_kernel": 168,
 }
 OLDER_COMPILER = 1.0 if RELEASE >= (3, 9) else 1.4  # Triton 3.6 makes more of the same code
