@@ -18,7 +18,7 @@ from icnn_zoo.ops.triton_backend.products import ALIGNMENT, multiply, multiply_f
 # Columns of zeros between the rows of planes: enough for two at either side of a row.
 PLANE_GAP = 2
 
-# Rows of columns start at multiples of this many elements: vector stores, and fast kernels in cuBLAS.
+# Rows of columns start at multiples of this many elements: fast kernels in cuBLAS.
 _COLUMN_ALIGNMENT = 16
 
 # Rows of a band, which are read at once; more need too many registers.
