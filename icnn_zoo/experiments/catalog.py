@@ -128,6 +128,7 @@ def _documents() -> dict[str, Row]:
         **_starts("classifier", "layer4"),
         "learned": Row(first),
         "layer2": Row("layer2"),
+        "layer4.0.conv2": Row("layer4.0.conv2"),  # the layers whose displacements several trainings agree on by half
         **{f"dilation-{step}": _dilated(first, step) for step in (2, 3)},
         # By AdamW, as on the lines; at this rate positions come about as far as learned ones, 0.4 px in the mean.
         "walk": Row(
