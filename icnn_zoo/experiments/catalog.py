@@ -146,6 +146,9 @@ def _documents() -> dict[str, Row]:
         "wider": Row(
             arguments=("--model.backbone_args", '{"channels": [32, 64, 128, 260], "stem_width": 16}'),
         ),
+        # Three times the steps: whether a difference is still there when the curves are flatter.
+        "regular-2400": Row(arguments=("--trainer.max_steps", "2400"), seeds=(0, 1, 2)),
+        "learned-2400": Row(first, arguments=("--trainer.max_steps", "2400"), baseline="regular-2400", seeds=(0, 1, 2)),
     }
 
 
