@@ -40,6 +40,17 @@ class _Drawing(ctypes.Structure):
     ]
 
 
+class _Dense(ctypes.Structure):
+    """``dense_t`` of csrc/dense.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("height", "width", "out_height", "out_width")),
+        *((name, ctypes.c_int64) for name in ("stride_row", "stride_col", "origin_row", "origin_col")),
+        *((name, ctypes.c_int64) for name in ("images", "channels", "outputs", "groups", "rows", "cols")),
+        *((name, ctypes.c_void_p) for name in ("input", "grad_output", "grad_cells", "workspace")),
+    ]
+
+
 @dataclass
 class Box:
     """The taps of a call that lie in the box, as a dense convolution.
@@ -94,30 +105,39 @@ class Box:
             input: The input.
             needs: Whether that of the input, and those of weight and shifts are wanted; None stands for the others.
         """
-        padded, padding = self._padded(input)
-        by_input, by_cells, _ = torch.ops.aten.convolution_backward(
-            grad_output,
-            padded,
-            self._draw(),
-            None,
-            self.geometry.stride,
-            padding,
-            (1, 1),
-            False,
-            (0, 0),
-            self.geometry.groups,
-            (*needs, False),
-        )
-        if by_input is not None:
-            if padded is not input:
-                by_input = F.pad(by_input, [-margin for margin in self.margins])
-            by_input = by_input.contiguous()
-        if by_cells is None:
+        by_input = self._input_gradient(grad_output, input) if needs[0] else None
+        if not needs[1]:
             return by_input, None, None
-        by_cells, by_weight = by_cells.contiguous(), torch.empty_like(self.weight)
+        by_cells, by_weight = self._cells_gradient(grad_output, input), torch.empty_like(self.weight)
         by_shift = torch.empty(*self.weight.shape, 2, dtype=torch.float64)
         self._run("gradients", grad_cells=by_cells, grad_weight=by_weight, grad_shift=by_shift)
         return by_input, by_weight, by_shift
+
+    def _input_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
+        padded, padding = self._padded(input)
+        stride, groups = self.geometry.stride, self.geometry.groups
+        options = (stride, padding, (1, 1), False, (0, 0), groups, (True, False, False))
+        by_input, _, _ = torch.ops.aten.convolution_backward(grad_output, padded, self._draw(), None, *options)
+        if padded is not input:
+            by_input = F.pad(by_input, [-margin for margin in self.margins])
+        return by_input.contiguous()
+
+    def _cells_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
+        """The gradient by the drawn cells [N, C / G, *size]: PyTorch's rounds by the number of threads."""
+        geometry, dtype = self.geometry, self.weight.dtype
+        by_cells = self.weight.new_empty(*self.weight.shape[:2], *self.size)
+        origin = (self.task.first[axis] + geometry.origin[axis] for axis in range(2))
+        sizes = (*geometry.input_size, *geometry.output_size, *geometry.stride, *origin)
+        (images, channels), outputs = input.shape[:2], grad_output.shape[1]
+        task = _Dense(*sizes, images, channels, outputs, geometry.groups, *self.size)
+        task.input = address_of("input", input, dtype, images * channels * math.prod(geometry.input_size))
+        results = images * outputs * math.prod(geometry.output_size)
+        task.grad_output = address_of("grad_output", grad_output, dtype, results)
+        task.grad_cells = address_of("grad_cells", by_cells, dtype, math.prod(self.size) * self.task.kernels)
+        workspace = input.new_empty(build.load()[0][dtype].dense_workspace_length(ctypes.byref(task)))
+        task.workspace = workspace.data_ptr()
+        _call("dense_gradient", dtype, task)
+        return by_cells
 
     def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
         left, right, top, bottom = self.margins
@@ -136,10 +156,14 @@ class Box:
         for name, tensor in tensors.items():
             dtype = torch.float64 if name == "grad_shift" else self.weight.dtype
             setattr(self.task, name, address_of(name, tensor, dtype, lengths[name]))
-        function = getattr(build.load()[0][self.weight.dtype], f"drawing_{what}")
-        threads = ctypes.c_uint(torch.get_num_threads())
-        if function(ctypes.c_void_p(build.find_parallel()), threads, ctypes.byref(self.task)):
-            raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
+        _call(f"drawing_{what}", self.weight.dtype, self.task)
+
+
+def _call(name: str, dtype: torch.dtype, task: ctypes.Structure) -> None:
+    function = getattr(build.load()[0][dtype], name)
+    threads = ctypes.c_uint(torch.get_num_threads())
+    if function(ctypes.c_void_p(build.find_parallel()), threads, ctypes.byref(task)):
+        raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
 
 
 def choose_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> Box | None:

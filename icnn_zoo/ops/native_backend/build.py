@@ -30,7 +30,7 @@ _TUNED = ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("
 SYSTEMS = ("linux", "darwin")
 _FOLDER = Path(__file__).with_name("csrc")
 _HEADERS = [_FOLDER / name for name in ("plane.h", "filter.h", "columns.h", "stencil.h")]
-_NAMES = ("columns_forward.c", "columns_backward.c", "few.c", "stencil.c", "drawing.c", "wide.c")
+_NAMES = ("columns_forward.c", "columns_backward.c", "few.c", "stencil.c", "drawing.c", "dense.c", "wide.c")
 _SOURCES = [_FOLDER / name for name in _NAMES]
 _DIGEST_LENGTH = 64
 _STALE_SECONDS = 3600
