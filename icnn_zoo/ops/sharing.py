@@ -34,6 +34,8 @@ def expand_shapes(positions: Tensor, channels: int) -> Tensor:
     owners = len(positions)
     if positions.dim() == 4 or owners == channels:
         return positions
+    if owners == 1:
+        return positions.expand(channels, -1, -1)
     return positions[:, None].expand(-1, channels // owners, -1, -1).flatten(0, 1)
 
 

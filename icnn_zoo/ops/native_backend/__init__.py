@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
+from icnn_zoo.ops.interpolation import join_unknown
 from icnn_zoo.ops.native_backend import build
 from icnn_zoo.ops.native_backend.addresses import address_of
 from icnn_zoo.ops.native_backend.boxes import Box, choose_box
@@ -51,6 +52,7 @@ class NativeBackend:
     """
 
     interpolations = INTERPOLATIONS
+    joins_unknown = True
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
@@ -82,6 +84,7 @@ class NativeBackend:
             Output [B, N, Ho, Wo] in the memory format of ``input``.
         """
         if geometry.reading.is_wide:
+            positions = join_unknown(positions)
             if positions.dim() == 4 and weight.shape[1] > 1:
                 return self._torch.forward(input, weight, positions, bias, geometry)
             if weight.shape[1] > 1:
@@ -105,6 +108,7 @@ class NativeBackend:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
         if geometry.reading.is_wide:
+            positions = join_unknown(positions)
             if positions.dim() == 4 and weight.shape[1] > 1:
                 return self._torch.backward(grad_output, input, weight, positions, geometry, needs)
             if weight.shape[1] > 1:
@@ -146,8 +150,7 @@ class NativeBackend:
 
     def _forward(self, call: _Call, input: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         bias = None if bias is None else bias.to(call.dtype).contiguous()
-        output = self._compute(call, bias, geometry)
-        return output.to(input.dtype).contiguous(memory_format=memory_format(input))
+        return _like(input, self._compute(call, bias, geometry))
 
     def _compute(self, call: _Call, bias: Tensor | None, geometry: Geometry) -> Tensor:
         input, weight = call.arguments["input"], call.arguments["weight"]
@@ -167,7 +170,7 @@ class NativeBackend:
         return output
 
     def _choose_box(self, call: _Call, geometry: Geometry) -> Box | None:
-        return choose_box(call.arguments["weight"], call.positions, geometry) if self.limits.draw else None
+        return choose_box(call.arguments["weight"], call.positions.contiguous(), geometry) if self.limits.draw else None
 
     def _outliers(self, call: _Call, box: Box) -> _Call:
         """The taps that are not in the box, as stencils that add to what the box gave."""
@@ -189,15 +192,27 @@ def _in_types_of(
     grad_input, grad_weight, grad_shift = grads["grad_input"], grads["grad_weight"], grads["grad_shift"]
     by_input = by_weight = by_positions = None
     if grad_input is not None:
-        by_input = grad_input.to(input.dtype).contiguous(memory_format=memory_format(input))
+        by_input = _like(input, grad_input)
     if needs[1] and grad_weight is not None:
         by_weight = grad_weight.to(weight.dtype)
     if needs[2] and grad_shift is not None:
         if grad_shift.dim() == 4 and positions.dim() == 3:
             grad_shift = grad_shift.unflatten(0, (geometry.groups, -1)).sum(1)
-        unknown = positions * 0  # a position that is no number may have met no pixel
+        unknown = (positions * 0).sum(-1, keepdim=True)  # a position that is no number may have met no pixel
         by_positions = grad_shift.reshape(positions.shape).to(positions.dtype) + unknown
     return by_input, by_weight, by_positions
+
+
+def _like(input: Tensor, tensor: Tensor) -> Tensor:
+    """A contiguous tensor in the dtype and the memory format of an input."""
+    if tensor.dtype == input.dtype and input.is_contiguous():  # each operation has its price for a small layer
+        return tensor
+    return tensor.to(input.dtype).contiguous(memory_format=memory_format(input))
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as C reads it."""
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
 def _integers(*names: str) -> list[tuple[str, type]]:
@@ -266,12 +281,9 @@ class _Call:
     ) -> None:
         self.is_stencil = as_stencil or positions.dim() == 4 or weight.shape[1] == 1
         # Half precision is computed in float32 and rounded once.
-        self.dtype = torch.promote_types(input.dtype, torch.float32)
-        self.arguments = {
-            "input": input.to(self.dtype).contiguous(),
-            "weight": weight.to(self.dtype).contiguous(),
-        }
-        self.positions = positions.contiguous()
+        self.dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        self.arguments = {"input": _plain(input, self.dtype), "weight": _plain(weight, self.dtype)}
+        self.positions = positions
         self.windows = windows or {}  # of NativeWideColumns
         (images, channels), (outputs, _, taps) = input.shape[:2], weight.shape
         self.task = (_Stencil if self.is_stencil else _Columns)(
@@ -351,7 +363,7 @@ class _Call:
             ValueError: A tensor or a size is not what C takes it for.
         """
         lengths = self.lengths
-        tensors = {**self.arguments, "positions": self.positions.to(torch.float64), **tensors}
+        tensors = {**self.arguments, "positions": _plain(self.positions, torch.float64), **tensors}
         if min(lengths.values()) < 1 or min(self.strides) < 1:
             raise ValueError("the native backend needs at least one of everything: images, channels, taps and outputs.")
         for name, tensor in tensors.items():

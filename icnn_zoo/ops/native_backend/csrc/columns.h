@@ -1,7 +1,7 @@
 /* Layers with a shape per input channel: columns (every (channel, tap)'s plane at its shift) and their products.
  *
- * A thread makes the columns of a band of output pixels, a few channels at a time, in the order in which the matrix
- * product reads them, and multiplies them before they leave the cache. The backward does the same with the transposed
+ * A thread makes the columns of a band of output pixels, a few channels at a time, and multiplies them before they leave
+ * the cache. The backward does the same with the transposed
  * weights and spreads what comes out over the input's gradient.
  */
 
@@ -11,15 +11,23 @@
 
 /* ---- matrix products --------------------------------------------------------------------------------------------- */
 
-/* total += sum over depth of a[d, row] * b[d, column] for the first rows of a tile; a is [depth, TILE_ROWS], b
- * [depth, TILE_COLUMNS]. */
-static inline __attribute__((always_inline)) void multiply_rows(index_t depth, const REAL *a, const REAL *b, REAL *total,
-                                                                index_t pitch, const int rows) {
+/* Numbers that a later product reads, fetched meanwhile: from a far cache they would come too late. */
+typedef struct {
+    const REAL *from;
+    index_t length;
+} ahead_t;
+
+/* total += sum over depth of a[d, row] * b[d, column] for the first rows of a tile; a is [depth, TILE_ROWS], the rows of
+ * b are `step` apart. With every d `pace` bytes are fetched from `ahead`. */
+static inline __attribute__((always_inline)) void multiply_rows(index_t depth, const REAL *a, const REAL *b, index_t step,
+                                                                REAL *total, index_t pitch, const char *ahead,
+                                                                index_t pace, const int rows) {
     vector sum[TILE_ROWS][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = all(0);
-    for (index_t d = 0; d < depth; d++, a += TILE_ROWS, b += TILE_COLUMNS) {
+    for (index_t d = 0; d < depth; d++, a += TILE_ROWS, b += step, ahead += pace) {
         vector left = load(b), right = load(b + LANES);
+        __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
             vector scale = all(a[row]);
@@ -34,22 +42,27 @@ static inline __attribute__((always_inline)) void multiply_rows(index_t depth, c
     }
 }
 
-static void multiply_tile(index_t depth, const REAL *a, const REAL *b, REAL *total, index_t pitch, index_t rows) {
+static void multiply_tile(index_t depth, const REAL *a, const REAL *b, index_t step, REAL *total, index_t pitch,
+                          const char *ahead, index_t pace, index_t rows) {
     if (3 * rows <= TILE_ROWS) {
-        multiply_rows(depth, a, b, total, pitch, TILE_ROWS / 3);
+        multiply_rows(depth, a, b, step, total, pitch, ahead, pace, TILE_ROWS / 3);
     } else if (3 * rows <= 2 * TILE_ROWS) {
-        multiply_rows(depth, a, b, total, pitch, TILE_ROWS / 3 * 2);
+        multiply_rows(depth, a, b, step, total, pitch, ahead, pace, TILE_ROWS / 3 * 2);
     } else {
-        multiply_rows(depth, a, b, total, pitch, TILE_ROWS);
+        multiply_rows(depth, a, b, step, total, pitch, ahead, pace, TILE_ROWS);
     }
 }
 
-/* All tiles: a is [rows / TILE_ROWS, depth, TILE_ROWS], b [columns / TILE_COLUMNS, depth, TILE_COLUMNS]. Of the last
- * tile of a no more than the rows that are wanted need be right. */
-static inline void multiply(index_t rows, index_t columns, index_t depth, const REAL *a, const REAL *b, REAL *total) {
-    for (index_t column = 0; column < columns; column += TILE_COLUMNS)
-        for (index_t row = 0; row < rows; row += TILE_ROWS)
-            multiply_tile(depth, a + row * depth, b + column * depth, total + row * columns + column, columns,
+/* All tiles: a is [rows / TILE_ROWS, depth, TILE_ROWS], and a tile of b is `tile` after the one before. Of the last tile
+ * of a no more than the rows that are wanted need be right. */
+static inline void multiply(index_t rows, index_t columns, index_t depth, const REAL *a, const REAL *b, index_t step,
+                            index_t tile, REAL *total, ahead_t ahead) {
+    index_t tiles = round_up(rows, TILE_ROWS) / TILE_ROWS * (columns / TILE_COLUMNS);
+    index_t pace = ahead.length * sizeof(REAL) / (tiles * depth) + 1;
+    const char *from = (const char *)ahead.from;
+    for (index_t column = 0; column < columns; column += TILE_COLUMNS, b += tile)
+        for (index_t row = 0; row < rows; row += TILE_ROWS, from += pace * depth)
+            multiply_tile(depth, a + row * depth, b, step, total + row * columns + column, columns, from, pace,
                           smallest(rows - row, TILE_ROWS));
 }
 
@@ -62,6 +75,7 @@ static inline void live_range(index_t shift, index_t stride, index_t size, index
 }
 
 typedef struct {
+    index_t row;                                      /* that output row 0 reads, and the next one */
     index_t row_first, row_last, col_first, col_last; /* live outputs */
     index_t top_left, top_right;                      /* addresses in the frame for output (row 0, col_first) */
     index_t row_step;                                 /* from one output row to the next in the frame */
@@ -73,6 +87,7 @@ static inline tap_t make_tap(const frame_t *frame, const sizes_t *sizes, const d
     shift_t shift = make_shift(sizes, position);
     index_t row = shift.row, col = shift.col;
     tap_t tap;
+    tap.row = row;
     tap.down = shift.down;
     tap.right = shift.right;
     live_range(row, sizes->stride_row, sizes->height, sizes->out_height, &tap.row_first, &tap.row_last);
@@ -121,9 +136,9 @@ typedef struct {
     index_t cuts;       /* backward: parts of an image */
     index_t parts;      /* backward: of all images; several images where cuts is 1 */
     index_t tile_rows, tile_columns; /* outputs of a group, rounded up to rows and to columns of tiles */
-    REAL *frames;       /* [images, channels, frame_length] */
     tap_t *taps;        /* [channels, taps] */
     REAL *packed;       /* forward: weights; backward: weights transposed */
+    REAL *frames;       /* backward: [images, channels, frame_length] */
     REAL *grads;        /* [images, bands, groups, band / TILE_COLUMNS, group_outputs, TILE_COLUMNS] */
     REAL *grads_across; /* [images, bands, groups, tile_columns / TILE_COLUMNS, band, TILE_COLUMNS] */
     double *by_shift;   /* [parts, channels * taps, 2] */
@@ -217,13 +232,13 @@ static inline layout_t make_layout(const columns_t *task, int backward, unsigned
     layout.tile_columns = round_up(layout.group_outputs, TILE_COLUMNS);
     REAL *at = task->workspace;
     layout.taps = (tap_t *)take(&at, round_up(task->channels * task->taps * sizeof(tap_t), BYTES) / sizeof(REAL));
-    layout.frames = take(&at, task->images * task->channels * frame_length(&layout.frame));
     if (!backward) {
         layout.packed = take(&at, task->channels * task->taps * layout.tile_rows);
         layout.end = at;
         return layout;
     }
     cut_parts(&layout, task);
+    layout.frames = take(&at, task->images * task->channels * frame_length(&layout.frame));
     int by_columns = task->grad_input != NULL || task->grad_shift != NULL;
     layout.packed = take(&at, by_columns ? layout.blocks * layout.rows * layout.group_outputs : 0);
     layout.grads = take(&at, by_columns ? layout.slices * layout.band * layout.group_outputs : 0);
@@ -253,14 +268,10 @@ static inline unsigned worthwhile(const call_t *call, unsigned threads) {
     return wanted < threads ? (unsigned)wanted + 1 : threads;
 }
 
-static inline void make_frame_and_taps(const call_t *call, index_t plane) {
+static inline void make_taps(const call_t *call, index_t channel) {
     const columns_t *task = call->task;
-    const layout_t *layout = &call->layout;
-    fill_frame(&layout->frame, layout->frames + plane * frame_length(&layout->frame),
-               task->input + plane * layout->area, task->sizes.height, task->sizes.width);
-    if (plane >= task->channels || task->reads_row > 0) return;
-    for (index_t index = plane * task->taps; index < (plane + 1) * task->taps; index++)
-        layout->taps[index] = make_tap(&layout->frame, &task->sizes, task->positions + 2 * index);
+    for (index_t index = channel * task->taps; index < (channel + 1) * task->taps; index++)
+        call->layout.taps[index] = make_tap(&call->layout.frame, &task->sizes, task->positions + 2 * index);
 }
 
 /* Rows [first, last) of one channel's plane as a tap sees it, without gaps; may write LANES elements past the end. */

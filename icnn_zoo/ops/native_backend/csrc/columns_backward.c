@@ -86,7 +86,9 @@ static void backward_start_work(const void *data, index_t unit, REAL *scratch) {
     index_t output_tiles = layout->tile_columns / TILE_COLUMNS;
     (void)scratch;
     if (unit < starts.planes) {
-        make_frame_and_taps(call, unit);
+        fill_frame(&layout->frame, layout->frames + unit * frame_length(&layout->frame),
+                   call->task->input + unit * layout->area, call->task->sizes.height, call->task->sizes.width);
+        if (unit < call->task->channels) make_taps(call, unit);
     } else if ((unit -= starts.planes) < starts.transposed) {
         pack_transposed(call, unit / row_tiles, unit % row_tiles);
     } else if ((unit -= starts.transposed) < starts.along) {
@@ -192,10 +194,14 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
             index_t last = smallest(first + layout->band_rows, task->sizes.out_height);
             index_t slice = (image * layout->bands + band) * task->groups + group;
             index_t pixels = (last - first) * task->sizes.out_width;
+            const REAL *along = layout->grads + slice * layout->band * outputs;
+            const REAL *across = layout->grads_across + slice * layout->band * layout->tile_columns;
+            ahead_t same = {across, layout->band * layout->tile_columns};
+            ahead_t next = {along + task->groups * layout->band * outputs, layout->band * outputs};
             if (by_columns) {
                 memset(columns, 0, rows * layout->band * sizeof(REAL));
-                multiply(used, layout->band, outputs, transposed, layout->grads + slice * layout->band * outputs,
-                         columns);
+                multiply(used, layout->band, outputs, transposed, along, TILE_COLUMNS, outputs * TILE_COLUMNS, columns,
+                         task->grad_weight == NULL ? next : same);
             }
             for (index_t row = 0; row < used; row++) {
                 index_t index = channel_first * taps + row, channel = row / taps;
@@ -211,8 +217,8 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
                 for (index_t pixel = pixels; pixel < layout->band; pixel++) to[pixel * TILE_ROWS] = 0;
             }
             if (task->grad_weight != NULL)
-                multiply(used, layout->tile_columns, layout->band, packed,
-                         layout->grads_across + slice * layout->band * layout->tile_columns, by_weight);
+                multiply(used, layout->tile_columns, layout->band, packed, across, TILE_COLUMNS,
+                         layout->band * TILE_COLUMNS, by_weight, by_columns ? next : same);
         }
         if (task->grad_input == NULL) continue;
         for (index_t channel = 0; channel < channels; channel++) {

@@ -19,13 +19,35 @@ static void pack_weight(const call_t *call, index_t block, index_t tile) {
 
 static void forward_start_work(const void *data, index_t unit, REAL *scratch) {
     const call_t *call = data;
-    index_t planes = call->task->images * call->task->channels, tiles = call->layout.tile_rows / TILE_ROWS;
+    index_t channels = call->task->reads_row > 0 ? 0 : call->task->channels, tiles = call->layout.tile_rows / TILE_ROWS;
     (void)scratch;
-    if (unit < planes) {
-        make_frame_and_taps(call, unit);
+    if (unit < channels) {
+        make_taps(call, unit);
     } else {
-        pack_weight(call, (unit - planes) / tiles, (unit - planes) % tiles);
+        pack_weight(call, (unit - channels) / tiles, (unit - channels) % tiles);
     }
+}
+
+/* Fills those rows of a frame that a channel's taps read for outputs [first, last). */
+static void fill_band(const call_t *call, const REAL *plane, index_t channel, index_t first, index_t last, REAL *buffer) {
+    const columns_t *task = call->task;
+    const frame_t *frame = &call->layout.frame;
+    index_t low = INT64_MAX, high = INT64_MIN, reads = task->reads_row > 0 ? task->reads_row : 2;
+    for (index_t index = channel * task->taps; index < (channel + 1) * task->taps; index++) {
+        index_t row = task->reads_row > 0 ? task->first_row[index] : call->layout.taps[index].row;
+        low = smallest(low, row);
+        high = largest(high, row);
+    }
+    low = largest(low + first * task->sizes.stride_row, -frame->top);
+    high = smallest(high + (last - 1) * task->sizes.stride_row + reads, frame->rows - frame->top);
+    if (low >= high) return;
+    index_t row_first = largest(low, 0), row_last = smallest(high, task->sizes.height);
+    const REAL *next = plane + call->layout.area; /* the channel that comes after: fetched meanwhile */
+    for (index_t at = row_first * task->sizes.width; at < row_last * task->sizes.width; at += 64 / sizeof(REAL))
+        __builtin_prefetch(next + at);
+    memset(buffer + (low + frame->top) * frame->pitch, 0, ((high - low) * frame->pitch + 2 * LANES) * sizeof(REAL));
+    for (index_t row = row_first; row < row_last; row++)
+        copy_to_frame(frame, buffer, plane, row, task->sizes.width);
 }
 
 /* As make_column for a window of pixels: filtered along the columns into lines, then along the rows. */
@@ -49,6 +71,12 @@ static void make_wide_column(const call_t *call, const REAL *plane, index_t inde
                width, 0);
 }
 
+/* From a column to the next: room for what spills over, and an odd number of vectors, as lines of the cache that are a
+ * power of two apart displace each other. */
+static inline index_t column_pitch(index_t pixels) {
+    return ((round_up(pixels, LANES) / LANES + 1) | 1) * LANES;
+}
+
 static void forward_work(const void *data, index_t unit, REAL *scratch) {
     const call_t *call = data;
     const columns_t *task = call->task;
@@ -58,36 +86,30 @@ static void forward_work(const void *data, index_t unit, REAL *scratch) {
     index_t image = unit / task->groups / layout->bands;
     index_t first = band * layout->band_rows, last = smallest(first + layout->band_rows, task->sizes.out_height);
     index_t pixels = (last - first) * width, columns = round_up(pixels, TILE_COLUMNS);
-    REAL *total = scratch, *column = total + layout->tile_rows * columns, *packed = column + 2 * (columns + LANES);
-    REAL *lines = packed + layout->step * task->taps * columns;
+    index_t pitch = column_pitch(pixels);
+    REAL *total = scratch, *made = total + layout->tile_rows * columns, *plane = made + layout->step * task->taps * pitch;
+    REAL *lines = plane + frame_length(&layout->frame);
     memset(total, 0, layout->tile_rows * columns * sizeof(REAL));
-    memset(column, 0, 2 * (columns + LANES) * sizeof(REAL));
+    for (index_t d = 0; d < layout->step * task->taps; d++)
+        memset(made + d * pitch + pixels, 0, (pitch - pixels) * sizeof(REAL));
     for (index_t start = 0; start < layout->group_channels; start += layout->step) {
         index_t stop = smallest(start + layout->step, layout->group_channels), depth = (stop - start) * task->taps;
-        for (index_t d = 0; d <= depth; d++) {
-            if (d < depth) {
-                index_t channel = group * layout->group_channels + start + d / task->taps;
-                const REAL *plane = layout->frames + (image * task->channels + channel) * frame_length(&layout->frame);
-                index_t index = channel * task->taps + d % task->taps;
-                REAL *to = column + d % 2 * (columns + LANES);
-                if (task->reads_row > 0) {
-                    make_wide_column(call, plane, index, first, last, lines, to);
-                } else {
-                    make_column(call, plane, index, first, last, to);
-                }
-            }
-            if (d == 0) continue;
-            /* The one before: what was stored just now, by parts, would be waited for. */
-            const REAL *from = column + (d - 1) % 2 * (columns + LANES);
-            for (index_t at = 0; at < columns; at += TILE_COLUMNS) {
-                REAL *to = packed + at * depth + (d - 1) * TILE_COLUMNS;
-                store(to, load(from + at));
-                store(to + LANES, load(from + at + LANES));
+        for (index_t d = 0; d < depth; d++) {
+            index_t channel = group * layout->group_channels + start + d / task->taps;
+            index_t index = channel * task->taps + d % task->taps;
+            if (d % task->taps == 0)
+                fill_band(call, task->input + (image * task->channels + channel) * layout->area, channel, first, last, plane);
+            if (task->reads_row > 0) {
+                make_wide_column(call, plane, index, first, last, lines, made + d * pitch);
+            } else {
+                make_column(call, plane, index, first, last, made + d * pitch);
             }
         }
-        const REAL *weight =
-            layout->packed + (group * layout->group_channels + start) * task->taps * layout->tile_rows;
-        multiply(layout->group_outputs, columns, depth, weight, packed, total);
+        const REAL *weights = layout->packed + group * layout->group_channels * task->taps * layout->tile_rows;
+        const REAL *weight = weights + start * task->taps * layout->tile_rows;
+        index_t length = depth * layout->tile_rows;
+        ahead_t ahead = {stop < layout->group_channels ? weight + length : weights, length};
+        multiply(layout->group_outputs, columns, depth, weight, made, pitch, TILE_COLUMNS, total, ahead);
     }
     for (index_t output = 0; output < layout->group_outputs; output++) {
         index_t channel = group * layout->group_outputs + output;
@@ -101,10 +123,10 @@ int columns_forward(parallel_t parallel, unsigned threads, const columns_t *task
     call_t call = {task, make_layout(task, 0, threads)};
     const layout_t *layout = &call.layout;
     threads = worthwhile(&call, threads);
-    index_t starts = task->images * task->channels + layout->blocks * (layout->tile_rows / TILE_ROWS);
+    index_t starts = (task->reads_row > 0 ? 0 : task->channels) + layout->blocks * (layout->tile_rows / TILE_ROWS);
     index_t lines = task->reads_row > 0 ? layout->band_rows + task->reads_row : 0;
-    index_t length = layout->tile_rows * layout->band + 2 * (layout->band + LANES) +
-                     layout->step * task->taps * layout->band + lines * round_up(task->sizes.out_width, LANES);
+    index_t length = layout->tile_rows * layout->band + layout->step * task->taps * column_pitch(layout->band) +
+                     frame_length(&layout->frame) + lines * round_up(task->sizes.out_width, LANES);
     return run_parallel(parallel, threads, &call, starts, 1, forward_start_work) ||
            run_parallel(parallel, threads, &call, layout->slices, length, forward_work);
 }

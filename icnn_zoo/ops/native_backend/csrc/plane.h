@@ -124,20 +124,23 @@ static inline void copy_row(REAL *to, const REAL *from, index_t count) {
     store(to + count - LANES, load(from + count - LANES));
 }
 
+/* A row of a plane into a frame of zeros. */
+static inline void copy_to_frame(const frame_t *frame, REAL *buffer, const REAL *plane, index_t row, index_t width) {
+    if (frame->step == 1) {
+        copy_row(buffer + frame_at(frame, row, 0), plane + row * width, width);
+        return;
+    }
+    for (index_t start = 0; start < smallest(frame->step, width); start++) {
+        REAL *to = buffer + frame_at(frame, row, start);
+        for (index_t col = start; col < width; col += frame->step) *to++ = plane[row * width + col];
+    }
+}
+
 /* Rows [first, last) of a plane, and zeros where the frame has others. */
 static inline void fill_rows(const frame_t *frame, REAL *buffer, const REAL *plane, index_t first, index_t last,
                              index_t width) {
     memset(buffer, 0, frame_length(frame) * sizeof(REAL));
-    for (index_t row = first; row < last; row++) {
-        if (frame->step == 1) {
-            copy_row(buffer + frame_at(frame, row, 0), plane + row * width, width);
-            continue;
-        }
-        for (index_t start = 0; start < smallest(frame->step, width); start++) {
-            REAL *to = buffer + frame_at(frame, row, start);
-            for (index_t col = start; col < width; col += frame->step) *to++ = plane[row * width + col];
-        }
-    }
+    for (index_t row = first; row < last; row++) copy_to_frame(frame, buffer, plane, row, width);
 }
 
 static inline void fill_frame(const frame_t *frame, REAL *buffer, const REAL *plane, index_t height, index_t width) {
