@@ -1,8 +1,7 @@
 /* Layers with a shape per input channel: columns (every (channel, tap)'s plane at its shift) and their products.
  *
  * A thread makes the columns of a band of output pixels, a few channels at a time, and multiplies them before they leave
- * the cache. The backward does the same with the transposed
- * weights and spreads what comes out over the input's gradient.
+ * the cache. The backward does the same with the transposed weights and spreads what comes out over the input's gradient.
  */
 
 #include "plane.h"
