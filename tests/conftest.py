@@ -48,7 +48,9 @@ def _no_process_group() -> Iterator[None]:
 CPU_BACKENDS = {
     "dense kernels": TorchBackend(TorchLimits(cells_per_tap=10**9, kernel_elements=500)),
     "columns": TorchBackend(TorchLimits(cells_per_tap=0)),
-    "columns in small blocks": TorchBackend(TorchLimits(cells_per_tap=0, block_elements=500, copied_elements=500)),
+    "columns in small blocks": TorchBackend(
+        TorchLimits(cells_per_tap=0, block_elements=500, cached_elements=150, grad_elements=300, copied_elements=500)
+    ),
     "native kernel": NativeBackend(),
     "native kernel in small blocks": NativeBackend(NativeLimits(depth=20, band=5, few=0, draw=False)),
 }

@@ -8,7 +8,7 @@ axis. Whoever needs to know what a position reads asks this module, or, for whic
 Inner loops repeat the same rule for speed, and change with it: in ``native_backend/csrc`` ``split``, ``make_column``,
 ``scatter_column``, ``few_tile``, ``draw_work`` and ``fill_list``; in ``triton_backend`` ``split_position``, ``blend``,
 ``slopes``, ``columns_kernel``, the gathers of the input's gradient, ``drawn_kernels._near`` and
-``boxes_kernels._cell_weight``; in ``torch_backend/windows.py`` ``Corners`` and ``Shift.negated``.
+``boxes_kernels._cell_weight``; in ``torch_backend/windows.py`` ``Reads`` and the blends.
 """
 
 from __future__ import annotations

@@ -134,3 +134,18 @@ def test_what_is_kept_for_the_backward_is_no_more_than_the_arguments(case: Case,
         case.run(tensors, cpu_path)
     num_bytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert num_bytes <= 1.1 * sum(tensor.nbytes for tensor in tensors)
+
+
+def test_an_infinite_pixel_reaches_what_reads_it_alone(cpu_path: str) -> None:
+    # Columns may hold what lies beside a row, which must not be multiplied with the zeros that it meets.
+    case = Case("valid", size=(5, 24), padding=0)
+    tensors = case.tensors()
+    with torch.no_grad():
+        tensors[0][0, 0, -1] = tensors[0][0, 1, :, 0] = torch.inf
+    output, expected = case.run(tensors, cpu_path), case.run(tensors, "reference")
+    assert torch.equal(output.isfinite(), expected.isfinite())
+    weight_gradients = (gradients(result, tensors)[1].isfinite() for result in (output, expected))
+    first, second = weight_gradients
+    assert torch.equal(first, second)
+    assert first[:, 0].any()
+    assert first[:, 1].any()

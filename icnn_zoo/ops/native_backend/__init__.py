@@ -88,7 +88,7 @@ class NativeBackend:
             if positions.dim() == 4 and weight.shape[1] > 1:
                 return self._torch.forward(input, weight, positions, bias, geometry)
             if weight.shape[1] > 1:
-                maker = NativeWideColumns(input, positions, geometry)
+                maker = NativeWideColumns(input, positions, geometry, self._torch.limits)
                 if maker.by_kernel:
                     call = _Call(input, weight, positions[..., :2], geometry, self.limits, windows=maker.windows)
                     return self._forward(call, input, bias, geometry)
@@ -112,7 +112,8 @@ class NativeBackend:
             if positions.dim() == 4 and weight.shape[1] > 1:
                 return self._torch.backward(grad_output, input, weight, positions, geometry, needs)
             if weight.shape[1] > 1:
-                maker, limits = NativeWideColumns(input, positions, geometry), self._torch.limits
+                limits = self._torch.limits
+                maker = NativeWideColumns(input, positions, geometry, limits)
                 return columns.backward(maker, grad_output, input, weight, positions, geometry, limits, needs)
             cells, places, carry_back = draw_cells(weight, positions, geometry)
             learns = needs[1] or needs[2]

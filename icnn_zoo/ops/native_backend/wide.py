@@ -10,6 +10,7 @@ from torch import Tensor
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.native_backend import build
 from icnn_zoo.ops.native_backend.addresses import address_of
+from icnn_zoo.ops.torch_backend.limits import Limits
 from icnn_zoo.ops.torch_backend.wide import WideColumns
 from icnn_zoo.ops.torch_backend.windows import Block
 from icnn_zoo.ops.wide_interpolation import Weighing, slopes_of
@@ -43,8 +44,8 @@ class NativeWideColumns(WideColumns):
             and the weights of their rows and columns [C * T, reads].
     """
 
-    def __init__(self, input: Tensor, taps: Tensor, geometry: Geometry) -> None:
-        super().__init__(input, taps, geometry)
+    def __init__(self, input: Tensor, taps: Tensor, geometry: Geometry, limits: Limits) -> None:
+        super().__init__(input, taps, geometry, limits)
         self.reads = [weighing.weight.shape[1] for weighing in self.weighings]
         self.by_kernel = geometry.stride == (1, 1) and max(self.reads) <= LARGEST_WINDOW
         self.windows: dict[str, Tensor] = {}

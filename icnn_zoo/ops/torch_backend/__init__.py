@@ -1,9 +1,11 @@
 """The irregular convolution in standard PyTorch operators: any device, no compiler.
 
 Positions vary neither over space nor over the batch, so every (channel, tap) reads its plane at one fixed sub-pixel
-shift. Columns gather whole rows of the shifted plane (contiguous runs, no per-pixel index) and blend them twice with
-``torch.lerp``. The adjoint with respect to the input is again a gather, of the columns' gradient at the negated shift,
-so nothing is scattered. Depthwise layers and the full version are drawn as dense kernels while these are small: on
+shift. Columns copy a window of the plane, a plain piece of memory without an index for each pixel, and blend it twice
+with ``torch.lerp``. The adjoint copies windows of the columns' gradient at the negated shift, so nothing is scattered;
+the input's and the positions' gradients are two small matrix products with them.
+
+Depthwise layers and the full version are drawn as dense kernels while these are small: on
 CPUs, and with triangle or gaussian interpolation on any device, as their spreads must be looked at anyway. On other
 devices than CPUs that goes for all layers of these two: their columns are smoothed in a group for each channel, tap
 and image, which cuDNN takes hundreds of times as long for as for a dense convolution.
@@ -71,11 +73,13 @@ class TorchBackend:
             output = wide.to(input.dtype)
         elif positions.dim() == 3:
             return columns.forward(
-                _make_columns(input, positions, geometry), input, weight, bias, geometry, self.limits
+                self._make_columns(input, positions, geometry), input, weight, bias, geometry, self.limits
             )
         else:
             parts = [
-                columns.forward(_make_columns(part, moved, grouped), part, weight[span], None, grouped, self.limits)
+                columns.forward(
+                    self._make_columns(part, moved, grouped), part, weight[span], None, grouped, self.limits
+                )
                 for span, part, moved, grouped in self._copies(input, positions, geometry)
             ]
             output = torch.cat(parts, dim=1)
@@ -103,14 +107,14 @@ class TorchBackend:
                 by_positions,
             )
         if positions.dim() == 3:
-            maker = _make_columns(input, positions, geometry)
+            maker = self._make_columns(input, positions, geometry)
             return columns.backward(maker, grad_output, input, weight, positions, geometry, self.limits, needs)
         grad_input = torch.zeros_like(input, dtype=compute_dtype(input.dtype)) if needs[0] else None
         grad_weight = torch.zeros_like(weight) if needs[1] else None
         grad_positions = torch.zeros_like(positions) if needs[2] else None
         group_channels, outputs_per_group = weight.shape[1], weight.shape[0] // geometry.groups
         for span, part, moved, grouped in self._copies(input, positions, geometry):
-            maker = _make_columns(part, moved, grouped)
+            maker = self._make_columns(part, moved, grouped)
             grads = columns.backward(
                 maker, grad_output[:, span], part, weight[span], moved, grouped, self.limits, needs
             )
@@ -155,7 +159,6 @@ class TorchBackend:
                 grouped = replace(geometry, groups=outputs)
                 yield span, members.repeat(1, outputs, 1, 1), positions[span].flatten(0, 1), grouped
 
-
-def _make_columns(input: Tensor, positions: Tensor, geometry: Geometry) -> WindowColumns | WideColumns:
-    maker = WideColumns if geometry.reading.is_wide else WindowColumns
-    return maker(input, positions, geometry)
+    def _make_columns(self, input: Tensor, positions: Tensor, geometry: Geometry) -> WindowColumns | WideColumns:
+        maker = WideColumns if geometry.reading.is_wide else WindowColumns
+        return maker(input, positions, geometry, self.limits)

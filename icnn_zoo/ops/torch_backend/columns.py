@@ -25,14 +25,17 @@ Columns = WindowColumns | WideColumns
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def _blocks(geometry: Geometry, output: Tensor, group_channels: int, column: int, limits: Limits) -> Iterator[Block]:
-    """Walks slabs of images, then blocks of channels; ``column`` is the elements of one channel's columns."""
+def _blocks(
+    maker: Columns, geometry: Geometry, output: Tensor, group_channels: int, elements: int, limits: Limits
+) -> Iterator[Block]:
+    """Walks slabs of images, then blocks of channels, of so many elements of columns."""
     if output.numel() == 0:
         return
     images = max(1, limits.slab_area // output[0, 0].numel())
     for image in range(0, output.shape[0], images):
         slab = slice(image, min(image + images, output.shape[0]))
-        channels = max(1, limits.block_elements // (column * (slab.stop - slab.start)))
+        columns = (slab.stop - slab.start) * maker.rows * maker.pitch * maker.taps
+        channels = max(1, elements // columns)
         step_groups = max(1, channels // group_channels)
         step_channels = min(channels, group_channels)
         for group in range(0, geometry.groups, step_groups):
@@ -62,21 +65,21 @@ def forward(
         Output [B, N, Ho, Wo] in the memory format of ``input``.
     """
     height, width = geometry.output_size
-    num_outputs, group_channels, taps = weight.shape
+    num_outputs, group_channels = weight.shape[:2]
     grouped = weight.unflatten(0, (geometry.groups, -1))  # [G, N / G, C / G, T]
     output = input.new_empty(input.shape[0], num_outputs, height, width)
     start = input.new_zeros(num_outputs, 1) if bias is None else bias[:, None]
     start = start.to(maker.dtype).unflatten(0, (geometry.groups, -1))  # [G, N / G, 1]
     slab, total = slice(0, 0), output
-    for block in _blocks(geometry, output, group_channels, maker.rows * maker.pitch * taps, limits):
+    for block in _blocks(maker, geometry, output, group_channels, maker.block_elements, limits):
         if block.images != slab:
             _write_slab(output, slab, total, maker)
             slab = block.images
             length = (slab.stop - slab.start) * maker.rows * maker.pitch
-            total = _zeros(geometry.groups, start.shape[1], length, start, limits.many_outputs) + start
+            total = start.expand(-1, -1, length).contiguous()
         columns = maker.columns(block)
         _add_product(
-            total[block.groups, :, : columns.shape[1]],
+            total[block.groups],
             grouped[block.groups, :, block.channels].flatten(2),
             columns.unflatten(0, (block.groups.stop - block.groups.start, -1)),
         )
@@ -88,16 +91,8 @@ def _write_slab(output: Tensor, slab: slice, total: Tensor, maker: Columns) -> N
     """Copies the flat rows of a slab [G, N / G, L] to its images of the output."""
     images = slab.stop - slab.start
     if images > 0:
-        height, width = output.shape[-2:]
-        rows = total.unflatten(-1, (images, maker.rows, maker.pitch))[..., :height, :width]  # [G, N / G, S, Ho, Wo]
-        output[slab].unflatten(1, total.shape[:2]).copy_(rows.movedim(2, 0))
-
-
-def _zeros(groups: int, outputs: int, length: int, like: Tensor, many: int) -> Tensor:
-    """Zeros [G, N / G, L]; from ``many`` outputs on their axis varies fastest, which makes faster products."""
-    if outputs < many:
-        return like.new_zeros(groups, outputs, length)
-    return like.new_zeros(groups, length, outputs).transpose(1, 2)
+        rows = total.unflatten(-1, (images, maker.rows, maker.pitch))[..., : output.shape[-1]]
+        output[slab].unflatten(1, total.shape[:2]).copy_(rows.movedim(2, 0))  # [S, G, N / G, Ho, Wo]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -142,16 +137,15 @@ def backward(
     grad_input = torch.zeros_like(input, memory_format=torch.contiguous_format) if needs_input else None
     grad_weight = None
     if needs_weight:
-        like = weight.new_empty(0, dtype=maker.dtype)
-        grad_weight = _zeros(geometry.groups, grouped.shape[1], group_channels * taps, like, limits.many_outputs)
+        grad_weight = grouped.new_zeros(*grouped.shape[:2], group_channels * taps, dtype=maker.dtype)
     grad_shift = (
         positions.new_zeros(positions.shape[0] * taps, positions.shape[2], dtype=maker.dtype)
         if needs_positions
         else None
     )
     height, width = geometry.output_size
-    slab, grad_rows = slice(0, 0), grad_output
-    for block in _blocks(geometry, grad_output, group_channels, maker.rows * maker.pitch * taps, limits):
+    slab, grad_rows, grad_columns = slice(0, 0), grad_output, grad_output.new_empty(0)
+    for block in _blocks(maker, geometry, grad_output, group_channels, maker.grad_block_elements, limits):
         if block.images != slab:
             slab = block.images
             # Zeros in the gaps between rows and images, so that products over flat rows count each output once.
@@ -160,8 +154,10 @@ def backward(
         grad_block = grad_rows[block.groups]
         block_weight = grouped[block.groups, :, block.channels].flatten(2)
         if needs_input or needs_positions:
-            grad_columns = torch.bmm(block_weight.transpose(1, 2), grad_block).flatten(0, 1).to(maker.dtype)
-            planes, columns, shift = maker.gradients(block, grad_columns, needs)
+            shape = (grad_block.shape[0], block_weight.shape[2], grad_block.shape[2])
+            grad_columns = grad_columns if grad_columns.shape == shape else grad_block.new_empty(shape)
+            torch.bmm(block_weight.transpose(1, 2), grad_block, out=grad_columns)
+            planes, columns, shift = maker.gradients(block, grad_columns.flatten(0, 1).to(maker.dtype), needs)
             if grad_input is not None:
                 assert planes is not None
                 grad_input[slab, block.planes] = planes.transpose(0, 1)

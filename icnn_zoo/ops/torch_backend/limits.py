@@ -10,12 +10,13 @@ class Limits:
     """Sizes chosen for speed; what is computed depends on them by rounding only. Measured on two CPU cores, float32."""
 
     block_elements: int = 2**21
-    """Elements of a block of columns: 8 MiB keep the passes over it near the cache and its product large; 1 to 4 Mi
-    measure alike."""
+    """Elements of a block of columns: 8 MiB keep the product large; 1 to 4 Mi measure alike."""
+    cached_elements: int = 2**17
+    """Elements of bilinear columns made at once on a CPU: a core's cache holds them and what they are made of."""
+    grad_elements: int = 2**19
+    """Elements of a block of bilinear columns in the backward on a CPU, where more passes go over it."""
     slab_area: int = 2048
     """Output pixels: images smaller than this together make one slab, so that products stay large on small maps."""
-    many_outputs: int = 64
-    """Outputs of a group from which products into [L, N / G] beat those into [N / G, L] (MKL and oneDNN)."""
     copied_elements: int = 2**21
     """Elements of the input that the full version copies at once, once for each output channel."""
     kernel_elements: int = 2**24

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.tap_reading import read_axis
-from icnn_zoo.ops.torch_backend.windows import Block, compute_dtype, gap_columns, read_windows
+from icnn_zoo.ops.torch_backend.limits import Limits
+from icnn_zoo.ops.torch_backend.windows import Block, Frame, compute_dtype
 from icnn_zoo.ops.wide_interpolation import Weighing, carry_back, start_window, weigh_windows
 
 
@@ -23,13 +24,15 @@ class WideColumns:
         input: Images [B, C, H, W].
         taps: Positions and spreads [C, T, 4].
         geometry: Sizes of the call.
+        limits: Sizes to work in.
     """
 
-    def __init__(self, input: Tensor, taps: Tensor, geometry: Geometry) -> None:
+    def __init__(self, input: Tensor, taps: Tensor, geometry: Geometry, limits: Limits) -> None:
         self.input, self.geometry = input, geometry
         self.taps = taps.shape[-2]
         self.dtype = compute_dtype(input.dtype)
         self.rows, self.pitch = geometry.output_size
+        self.block_elements = self.grad_block_elements = limits.block_elements
         self.first: list[Tensor] = []  # the first row and column [C * T] of what output pixel (0, 0) reads
         self.weighings: list[Weighing] = []  # of rows [C * T, Rr] and of columns [C * T, Rc]
         for axis in range(2):
@@ -93,8 +96,8 @@ class WideColumns:
                 self.geometry.output_size, self.geometry.stride, self.weighings, strict=True
             )
         ]
-        first = [whole[self._span(block)] for whole in self.first]
-        return _read(planes, plane, first, self.geometry.input_size, (size[0], size[1]))
+        rows, cols = (whole[self._span(block)] for whole in self.first)
+        return _read(planes, plane, (rows, cols), (size[0], size[1]))
 
     def _smooth(self, windows: Tensor, kernels: Tensor) -> Tensor:
         """Columns [c * T, S * Ho * Wo] of windows: one channel of a convolution for each tap."""
@@ -139,10 +142,10 @@ class WideColumns:
             source = grad.new_zeros(*grad.shape[:2], *size)
             source[:, :, ::step_rows, ::step_cols] = grad
         reads = kernels.shape[1:]
-        first = [1 - read - whole[span] for read, whole in zip(reads, self.first, strict=True)]
+        rows, cols = (1 - read - whole[span] for read, whole in zip(reads, self.first, strict=True))
         extent = self.geometry.input_size
         plane = torch.arange(grad.shape[0], device=grad.device)
-        windows = _read(source, plane, first, size, (extent[0] + reads[0] - 1, extent[1] + reads[1] - 1))
+        windows = _read(source, plane, (rows, cols), (extent[0] + reads[0] - 1, extent[1] + reads[1] - 1))
         images = grad.shape[1]
         turned = kernels.flip(1, 2).unflatten(0, (-1, self.taps))
         # Taps are summed as the input channels of a convolution with one group for each plane of each image.
@@ -151,11 +154,12 @@ class WideColumns:
         return planes.reshape(-1, images, *extent)
 
 
-def _read(
-    planes: Tensor, plane: Tensor, first: list[Tensor], in_size: tuple[int, int], size: tuple[int, int]
-) -> Tensor:
-    """Windows [K, S, *size] of planes [P, S, Hi, Wi] from (row, col) ``first`` on, zeros outside."""
-    outputs = (size[0] - 1, size[1] - 1)
-    gap = gap_columns(first[1], in_size[1], outputs[1], 1)
-    padded = F.pad(planes, (0, gap, 1, 1))
-    return read_windows(padded, plane, first[0], first[1], gap, in_size, outputs, (1, 1))
+def _read(planes: Tensor, plane: Tensor, firsts: tuple[Tensor, Tensor], size: tuple[int, int]) -> Tensor:
+    """Windows [K, S, *size] of planes [P, S, Hi, Wi] from (row, col) ``firsts`` on, zeros outside."""
+    number, images, height, width = planes.shape
+    frame = Frame((height, width), size, firsts)
+    framed = frame.planes(number, images, planes)
+    framed.values.copy_(planes)
+    windows = planes.new_empty(plane.shape[0], images, *size)
+    framed.reading(plane, frame.rows + frame.cols, windows)()
+    return windows

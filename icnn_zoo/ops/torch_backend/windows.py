@@ -1,175 +1,30 @@
-"""Reading planes at fixed sub-pixel shifts: whole rows by one gather, then two blends.
+"""Reading planes at fixed sub-pixel shifts: windows of planes between zeros, one copy each, then two blends.
 
-The blends and their adjoint (``Corners``, ``Shift.negated``) are an inner loop of :mod:`icnn_zoo.ops.interpolation`.
+The adjoint reads the windows of the columns' gradient at the negated shift, so nothing is scattered, and both gradients
+are small products with them: the input's sums a channel's taps, each weighted by what it reads (:meth:`Reads.table`);
+the positions' multiplies each tap's window with the plane, moved by what the tap reads. With strides, pixels of a plane
+fall into phases, those that leave one remainder, and a window is one of a phase.
 
-Letters used in shapes: T taps, K = channels x taps, P planes, S images, (Hi, Wi) size of a plane, (Ho, Wo) of the
-output, L = length of a plane's slab of images, flattened.
+The blends and :class:`Reads` repeat, as an inner loop, the rule of :mod:`icnn_zoo.ops.interpolation`.
+
+Letters used in shapes: T taps, K = channels x taps, P planes, S images, c channels of a block, (Hi, Wi) size of a
+plane, (Ho, Wo) of the output, (sr, sc) the stride, (Mr, Mc) pixels of a phase, L = length of a column of all S images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry
-from icnn_zoo.ops.interpolation import split
-
-
-@dataclass(frozen=True)
-class Shift:
-    """Integer and fractional part of each tap's shift, flattened to [K] rows of one block or of all channels."""
-
-    row: Tensor
-    col: Tensor
-    row_fraction: Tensor
-    col_fraction: Tensor
-
-    def select(self, first: int, last: int) -> Shift:
-        return Shift(
-            self.row[first:last],
-            self.col[first:last],
-            self.row_fraction[first:last],
-            self.col_fraction[first:last],
-        )
-
-    def negated(self) -> Shift:
-        """The adjoint's shift: reading at -p has integer part -floor(p) - 1 and fraction 1 - frac(p)."""
-        return Shift(-self.row - 1, -self.col - 1, 1 - self.row_fraction, 1 - self.col_fraction)
-
-
-def shifts(positions: Tensor, geometry: Geometry, dtype: torch.dtype) -> Shift:
-    """Splits positions [..., T, 2] into integer and fractional shifts of the input, flattened to [K]."""
-    cell, fraction = split(positions)
-    fraction = fraction.to(dtype)  # NaN stays NaN here, while the integer part below is made safe
-    integers = []
-    for axis, (outputs, stride, extent, origin) in enumerate(
-        zip(geometry.output_size, geometry.stride, geometry.input_size, geometry.origin, strict=True)
-    ):
-        # Past the bound every read is outside the input wherever the origin is: clamping does not change the function.
-        bound = float((outputs - 1) * stride + extent + 2 + abs(origin))
-        integers.append((cell[..., axis].nan_to_num(0.0).clamp(-bound, bound).long() + origin).flatten())
-    row, col = integers
-    return Shift(row, col, fraction[..., 0].reshape(-1, 1), fraction[..., 1].reshape(-1, 1))
-
-
-def _column_limits(in_width: int, out_width: int, step: int) -> tuple[int, int]:
-    """Smallest and largest useful first column of a window: outside, every read is zero."""
-    return -((out_width - 1) * step + 2), in_width
-
-
-def gap_columns(col: Tensor, in_width: int, out_width: int, step: int) -> int:
-    """Zero columns needed after each row so that no window leaves its row's own gap.
-
-    The true need is read from the positions on a CPU; elsewhere reading would synchronise (or break tracing), so the
-    bound that serves every position is taken: the window's width.
-    """
-    bound = (out_width - 1) * step + 2
-    if col.device.type != "cpu" or col.numel() == 0:
-        return bound
-    low, high = (int(value) for value in col.aminmax())
-    return min(max(-low, high + bound - in_width, 0), bound)
-
-
-def read_windows(
-    source: Tensor,
-    plane: Tensor,
-    row: Tensor,
-    col: Tensor,
-    gap: int,
-    in_size: tuple[int, int],
-    out_size: tuple[int, int],
-    step: tuple[int, int],
-) -> Tensor:
-    """Gathers, for each of K taps, the rows of its plane that start at (row, col); zeros outside the plane.
-
-    Args:
-        source: Padded planes [P, S, Hi + 2, Wi + gap]: a zero row above, one below, ``gap`` zero columns at the right,
-            which also serve as the left gap of the next row.
-        plane: Plane of each tap [K].
-        row: First row of each tap's window [K].
-        col: First column of each tap's window [K].
-        gap: Zero columns after each row.
-        in_size: Size (Hi, Wi) of a plane.
-        out_size: Output size (Ho, Wo).
-        step: Distance between neighboring outputs in the input (rows, columns).
-
-    Returns:
-        With step 1: [K, S, Ho + 1, Wo + 1], all that bilinear interpolation needs. Otherwise the four corners
-        [2, 2, K, S, Ho, Wo], first index the lower row, second the right column.
-    """
-    height, width = in_size
-    pitch = width + gap
-    images = source.shape[1]
-    flat = source.reshape(-1)
-    col = col.clamp(*_column_limits(width, out_size[1], step[1]))
-    first_plane = plane[:, None] * images + torch.arange(images, device=row.device)
-    first_plane = (first_plane * ((height + 2) * pitch))[:, :, None]
-
-    def gather(row: Tensor, col: Tensor, num_rows: int, num_cols: int) -> Tensor:
-        rows = row[:, None] + torch.arange(num_rows, device=row.device) * step[0]
-        rows = torch.where((rows >= 0) & (rows < height), rows, height)  # row Hi is the zero row below
-        start = first_plane + ((rows + 1) * pitch + col[:, None])[:, None, :]
-        reach = (num_cols - 1) * step[1]
-        return flat.as_strided((flat.numel() - reach, num_cols), (1, step[1]))[start]
-
-    if step == (1, 1):
-        return gather(row, col, out_size[0] + 1, out_size[1] + 1)
-    return torch.stack(
-        [torch.stack([gather(row + down, col + right, *out_size) for right in (0, 1)]) for down in (0, 1)]
-    )
-
-
-@dataclass(frozen=True)
-class Corners:
-    """The four neighbours of every sample as flat rows [K, L]; with step 1 they are views of one gathered tensor."""
-
-    values: Tensor
-    shared: bool
-    pitch: int
-    length: int
-
-    @staticmethod
-    def of(windows: Tensor) -> Corners:
-        if windows.dim() == 4:  # [K, S, Ho + 1, Wo + 1]
-            pitch = windows.shape[3]
-            values = windows.reshape(windows.shape[0], -1)
-            return Corners(values, True, pitch, max(values.shape[1] - pitch - 1, 0))
-        values = windows.reshape(2, 2, windows.shape[2], -1)
-        return Corners(values, False, windows.shape[-1], values.shape[-1])
-
-    def corner(self, down: int, right: int) -> Tensor:
-        if not self.shared:
-            return self.values[down, right]
-        start = down * self.pitch + right
-        return self.values[:, start : start + self.length]
-
-    def columns(self, shift: Shift) -> Tensor:
-        if not self.shared:
-            rows = torch.lerp(self.values[:, 0], self.values[:, 1], shift.col_fraction)
-            return torch.lerp(rows[0], rows[1], shift.row_fraction)
-        rows = torch.lerp(self.values[:, :-1], self.values[:, 1:], shift.col_fraction)
-        return torch.lerp(rows[:, : self.length], rows[:, self.pitch : self.pitch + self.length], shift.row_fraction)
-
-    def position_gradient(self, grad_columns: Tensor, shift: Shift) -> Tensor:
-        """Derivative by (row, col) of sum(grad_columns * columns), [K, 2]: four dot products per tap."""
-        grad = grad_columns[:, None, :]
-        top_left, top_right, bottom_left, bottom_right = (
-            torch.bmm(grad, self.corner(down, right)[:, :, None])[:, 0] for down in (0, 1) for right in (0, 1)
-        )
-        by_row = torch.lerp(bottom_left - top_left, bottom_right - top_right, shift.col_fraction)
-        by_col = torch.lerp(top_right - top_left, bottom_right - bottom_left, shift.row_fraction)
-        return torch.cat([by_row, by_col], dim=1)
-
-    def weighted_sum(self, shift: Shift, taps: int) -> Tensor:
-        """Sum over each channel's taps of the interpolated values, [K / taps, L]."""
-        rows = torch.lerp(self.values[:, :-1], self.values[:, 1:], shift.col_fraction)
-        rows = rows.unflatten(0, (-1, taps))
-        lower = shift.row_fraction.reshape(-1, 1, taps)
-        total = torch.bmm(1 - lower, rows[:, :, : self.length])
-        return total.baddbmm_(lower, rows[:, :, self.pitch : self.pitch + self.length])[:, 0]
+from icnn_zoo.ops.interpolation import OFFSETS, split, weights
+from icnn_zoo.ops.torch_backend.limits import Limits
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -194,30 +49,186 @@ class Block:
         return slice(first, (self.groups.stop - 1) * self.group_channels + self.channels.stop)
 
 
+class Frame:
+    """The zeros around planes of one size that make every window a plain piece of memory, also where it begins outside.
+
+    Args:
+        size: Size of a plane (Hi, Wi).
+        window: Size of a window.
+        firsts: First rows and first columns [..., K] of all windows that will be read.
+
+    Attributes:
+        rows: Where in a framed plane the first row of each window begins.
+        cols: Where in its row each window begins.
+    """
+
+    def __init__(self, size: tuple[int, int], window: tuple[int, int], firsts: tuple[Tensor, Tensor]) -> None:
+        self.size, self.window = size, window
+        # A window outside its plane may lie right beside it.
+        first_row, first_col = (
+            first.clamp(-span, extent) for first, span, extent in zip(firsts, window, size, strict=True)
+        )
+        (self.above, below), (left, right) = (
+            _margins(first, span, extent)
+            for first, span, extent in zip((first_row, first_col), window, size, strict=True)
+        )
+        self.pitch = size[1] + max(left, right)  # the zeros right of a row are those left of the next
+        # Pixels of a window's row: all of a frame's where these are few more, as what is one piece is copied fast.
+        self.line = self.pitch if window[1] <= self.pitch <= window[1] * 9 // 8 else window[1]
+        self.height = self.above + size[0] + below
+        self.rows, self.cols = (self.above + first_row) * self.pitch, first_col
+
+    def planes(self, number: int, images: int, like: Tensor) -> FramedPlanes:
+        """Memory for planes."""
+        return FramedPlanes(self, number, images, like)
+
+
+def _margins(first: Tensor, span: int, extent: int) -> tuple[int, int]:
+    """Zeros needed before and after a plane.
+
+    The need is read from the windows on a CPU; elsewhere reading would synchronise (or break tracing), so that enough
+    for all is taken.
+    """
+    if first.device.type != "cpu" or first.numel() == 0:
+        return span, span
+    low, high = (int(value) for value in first.aminmax())
+    return max(-low, 0), max(high + span - extent, 0)
+
+
+class FramedPlanes:
+    """Planes [P, S, Hi, Wi], in ``values`` to be written to, with their frames in one memory."""
+
+    def __init__(self, frame: Frame, number: int, images: int, like: Tensor) -> None:
+        self.images, self.area = images, frame.height * frame.pitch
+        # A row of zeros before and one after everything, as windows may begin left of a plane and end right of it.
+        self.flat = flat = like.new_zeros(number * images * self.area + 2 * frame.pitch)
+        inner = flat[frame.pitch : -frame.pitch].view(number, images, -1, frame.pitch)
+        self.values = inner[:, :, frame.above : frame.above + frame.size[0], : frame.size[1]]
+        self.pitch = frame.pitch
+
+    def reading(self, plane: Tensor, start: Tensor, out: Tensor) -> Callable[[], object]:
+        """What copies windows [K, S, rows, cols] that begin at ``start`` of ``plane`` [K] to contiguous ``out``."""
+        first = plane * (self.images * self.area) + (start + self.pitch)
+        if self.images > 1:
+            first = first[:, None] + torch.arange(self.images, device=first.device) * self.area
+        rows, cols = out.shape[2:]
+        size, strides = ((rows, cols), (self.pitch, 1)) if cols != self.pitch else ((rows * cols,), (1,))
+        beyond = (rows - 1) * self.pitch + cols - 1
+        windows = self.flat.as_strided((self.flat.numel() - beyond, *size), (1, *strides))
+        if out.device.type == "cpu":
+            return partial(torch.index_select, windows, 0, first.flatten(), out=out.view(-1, *size))
+        # Elsewhere index_select might first copy everything that it is to select from.
+        return lambda: out.copy_(windows[first].view(out.shape))
+
+
+class Reads:
+    """What taps read along one axis: output pixel j the pixels ``j * step + cell + OFFSETS`` of the input.
+
+    Args:
+        cell: Integer part of the shift [K].
+        fraction: The rest [K, 1].
+        step: The stride.
+
+    Attributes:
+        phase: The phases [2, K] of the pixels at ``OFFSETS``.
+        first: The first of these, counted within their phase [2, K].
+    """
+
+    def __init__(self, cell: Tensor, fraction: Tensor, step: int) -> None:
+        pixel = torch.stack([cell + offset for offset in OFFSETS])
+        self.fraction, self.step = fraction, step
+        self.phase, self.first = pixel.remainder(step), pixel.div(step, rounding_mode="floor")
+
+    def slots(self) -> Tensor:
+        """Where each offset belongs [K, 2] in a table of the phases, times how many pixels further they are read."""
+        return (self.phase * 2 + self.first - self.first[0]).T
+
+    def table(self) -> Tensor:
+        """The weights in that table [K, 2 * step]; NaN throughout where there is no position."""
+        unknown = (self.fraction * 0).repeat(1, 2 * self.step)
+        return unknown.scatter(1, self.slots(), torch.cat(weights(self.fraction), dim=1))
+
+
+class _OneWindow(NamedTuple):
+    """How columns of stride 1 are made of one window each: the same for every slab of images."""
+
+    planes: Tensor
+    read: Callable[[], object]
+    ends: tuple[Tensor, Tensor, Tensor]
+    """Left and right pixels, and how far between them."""
+    lines: Tensor
+    rows: tuple[Tensor, Tensor, Tensor]
+    """Upper and lower lines, and how far between them."""
+
+
 class WindowColumns:
     """Makes the columns of a block, flat rows of ``pitch`` elements of which the first Wo are used, and their adjoint.
 
-    With stride 1 a row keeps the one element more that its window has, so that nothing is copied.
+    With stride 1 a row keeps the one element more that its window has, so that blends run over whole planes.
 
     Args:
         input: Images [B, C, H, W].
         positions: Positions [C, T, 2].
         geometry: Sizes of the call.
+        limits: Sizes to work in.
     """
 
-    def __init__(self, input: Tensor, positions: Tensor, geometry: Geometry) -> None:
-        self.input, self.geometry = input, geometry
-        self.taps = positions.shape[-2]
+    def __init__(self, input: Tensor, positions: Tensor, geometry: Geometry, limits: Limits) -> None:
+        self.input, self.geometry, self.taps = input, geometry, positions.shape[-2]
         self.dtype = compute_dtype(input.dtype)
-        self.shift = shifts(positions, geometry, self.dtype)
         height, width = geometry.output_size
-        self.rows, self.pitch = (height + 1, width + 1) if geometry.stride == (1, 1) else (height, width)
-        self.gap = gap_columns(self.shift.col, geometry.input_size[1], width, geometry.stride[1])
+        self.shares_window = geometry.stride == (1, 1)
+        self.rows = height
+        on_cpu = input.device.type == "cpu"
+        self.block_elements = limits.block_elements
+        self.grad_block_elements = limits.grad_elements if on_cpu else limits.block_elements
+        self.cached_elements = limits.cached_elements if on_cpu else limits.block_elements
+        # What is beside a row is multiplied with zeros, which needs numbers there.
+        self.clears = not on_cpu or not bool(input.sum(dtype=self.dtype).isfinite())
+        self.channel = torch.arange(input.shape[1], device=input.device).repeat_interleave(self.taps)
+        self.by_row, self.by_col = _reads(positions, geometry, self.dtype)
+        high, wide = (-(-extent // step) for extent, step in zip(geometry.input_size, geometry.stride, strict=True))
+        self.phases = (high, wide)
+        """Pixels of a phase (Mr, Mc)."""
+        if self.shares_window:  # rows of one window hold all four corners, and one row more ends the last blend
+            firsts, window = (self.by_row.first[:1], self.by_col.first[:1]), (height + 2, width + 1)
+        else:
+            firsts, window = (self.by_row.first, self.by_col.first), (height, width)
+        self.frame = Frame(self.phases, window, firsts)
+        self.pitch = self.frame.line
+        self._one_windows: dict[tuple[int, ...], _OneWindow] = {}
+        self._planes: dict[tuple[str, int, int], FramedPlanes] = {}
+        self._tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    @cached_property
+    def grad_frame(self) -> Frame:
+        """Of the columns' gradient: pixel m of a phase was read by the window's pixels m and m + 1."""
+        high, wide = self.phases
+        firsts = (-self.by_row.first[0] - 1, -self.by_col.first[0] - 1)
+        return Frame(self.geometry.output_size, (high + 1, wide + 1), firsts)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """What taps weigh what they read with [C, T, 4 * sr * sc], for each phase and window's corner."""
+        return (self.by_row.table()[:, :, None] * self.by_col.table()[:, None]).view(self.input.shape[1], self.taps, -1)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Where in that table the four corners are [C * T, 4]."""
+        step = self.geometry.stride[1]
+        return (self.by_row.slots()[:, :, None] * (2 * step) + self.by_col.slots()[:, None]).flatten(1)
 
     def columns(self, block: Block) -> Tensor:
-        """The block's columns [c * T, L]; L stops after the last used element."""
-        shift = self._shift(block)
-        return self._corners(block, shift).columns(shift)
+        """The block's columns [c * T, L], good until those of the next block."""
+        images, first = block.images.stop - block.images.start, block.planes.start
+        span = self._span(block.planes, first)
+        columns = self._tensor("columns", (span.stop, images, self.rows * self.pitch))
+        write = self._blend_one_window if self.shares_window else self._blend_four
+        for planes in self._parts(block):
+            write(block.images, planes, columns[self._span(planes, first)])
+        if self.clears:
+            columns.unflatten(2, (self.rows, self.pitch))[..., self.geometry.output_size[1] :] = 0
+        return columns.flatten(1)
 
     def gradients(
         self, block: Block, grad_columns: Tensor, needs: tuple[bool, bool, bool]
@@ -226,51 +237,148 @@ class WindowColumns:
 
         Args:
             block: The block.
-            grad_columns: The columns' gradient [c * T, S * rows * pitch], zero in what is not used of a row.
+            grad_columns: The columns' gradient [c * T, L].
             needs: Which of the three; None stands for the others.
         """
         needs_input, needs_columns, needs_positions = needs
-        shift = self._shift(block)
+        by_planes = by_shifts = None
+        if needs_input or needs_positions:
+            windows = self._grad_windows(block.planes, grad_columns)
+            by_planes = self._sum_taps(block.planes, windows) if needs_input else None
+            by_shifts = self._shift_gradient(block.images, block.planes, windows) if needs_positions else None
+        return by_planes, self.columns(block) if needs_columns else None, by_shifts
+
+    def _parts(self, block: Block) -> Iterator[slice]:
+        """The block's planes, as many at a time as let a core's cache hold their windows until they are blended."""
         images = block.images.stop - block.images.start
-        planes = self._input_gradient(grad_columns, shift, images) if needs_input else None
-        if not (needs_columns or needs_positions):
-            return planes, None, None
-        corners = self._corners(block, shift)
-        return (
-            planes,
-            corners.columns(shift) if needs_columns else None,
-            corners.position_gradient(grad_columns[:, : corners.length], shift) if needs_positions else None,
+        step = max(1, self.cached_elements // max(1, self.taps * images * self.rows * self.pitch))
+        for start in range(block.planes.start, block.planes.stop, step):
+            yield slice(start, min(start + step, block.planes.stop))
+
+    def _span(self, planes: slice, first: int = 0) -> slice:
+        return slice((planes.start - first) * self.taps, (planes.stop - first) * self.taps)
+
+    def _blend_one_window(self, images: slice, planes: slice, columns: Tensor) -> None:
+        """Writes columns [c * T, S, L / S] of stride 1, where one window holds what the four corners read."""
+        key = (planes.start, *columns.shape)
+        if key not in self._one_windows:
+            self._one_windows[key] = self._prepare_one_window(planes, columns)
+        prepared = self._one_windows[key]
+        prepared.planes.copy_(self.input[images, planes].transpose(0, 1))
+        prepared.read()
+        torch.lerp(*prepared.ends, out=prepared.lines)
+        torch.lerp(*prepared.rows, out=columns)
+
+    def _prepare_one_window(self, planes: slice, columns: Tensor) -> _OneWindow:
+        span, images = self._span(planes), columns.shape[1]
+        source = self._framed("input", self.frame, planes.stop - planes.start, images)
+        windows = self._tensor("windows", (columns.shape[0], images, self.rows + 2, self.pitch))
+        lines = self._tensor("lines", (columns.shape[0], images, (self.rows + 1) * self.pitch))
+        start = (self.frame.rows[0] + self.frame.cols[0])[span]
+        flat, length = windows.flatten(2), lines.shape[2]
+        return _OneWindow(
+            planes=source.values,
+            read=source.reading(self.channel[span] - planes.start, start, windows),
+            ends=(flat[:, :, :length], flat[:, :, 1 : length + 1], self.by_col.fraction[span, None]),
+            lines=lines,
+            rows=(lines[:, :, : -self.pitch], lines[:, :, self.pitch :], self.by_row.fraction[span, None]),
         )
 
-    def _shift(self, block: Block) -> Shift:
-        return self.shift.select(block.planes.start * self.taps, block.planes.stop * self.taps)
+    def _blend_four(self, images: slice, planes: slice, columns: Tensor) -> None:
+        """Writes columns [c * T, S, L / S] of windows for each of the four corners."""
+        span, frame, (step_rows, step_cols) = self._span(planes), self.frame, self.geometry.stride
+        phases = self._by_phase(images, planes)
+        source = self._framed("input", frame, phases.shape[:3].numel(), columns.shape[1])
+        source.values.unflatten(0, phases.shape[:3]).copy_(phases)
+        channel, by_row, by_col = self.channel[span] - planes.start, self.by_row, self.by_col
 
-    def _corners(self, block: Block, shift: Shift) -> Corners:
-        planes = self.input[block.images, block.planes].transpose(0, 1).to(self.dtype)  # [c, S, H, W]
-        plane = torch.arange(planes.shape[0], device=planes.device).repeat_interleave(self.taps)
-        sizes = (self.geometry.input_size, self.geometry.output_size, self.geometry.stride)
-        windows = read_windows(F.pad(planes, (0, self.gap, 1, 1)), plane, shift.row, shift.col, self.gap, *sizes)
-        return Corners.of(windows)
+        def corner(down: int, right: int) -> Tensor:
+            phase = (channel * step_rows + by_row.phase[down, span]) * step_cols + by_col.phase[right, span]
+            windows = self._tensor(f"corner {down} {right}", (*columns.shape[:2], self.rows, self.pitch))
+            source.reading(phase, frame.rows[down, span] + frame.cols[right, span], windows)()
+            return windows.flatten(2)
 
-    def _input_gradient(self, grad_columns: Tensor, shift: Shift, images: int) -> Tensor:
-        """Gathers the gradient of one block's input planes [c, S, H, W] from its columns' gradient [c * T, L].
+        across = by_col.fraction[span, None]
+        upper, lower = (torch.lerp(corner(down, 0), corner(down, 1), across) for down in OFFSETS)
+        torch.lerp(upper, lower, by_row.fraction[span, None], out=columns)
 
-        With a stride the columns' gradient is first spread over the input's grid, zeros between, and read as with
-        stride 1.
-        """
-        size = self.geometry.input_size
-        height, width = self.geometry.output_size
-        step_rows, step_cols = self.geometry.stride
-        rows, cols = (height - 1) * step_rows + 1, (width - 1) * step_cols + 1
-        adjoint = shift.negated()
-        gap = gap_columns(adjoint.col, cols, size[1], 1)
-        num_planes = grad_columns.shape[0]
-        source = grad_columns.new_zeros(num_planes, images, rows + 2, cols + gap)
-        used = grad_columns.unflatten(-1, (images, self.rows, self.pitch))[..., :height, :width]
-        source[:, :, 1 : rows + 1 : step_rows, :cols:step_cols] = used
-        plane = torch.arange(num_planes, device=source.device)
-        windows = read_windows(source, plane, adjoint.row, adjoint.col, gap, (rows, cols), size, (1, 1))
-        corners = Corners.of(windows)
-        flat = corners.weighted_sum(adjoint, self.taps)
-        flat = F.pad(flat, (0, corners.values.shape[1] - corners.length))
-        return flat.unflatten(1, (images, size[0] + 1, size[1] + 1))[..., : size[0], : size[1]]
+    def _grad_windows(self, planes: slice, grad_columns: Tensor) -> Tensor:
+        """The windows [c, T, S, Mr + 1, Mc + 1] of the columns' gradient [c * T, L]."""
+        span, frame = self._span(planes), self.grad_frame
+        grad = grad_columns.unflatten(1, (-1, self.rows, self.pitch))[..., : self.geometry.output_size[1]]
+        source = self._framed("gradient", frame, *grad.shape[:2])
+        source.values.copy_(grad)
+        windows = self._tensor("grad windows", (*grad.shape[:2], frame.window[0], frame.line))
+        source.reading(torch.arange(grad.shape[0], device=grad.device), (frame.rows + frame.cols)[span], windows)()
+        return windows.unflatten(0, (-1, self.taps))
+
+    def _sum_taps(self, planes: slice, windows: Tensor) -> Tensor:
+        """The gradient of planes [c, S, H, W]."""
+        flat = windows.flatten(2)
+        sums = self._tensor("sums", (flat.shape[0], self.table.shape[2], flat.shape[2]))
+        torch.bmm(self.table[planes].transpose(1, 2), flat, out=sums)
+        parts = [self._corner(sums, windows, down, right) for down in OFFSETS for right in OFFSETS]
+        total = (parts[0] + parts[1]).add_(parts[2]).add_(parts[3])
+        (high, wide), (step_rows, step_cols) = self.phases, self.geometry.stride
+        whole = total.permute(0, 3, 4, 1, 5, 2).reshape(*windows.shape[:3:2], high * step_rows, wide * step_cols)
+        return whole[..., : self.geometry.input_size[0], : self.geometry.input_size[1]]
+
+    def _shift_gradient(self, images: slice, planes: slice, windows: Tensor) -> Tensor:
+        """The gradient of shifts [c * T, 2]: that of a corner's weight is its pixels times the tap's gradient."""
+        rows, cols = self.geometry.stride
+        moved = self._tensor("moved", (windows.shape[0], 4 * rows * cols, windows[0, 0].numel()))
+        phases = self._by_phase(images, planes)
+        for down in OFFSETS:
+            for right in OFFSETS:
+                self._corner(moved, windows, down, right).copy_(phases)
+        dots = torch.bmm(windows.flatten(2), moved.transpose(1, 2)).flatten(0, 1)
+        corners = dots.gather(1, self.slots[self._span(planes)])
+        top_left, top_right, bottom_left, bottom_right = corners.split(1, dim=1)
+        span = self._span(planes)
+        row_fraction, col_fraction = (read.fraction[span] for read in (self.by_row, self.by_col))
+        by_row = torch.lerp(bottom_left - top_left, bottom_right - top_right, col_fraction)
+        by_col = torch.lerp(top_right - top_left, bottom_right - bottom_left, row_fraction)
+        return torch.cat([by_row, by_col], dim=1)
+
+    def _corner(self, table: Tensor, windows: Tensor, down: int, right: int) -> Tensor:
+        """Of a table [c, 4 * sr * sc, L] the phases [c, sr, sc, S, Mr, Mc] as windows read them, so much further."""
+        (rows, cols), (high, wide) = self.geometry.stride, self.phases
+        apart = table.view(-1, rows, 2, cols, 2, *windows.shape[2:])
+        return apart[:, :, down, :, right, :, 1 - down : 1 - down + high, 1 - right : 1 - right + wide]
+
+    def _by_phase(self, images: slice, planes: slice) -> Tensor:
+        """The input's phases [c, sr, sc, S, Mr, Mc]."""
+        (high, wide), (step_rows, step_cols) = self.phases, self.geometry.stride
+        height, width = self.geometry.input_size
+        part = self.input[images, planes]
+        if (high * step_rows, wide * step_cols) != (height, width):
+            part = F.pad(part, (0, wide * step_cols - width, 0, high * step_rows - height))
+        return part.unflatten(3, (wide, step_cols)).unflatten(2, (high, step_rows)).permute(1, 3, 5, 0, 2, 4)
+
+    def _framed(self, name: str, frame: Frame, number: int, images: int) -> FramedPlanes:
+        """Planes whose memory all blocks of a size use; what frames them stays zero."""
+        key = (name, number, images)
+        if key not in self._planes:
+            self._planes[key] = frame.planes(number, images, self.input.new_empty(0, dtype=self.dtype))
+        return self._planes[key]
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor whose memory all blocks of a size use; what is not written to stays zero."""
+        if (name, shape) not in self._tensors:
+            self._tensors[name, shape] = self.input.new_zeros(shape, dtype=self.dtype)
+        return self._tensors[name, shape]
+
+
+def _reads(positions: Tensor, geometry: Geometry, dtype: torch.dtype) -> tuple[Reads, Reads]:
+    """What taps [C, T, 2] read along rows and along columns."""
+    cell, fraction = split(positions)
+    fraction = fraction.to(dtype)  # NaN stays NaN here, while the integer part below is made safe
+    reads = []
+    for axis, (outputs, step, extent, origin) in enumerate(
+        zip(geometry.output_size, geometry.stride, geometry.input_size, geometry.origin, strict=True)
+    ):
+        # Past the bound every read is outside the input wherever the origin is: clamping changes nothing.
+        bound = float((outputs - 1) * step + extent + 2 + abs(origin))
+        whole = (cell[..., axis].nan_to_num(0.0).clamp(-bound, bound).long() + origin).flatten()
+        reads.append(Reads(whole, fraction[..., axis].reshape(-1, 1), step))
+    return reads[0], reads[1]
