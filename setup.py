@@ -39,7 +39,7 @@ def kernels() -> list[Extension]:
             f"{PACKAGE}.kernel-{real}-{kind}",
             SOURCES,
             define_macros=[("REAL", real)],
-            extra_compile_args=["-O3", f"-march={kind}", "-std=gnu11", "-pthread", "-g0"],
+            extra_compile_args=["-O3", f"-march={kind}", "-fno-trapping-math", "-std=gnu11", "-pthread", "-g0"],
             extra_link_args=["-pthread"],
         )
         for real in ("float", "double")

@@ -171,7 +171,7 @@ class NativeBackend:
         return output
 
     def _choose_box(self, call: _Call, geometry: Geometry) -> Box | None:
-        return choose_box(call.arguments["weight"], call.positions.contiguous(), geometry) if self.limits.draw else None
+        return choose_box(call.arguments["weight"], call.positions, geometry) if self.limits.draw else None
 
     def _outliers(self, call: _Call, box: Box) -> _Call:
         """The taps that are not in the box, as stencils that add to what the box gave."""

@@ -171,13 +171,14 @@ def choose_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> Box | N
 
     Args:
         weight: Weights [N, C / G, T], contiguous.
-        positions: Positions [C, T, 2] or [N, C / G, T, 2] in float32 or float64, contiguous.
+        positions: Positions [C, T, 2] or [N, C / G, T, 2] in float32 or float64.
         geometry: Sizes of the call.
     """
     outputs, members, taps = weight.shape
     per_kernel, per_group = positions.dim() == 4, outputs // geometry.groups
     if members == 1 or not (per_kernel or per_group <= FEW_OUTPUTS):
         return None
+    positions = positions.contiguous()
     sharing, wide = 1 if per_kernel else per_group, positions.dtype == torch.float64
     sizes = {"kernels": outputs * members, "taps": taps, "members": members, "sharing": sharing, "wide": wide}
     task = _Drawing(**sizes, outlier_cost=OUTLIER_COST)

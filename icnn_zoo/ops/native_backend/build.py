@@ -24,7 +24,8 @@ from pathlib import Path
 from icnn_zoo.io.files import replacing
 from icnn_zoo.ops.native_backend import wheel
 
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread")
+# Nobody asks for floating-point exceptions, for whose sake compilers leave loops with conditions to scalar code.
+FLAGS = ("-O3", "-fno-trapping-math", "-std=gnu11", "-fPIC", "-shared", "-pthread")
 # For this processor; where a compiler does not know the option, code for all processors of its kind.
 _TUNED = ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",)
 SYSTEMS = ("linux", "darwin")

@@ -149,6 +149,8 @@ typedef struct {
 enum {
     UNITS = 384,         /* that a backward is cut into, about: enough for many threads */
     LEAST_BAND = 128,    /* output pixels below which products are slow */
+    WEIGHTS = 1 << 16,   /* forward: weights that a product takes at once, about, but for */
+    LEAST_DEPTH = 64,    /* so many rows of columns at least: these, others and sums share the second cache */
     PARTIAL_SUMS = 1 << 23 /* numbers that partial sums may take, also where the images have fewer */
 };
 
@@ -188,7 +190,7 @@ static inline void cut_bands(layout_t *layout, const columns_t *task, index_t pi
 
 /* Every output has one sum whatever the bands: the forward may have as many of them as the threads want. */
 static inline index_t forward_band(const columns_t *task, index_t area, unsigned threads) {
-    index_t others = task->images * task->groups, wanted = (4 * (index_t)threads + others - 1) / others;
+    index_t others = task->images * task->groups, wanted = (3 * (index_t)threads + others - 1) / others;
     return smallest(task->band, largest(area / wanted, LEAST_BAND));
 }
 
@@ -222,8 +224,9 @@ static inline layout_t make_layout(const columns_t *task, int backward, unsigned
     layout.out_area = sizes->out_height * sizes->out_width;
     layout.group_channels = task->channels / task->groups;
     layout.group_outputs = task->outputs / task->groups;
+    index_t depth = smallest(task->depth, largest(WEIGHTS / layout.group_outputs, LEAST_DEPTH));
     layout.step = backward ? block_step(task, layout.group_channels)
-                           : smallest(largest(task->depth / task->taps, 1), layout.group_channels);
+                           : smallest(largest(depth / task->taps, 1), layout.group_channels);
     layout.blocks = task->groups * ((layout.group_channels + layout.step - 1) / layout.step);
     layout.rows = round_up(layout.step * task->taps, TILE_ROWS);
     cut_bands(&layout, task, backward ? task->band : forward_band(task, layout.out_area, threads));

@@ -24,7 +24,7 @@ typedef struct {
 } drawing_t;
 
 /* Pixels from position 0 beyond which nothing is drawn; kernels of a unit; kernels, about, that the box is chosen by. */
-enum { REACH = 128, CHUNK = 64, SAMPLE = 1024 };
+enum { REACH = 128, CHUNK = 64, SAMPLE = 256 };
 
 /* Where the positions of a kernel start. */
 static inline index_t positions_of(const drawing_t *task, index_t kernel) {
@@ -97,26 +97,51 @@ void drawing_choose(drawing_t *task) {
     task->outside = (sampled * task->taps - count + lost_best) * task->kernels / sampled;
 }
 
-static void draw_work(const void *data, index_t unit, REAL *scratch) {
+/* What the taps of an output, wherever they are, give to four cells of their boxes: [4, taps] and the first of the cells. */
+static inline __attribute__((always_inline)) void weigh_taps(const drawing_t *task, index_t position, const REAL *weight,
+                                                             index_t count, const int wide, uint8_t *drawn,
+                                                             int32_t *restrict cell, REAL *restrict parts) {
+    const double *doubles = (const double *)task->positions + position;
+    const float *floats = (const float *)task->positions + position;
+    double row_first = task->first[0], col_first = task->first[1], row_last = task->size[0] - 2, col_last = task->size[1] - 2;
+    double width = task->size[1];
+    for (index_t tap = 0; tap < count; tap++) {
+        double row = wide ? doubles[2 * tap] : floats[2 * tap], col = wide ? doubles[2 * tap + 1] : floats[2 * tap + 1];
+        double low = __builtin_floor(row), left = __builtin_floor(col);
+        REAL down = (REAL)(row - low), right = (REAL)(col - left);
+        double top = low - row_first, side = left - col_first;
+        int inside = (top >= 0) & (top <= row_last) & (side >= 0) & (side <= col_last);
+        cell[tap] = (int32_t)(inside ? top * width + side : -1);
+        parts[tap] = (1 - down) * (1 - right) * weight[tap];
+        parts[count + tap] = (1 - down) * right * weight[tap];
+        parts[2 * count + tap] = down * (1 - right) * weight[tap];
+        parts[3 * count + tap] = down * right * weight[tap];
+    }
+    for (index_t tap = 0; tap < count; tap++) drawn[tap] = cell[tap] >= 0;
+}
+
+/* The kernels of one output. */
+static void draw_work(const void *data, index_t output, REAL *scratch) {
     const drawing_t *task = data;
-    index_t width = task->size[1], area = task->size[0] * width;
-    (void)scratch;
-    for (index_t kernel = unit * CHUNK; kernel < smallest((unit + 1) * CHUNK, task->kernels); kernel++) {
-        REAL *cells = task->cells + kernel * area;
-        memset(cells, 0, area * sizeof(REAL));
-        index_t position = positions_of(task, kernel);
-        for (index_t tap = kernel * task->taps; tap < (kernel + 1) * task->taps; tap++, position += 2) {
-            index_t cell[2];
-            double fraction[2];
-            int inside = find_cell(task, position, cell, fraction);
-            task->drawn[tap] = inside;
-            if (!inside) continue;
-            REAL down = (REAL)fraction[0], right = (REAL)fraction[1], weight = task->weight[tap];
-            REAL *at = cells + cell[0] * width + cell[1];
-            at[0] += (1 - down) * (1 - right) * weight;
-            at[1] += (1 - down) * right * weight;
-            at[width] += down * (1 - right) * weight;
-            at[width + 1] += down * right * weight;
+    index_t width = task->size[1], area = task->size[0] * width, taps = task->taps, count = task->members * taps;
+    const REAL *weight = task->weight + output * count;
+    REAL *parts = scratch, *cells = task->cells + output * task->members * area;
+    int32_t *cell = (int32_t *)(parts + 4 * count);
+    index_t position = positions_of(task, output * task->members);
+    if (task->wide) {
+        weigh_taps(task, position, weight, count, 1, task->drawn + output * count, cell, parts);
+    } else {
+        weigh_taps(task, position, weight, count, 0, task->drawn + output * count, cell, parts);
+    }
+    memset(cells, 0, task->members * area * sizeof(REAL));
+    for (index_t first = 0; first < count; first += taps, cells += area) {
+        for (index_t tap = first; tap < first + taps; tap++) {
+            if (cell[tap] < 0) continue;
+            REAL *at = cells + cell[tap];
+            at[0] += parts[tap];
+            at[1] += parts[count + tap];
+            at[width] += parts[2 * count + tap];
+            at[width + 1] += parts[3 * count + tap];
         }
     }
 }
@@ -145,7 +170,8 @@ static void gradients_work(const void *data, index_t unit, REAL *scratch) {
 }
 
 int drawing_draw(parallel_t parallel, unsigned threads, drawing_t *task) {
-    if (run_parallel(parallel, threads, task, (task->kernels + CHUNK - 1) / CHUNK, 1, draw_work)) return 1;
+    index_t length = 5 * task->members * task->taps;
+    if (run_parallel(parallel, threads, task, task->kernels / task->members, length, draw_work)) return 1;
     task->outside = 0;
     for (index_t tap = 0; tap < task->kernels * task->taps; tap++) task->outside += !task->drawn[tap];
     return 0;
