@@ -60,8 +60,13 @@ def reproduce(
     Raises:
         FileNotFoundError: There is no such config.
         ValueError: An unknown row, a repeated seed, several processes, or a folder that holds another experiment.
-        RuntimeError: A run failed. What it had saved is kept, and the next call goes on from there.
+        RuntimeError: On Windows; or a run failed. What it had saved is kept, and the next call goes on from there.
     """
+    if sys.platform.startswith("win"):
+        raise RuntimeError(
+            "`reproduce` runs on Linux and macOS: Windows hands no lock of a folder on to what trains in it. Use WSL, "
+            "or `icnn-zoo fit` row by row."
+        )
     experiment = EXPERIMENTS[name]
     chosen = list(experiment.rows) if rows is None else list(rows)
     unknown = [row for row in chosen if row not in experiment.rows]

@@ -28,6 +28,20 @@ def test_doctor_says_which_backends_run_and_why_others_cannot(monkeypatch, capsy
     assert len(printed.splitlines()) < 24  # a screen
 
 
+def test_doctor_says_what_windows_users_get(monkeypatch, recwarn):
+    monkeypatch.setattr(build, "load", build.load.__wrapped__)
+    monkeypatch.setattr(wheel, "processor_lines", set)
+    monkeypatch.setattr(wheel.platform, "machine", lambda: "AMD64")
+    monkeypatch.setattr(build.sys, "platform", "win32")
+    found = dict(doctor.examine())
+    assert found["backend native"] == (
+        "not on cpu: it was made for Linux and macOS; on win32 the backend torch computes"
+    )
+    assert found["backend auto"] == "takes torch on cpu"
+    assert found["native kernel"] == "none"
+    assert not recwarn.list  # nothing that a user could change
+
+
 @pytest.mark.parametrize(
     ("given", "spins"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],

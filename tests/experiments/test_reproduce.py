@@ -20,6 +20,13 @@ from icnn_zoo.experiments.table import write_table
 ROOT = Path(__file__).parents[2]
 
 
+def test_windows_is_told_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(module.sys, "platform", "win32")
+    with pytest.raises(RuntimeError, match="`reproduce` runs on Linux and macOS"):
+        reproduce("voc", out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 class Runs:
     """Stands for the subprocesses: notes their arguments and leaves what they would leave."""
 

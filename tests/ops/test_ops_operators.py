@@ -179,20 +179,27 @@ def test_memory_around_the_input_is_never_read(backend: str, per_kernel: bool) -
         assert grad.isfinite().all()
 
 
-THREADED = {  # input, weight, leading sizes of positions, options; each is worth seven threads
-    "parts of images": ((2, 40, 33, 33), (20, 40, 3, 3), (40,), {"padding": 1}),
-    "groups, stride": ((5, 24, 25, 25), (32, 6, 3, 3), (24,), {"padding": 1, "stride": 2, "groups": 4}),
-    "depthwise": ((9, 16, 21, 21), (16, 1, 5, 5), (16,), {"padding": 2, "groups": 16}),
-    "full version": ((3, 8, 25, 25), (12, 8, 3, 3), (12, 8), {"padding": 1}),
+THREADED = {  # input, weight, leading sizes of positions, options, how far taps are from the grid
+    "parts of images": ((2, 40, 33, 33), (20, 40, 3, 3), (40,), {"padding": 1}, 3.0),
+    "groups, stride": ((5, 24, 25, 25), (32, 6, 3, 3), (24,), {"padding": 1, "stride": 2, "groups": 4}, 3.0),
+    "depthwise": ((9, 16, 21, 21), (16, 1, 5, 5), (16,), {"padding": 2, "groups": 16}, 3.0),
+    "full version": ((3, 8, 25, 25), (12, 8, 3, 3), (12, 8), {"padding": 1}, 3.0),
+    "a box": ((4, 30, 35, 41), (32, 15, 3, 3), (32, 15), {"padding": 1, "groups": 2}, 0.5),
+    "a box, strides": ((2, 54, 18, 30), (16, 54, 3, 3), (16, 54), {"padding": 1, "stride": (2, 1)}, 0.5),
+    "a box of many images": ((9, 32, 40, 40), (8, 8, 3, 3), (8, 8), {"padding": 1, "groups": 4}, 0.5),
+    "a box of small groups": ((4, 21, 11, 9), (6, 7, 3, 3), (21,), {"padding": 1, "groups": 3}, 0.5),
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", THREADED)
-def test_thread_counts_give_the_same_bits(name: str) -> None:
+def test_thread_counts_give_the_same_bits(name: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    *shapes, lead, options = THREADED[name]
-    input, weight = (torch.randn(shape, generator=generator) for shape in shapes)
-    positions = torch.randn(*lead, weight.shape[2] * weight.shape[3], 2, generator=generator) * 3
+    *shapes, lead, options, spread = THREADED[name]
+    input, weight = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+    height, width = weight.shape[2:]
+    grid = torch.cartesian_prod(torch.arange(height) - height // 2, torch.arange(width) - width // 2)
+    positions = grid + torch.randn(*lead, height * width, 2, generator=generator, dtype=dtype) * spread
     tensors = [tensor.requires_grad_() for tensor in (input, weight, positions)]
     threads = torch.get_num_threads()
     results = []

@@ -1,4 +1,4 @@
-"""Kernels that share no columns, drawn into one small box: then they are one dense convolution of PyTorch's.
+"""Kernels that share no columns, drawn into one small box: then they are one dense convolution.
 
 That is the full version, and layers of many groups, while taps are about as close as in a regular kernel. Taps that ran
 away are not drawn: they stay stencils, and do not widen the box of the others.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry
@@ -47,7 +46,8 @@ class _Dense(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("height", "width", "out_height", "out_width")),
         *((name, ctypes.c_int64) for name in ("stride_row", "stride_col", "origin_row", "origin_col")),
         *((name, ctypes.c_int64) for name in ("images", "channels", "outputs", "groups", "rows", "cols")),
-        *((name, ctypes.c_void_p) for name in ("input", "grad_output", "grad_cells", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("input", "cells", "bias", "output")),
+        *((name, ctypes.c_void_p) for name in ("grad_output", "grad_input", "grad_cells", "workspace")),
     ]
 
 
@@ -67,21 +67,6 @@ class Box:
     positions: Tensor
     drawn: Tensor
     task: Any
-    size: tuple[int, int] = field(init=False)
-    margins: tuple[int, int, int, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        geometry = self.geometry
-        self.size = tuple(self.task.size)
-        before = [-(self.task.first[axis] + geometry.origin[axis]) for axis in range(2)]
-        after = [
-            (geometry.output_size[axis] - 1) * geometry.stride[axis]
-            + self.size[axis]
-            - geometry.input_size[axis]
-            - before[axis]
-            for axis in range(2)
-        ]
-        self.margins = (before[1], after[1], before[0], after[0])
 
     @property
     def num_outliers(self) -> int:
@@ -89,11 +74,17 @@ class Box:
         outside: int = self.task.outside
         return outside
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of the box."""
+        rows, cols = self.task.size
+        return rows, cols
+
     def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """The output [B, N, Ho, Wo] of the drawn taps."""
-        input, padding = self._padded(input)
-        stride, groups = self.geometry.stride, self.geometry.groups
-        return F.conv2d(input, self._draw(), bias, stride, padding, groups=groups).contiguous()
+        output = input.new_empty(input.shape[0], self.weight.shape[0], *self.geometry.output_size)
+        self._convolve("planes", input, cells=self._draw(), bias=bias, output=output)
+        return output
 
     def backward(
         self, grad_output: Tensor, input: Tensor, needs: tuple[bool, bool]
@@ -105,45 +96,38 @@ class Box:
             input: The input.
             needs: Whether that of the input, and those of weight and shifts are wanted; None stands for the others.
         """
-        by_input = self._input_gradient(grad_output, input) if needs[0] else None
+        by_input = torch.empty_like(input) if needs[0] else None
+        if by_input is not None:
+            self._convolve("planes", input, cells=self._draw(), grad_output=grad_output, grad_input=by_input)
         if not needs[1]:
             return by_input, None, None
-        by_cells, by_weight = self._cells_gradient(grad_output, input), torch.empty_like(self.weight)
+        by_cells = self.weight.new_empty(*self.weight.shape[:2], *self.size)
+        self._convolve("cells", input, grad_output=grad_output, grad_cells=by_cells)
+        by_weight = torch.empty_like(self.weight)
         by_shift = torch.empty(*self.weight.shape, 2, dtype=torch.float64)
         self._run("gradients", grad_cells=by_cells, grad_weight=by_weight, grad_shift=by_shift)
         return by_input, by_weight, by_shift
 
-    def _input_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        padded, padding = self._padded(input)
-        stride, groups = self.geometry.stride, self.geometry.groups
-        options = (stride, padding, (1, 1), False, (0, 0), groups, (True, False, False))
-        by_input, _, _ = torch.ops.aten.convolution_backward(grad_output, padded, self._draw(), None, *options)
-        if padded is not input:
-            by_input = F.pad(by_input, [-margin for margin in self.margins])
-        return by_input.contiguous()
-
-    def _cells_gradient(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        """The gradient by the drawn cells [N, C / G, *size]: PyTorch's rounds by the number of threads."""
+    def _convolve(self, what: str, input: Tensor, **tensors: Tensor | None) -> None:
+        """Calls what csrc/dense_planes.c or csrc/dense_cells.c has: its own sums have one order with any threads."""
         geometry, dtype = self.geometry, self.weight.dtype
-        by_cells = self.weight.new_empty(*self.weight.shape[:2], *self.size)
+        images, channels, outputs = *input.shape[:2], self.weight.shape[0]
         origin = (self.task.first[axis] + geometry.origin[axis] for axis in range(2))
         sizes = (*geometry.input_size, *geometry.output_size, *geometry.stride, *origin)
-        (images, channels), outputs = input.shape[:2], grad_output.shape[1]
         task = _Dense(*sizes, images, channels, outputs, geometry.groups, *self.size)
-        task.input = address_of("input", input, dtype, images * channels * math.prod(geometry.input_size))
+        pixels = images * channels * math.prod(geometry.input_size)
         results = images * outputs * math.prod(geometry.output_size)
-        task.grad_output = address_of("grad_output", grad_output, dtype, results)
-        task.grad_cells = address_of("grad_cells", by_cells, dtype, math.prod(self.size) * self.task.kernels)
-        workspace = input.new_empty(build.load()[0][dtype].dense_workspace_length(ctypes.byref(task)))
+        cells = math.prod(self.size) * self.task.kernels
+        lengths = {"input": pixels, "grad_input": pixels, "output": results, "grad_output": results, "bias": outputs}
+        lengths |= {"cells": cells, "grad_cells": cells}
+        for name, tensor in {"input": input, **tensors}.items():
+            if tensor is not None:
+                setattr(task, name, address_of(name, tensor, dtype, lengths[name]))
+        direction = () if what == "cells" else (int("grad_input" in tensors),)
+        length = getattr(build.load()[0][dtype], f"{what}_workspace_length")(ctypes.byref(task), *direction)
+        workspace = input.new_empty(length)
         task.workspace = workspace.data_ptr()
-        _call("dense_gradient", dtype, task)
-        return by_cells
-
-    def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        left, right, top, bottom = self.margins
-        if left == right >= 0 and top == bottom >= 0:
-            return input, (top, left)
-        return F.pad(input, self.margins), (0, 0)
+        _call(f"dense_{what}", dtype, task, *direction)
 
     def _draw(self) -> Tensor:
         cells = self.weight.new_empty(*self.weight.shape[:2], *self.size)
@@ -159,10 +143,10 @@ class Box:
         _call(f"drawing_{what}", self.weight.dtype, self.task)
 
 
-def _call(name: str, dtype: torch.dtype, task: ctypes.Structure) -> None:
+def _call(name: str, dtype: torch.dtype, task: ctypes.Structure, *options: int) -> None:
     function = getattr(build.load()[0][dtype], name)
     threads = ctypes.c_uint(torch.get_num_threads())
-    if function(ctypes.c_void_p(build.find_parallel()), threads, ctypes.byref(task)):
+    if function(ctypes.c_void_p(build.find_parallel()), threads, ctypes.byref(task), *options):
         raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
 
 

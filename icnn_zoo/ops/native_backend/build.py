@@ -30,8 +30,11 @@ FLAGS = ("-O3", "-fno-trapping-math", "-std=gnu11", "-fPIC", "-shared", "-pthrea
 _TUNED = ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",)
 SYSTEMS = ("linux", "darwin")
 _FOLDER = Path(__file__).with_name("csrc")
-_HEADERS = [_FOLDER / name for name in ("plane.h", "filter.h", "columns.h", "stencil.h")]
-_NAMES = ("columns_forward.c", "columns_backward.c", "few.c", "stencil.c", "drawing.c", "dense.c", "wide.c")
+_HEADERS = [_FOLDER / name for name in ("plane.h", "filter.h", "columns.h", "stencil.h", "dense.h")]
+_NAMES = (
+    *("columns_forward.c", "columns_backward.c", "few.c", "stencil.c", "drawing.c"),
+    *("dense_planes.c", "dense_cells.c", "wide.c"),
+)
 _SOURCES = [_FOLDER / name for name in _NAMES]
 _DIGEST_LENGTH = 64
 _STALE_SECONDS = 3600

@@ -52,7 +52,7 @@ def open_library(path: Path) -> ctypes.CDLL:
         OSError: It cannot be loaded.
     """
     library = ctypes.CDLL(str(path))
-    for name in ("workspace_length", "moments_length", "dense_workspace_length"):
+    for name in ("workspace_length", "moments_length", "planes_workspace_length", "cells_workspace_length"):
         library[name].restype = ctypes.c_int64
     return library
 

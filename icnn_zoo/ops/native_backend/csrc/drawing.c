@@ -1,7 +1,7 @@
 /* Kernels drawn into one box of whole pixels by bilinear interpolation, and the gradients of what was drawn.
  *
- * Where outputs share no columns, most taps lie close together, and a box around them is a small dense kernel for
- * PyTorch's convolution. Taps outside of it are marked, and left to the stencils.
+ * Where outputs share no columns, most taps lie close together, and a box around them is a small dense kernel
+ * (dense_planes.c and dense_cells.c). Taps outside of it are marked, and left to the stencils.
  */
 
 #include "plane.h"
