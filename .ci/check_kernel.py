@@ -17,12 +17,13 @@ import icnn_zoo
 from icnn_zoo.ops import backends
 from icnn_zoo.ops.native_backend import build, wheel
 
-# Input, weight, leading sizes of positions, groups.
+# Input, weight, leading sizes of positions, groups, how far apart taps are.
 CASES = {
-    "dense": ((2, 10, 9, 11), (6, 10, 3, 3), (10,), 1),
-    "groups": ((2, 8, 9, 11), (6, 4, 3, 3), (8,), 2),
-    "depthwise": ((3, 4, 9, 9), (8, 1, 5, 5), (4,), 4),
-    "full version": ((2, 4, 9, 9), (6, 4, 3, 3), (6, 4), 1),
+    "dense": ((2, 10, 9, 11), (6, 10, 3, 3), (10,), 1, 2.0),
+    "groups": ((2, 8, 9, 11), (6, 4, 3, 3), (8,), 2, 2.0),
+    "depthwise": ((3, 4, 9, 9), (8, 1, 5, 5), (4,), 4, 2.0),
+    "full version": ((2, 4, 9, 9), (6, 4, 3, 3), (6, 4), 1, 2.0),
+    "a box": ((2, 6, 7, 9), (6, 3, 3, 3), (6, 3), 2, 0.7),
 }
 
 
@@ -40,10 +41,10 @@ print(
 if reason is not None or (kind is None and "--wheel" in sys.argv):
     sys.exit(1)
 pool, generator = build.find_parallel(), torch.Generator().manual_seed(0)
-for name, (input, weight, lead, groups) in CASES.items():
+for name, (input, weight, lead, groups, spread) in CASES.items():
     for dtype in (torch.float32, torch.float64):
         tensors = [torch.randn(shape, generator=generator, dtype=dtype) for shape in (input, weight)]
-        tensors.append(torch.randn(*lead, weight[2] * weight[3], 2, generator=generator) * 2)
+        tensors.append(torch.randn(*lead, weight[2] * weight[3], 2, generator=generator) * spread)
         tensors = [tensor.requires_grad_() for tensor in tensors]
         oracle = run(tensors, groups, "reference")
         for address in {pool, None}:  # PyTorch's threads, and the kernel's own
