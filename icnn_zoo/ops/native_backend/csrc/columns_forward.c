@@ -28,8 +28,9 @@ static void forward_start_work(const void *data, index_t unit, REAL *scratch) {
     }
 }
 
-/* Fills those rows of a frame that a channel's taps read for outputs [first, last). */
-static void fill_band(const call_t *call, const REAL *plane, index_t channel, index_t first, index_t last, REAL *buffer) {
+/* Fills those rows of a frame that a channel's taps read for outputs [first, last). Returns the same rows of the channel
+ * that comes after. */
+static ahead_t fill_band(const call_t *call, const REAL *plane, index_t channel, index_t first, index_t last, REAL *buffer) {
     const columns_t *task = call->task;
     const frame_t *frame = &call->layout.frame;
     index_t low = INT64_MAX, high = INT64_MIN, reads = task->reads_row > 0 ? task->reads_row : 2;
@@ -40,14 +41,13 @@ static void fill_band(const call_t *call, const REAL *plane, index_t channel, in
     }
     low = largest(low + first * task->sizes.stride_row, -frame->top);
     high = smallest(high + (last - 1) * task->sizes.stride_row + reads, frame->rows - frame->top);
-    if (low >= high) return;
+    if (low >= high) return (ahead_t){NULL, 0};
     index_t row_first = largest(low, 0), row_last = smallest(high, task->sizes.height);
-    const REAL *next = plane + call->layout.area; /* the channel that comes after: fetched meanwhile */
-    for (index_t at = row_first * task->sizes.width; at < row_last * task->sizes.width; at += 64 / sizeof(REAL))
-        __builtin_prefetch(next + at);
     memset(buffer + (low + frame->top) * frame->pitch, 0, ((high - low) * frame->pitch + 2 * LANES) * sizeof(REAL));
     for (index_t row = row_first; row < row_last; row++)
         copy_to_frame(frame, buffer, plane, row, task->sizes.width);
+    return (ahead_t){plane + call->layout.area + row_first * task->sizes.width,
+                     largest(row_last - row_first, 0) * task->sizes.width};
 }
 
 /* As make_column for a window of pixels: filtered along the columns into lines, then along the rows. */
@@ -94,11 +94,17 @@ static void forward_work(const void *data, index_t unit, REAL *scratch) {
         memset(made + d * pitch + pixels, 0, (pitch - pixels) * sizeof(REAL));
     for (index_t start = 0; start < layout->group_channels; start += layout->step) {
         index_t stop = smallest(start + layout->step, layout->group_channels), depth = (stop - start) * task->taps;
+        ahead_t next = {NULL, 0};
         for (index_t d = 0; d < depth; d++) {
-            index_t channel = group * layout->group_channels + start + d / task->taps;
-            index_t index = channel * task->taps + d % task->taps;
-            if (d % task->taps == 0)
-                fill_band(call, task->input + (image * task->channels + channel) * layout->area, channel, first, last, plane);
+            index_t channel = group * layout->group_channels + start + d / task->taps, tap = d % task->taps;
+            index_t index = channel * task->taps + tap;
+            if (tap == 0) {
+                const REAL *from = task->input + (image * task->channels + channel) * layout->area;
+                next = fill_band(call, from, channel, first, last, plane);
+            }
+            /* A part for each tap: the memory answers only so many requests at once. */
+            index_t part = tap * next.length / task->taps, end = (tap + 1) * next.length / task->taps;
+            for (; part < end; part += 64 / sizeof(REAL)) __builtin_prefetch(next.from + part);
             if (task->reads_row > 0) {
                 make_wide_column(call, plane, index, first, last, lines, made + d * pitch);
             } else {
