@@ -40,7 +40,7 @@ class _Drawing(ctypes.Structure):
 
 
 class _Dense(ctypes.Structure):
-    """``dense_t`` of csrc/dense.c."""
+    """``dense_t`` of csrc/dense.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("height", "width", "out_height", "out_width")),
