@@ -24,6 +24,7 @@ from icnn_zoo.ops.interpolation import split
 NARROWEST = {"triangle": 1.0, "gaussian": 0.2}
 """The least spread in pixels. A gaussian of 0.2 at an integer gives each neighbor 4e-6."""
 _REACH = {"triangle": 1.0, "gaussian": 5.0}
+_FAR = 2.0**32
 
 
 class Axis(NamedTuple):
@@ -113,8 +114,9 @@ def weigh_differentiably(axis: Axis, pixels: Tensor, bound: int, dtype: torch.dt
 def _profile(axis: Axis, pixels: Tensor, dtype: torch.dtype) -> Weighing:
     """Weights before they are made to sum to one, of pixels [size], or [..., size] of each coordinate."""
     cell, fraction = (values[..., None] for values in split(axis.position))
-    # Differences of whole numbers first, so that far positions lose nothing.
-    distance = (pixels - cell).to(dtype) - fraction.to(dtype)
+    # Differences of whole numbers first, so that far positions lose nothing. As far as _FAR nothing is read: what is
+    # farther may not become infinite, as zero times that is no number.
+    distance = (pixels - cell).clamp(-_FAR, _FAR).to(dtype) - fraction.to(dtype)
     spread = axis.spread.to(dtype)[..., None]
     reach = reach_of(axis.kind, 1.0) * spread.detach()
     read = (distance.detach() > -reach) & (distance.detach() <= reach)

@@ -126,9 +126,22 @@ def make_call(random: random.Random) -> Call:
             leaves[name] = leaves[name].flatten()[:1].expand(leaves[name].numel()).view(leaves[name].shape)
             layouts[name] = "expanded"
             unknown = True
-    options = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
+    options: dict[str, Any] = {
+        "stride": tuple(stride),
+        "padding": tuple(padding),
+        "dilation": tuple(dilation),
+        "groups": groups,
+    }
+    wide = not far and random.random() < 0.3
+    if wide:
+        options["interpolation"], least, most = random.choice([("triangle", 1.0, 4.0), ("gaussian", 0.2, 1.5)])
+        if random.random() < 0.3:
+            options["extent"] = (random.randint(1, 9), random.randint(1, 9))
+        position_like = leaves["positions"]
+        widths = least + random.choice([0.0, most - least]) * rand(*position_like.shape).abs().clamp(max=1)
+        leaves["spread"] = widths.to(position_like.dtype)
     text = f"{sizes}, {options}, {dtype}, per_kernel={per_kernel}, spread={spread}, {layouts}"
-    return Call(leaves, options, spread == 0 and not unknown and not per_kernel, far, text)
+    return Call(leaves, options, spread == 0 and not unknown and not per_kernel and not wide, far, text)
 
 
 def check(call: Call) -> str:

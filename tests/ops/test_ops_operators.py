@@ -179,6 +179,7 @@ def test_memory_around_the_input_is_never_read(backend: str, per_kernel: bool) -
         assert grad.isfinite().all()
 
 
+TRIANGLE = {"interpolation": "triangle"}
 THREADED = {  # input, weight, leading sizes of positions, options, how far taps are from the grid
     "parts of images": ((2, 40, 33, 33), (20, 40, 3, 3), (40,), {"padding": 1}, 3.0),
     "groups, stride": ((5, 24, 25, 25), (32, 6, 3, 3), (24,), {"padding": 1, "stride": 2, "groups": 4}, 3.0),
@@ -188,6 +189,11 @@ THREADED = {  # input, weight, leading sizes of positions, options, how far taps
     "a box, strides": ((2, 54, 18, 30), (16, 54, 3, 3), (16, 54), {"padding": 1, "stride": (2, 1)}, 0.5),
     "a box of many images": ((9, 32, 40, 40), (8, 8, 3, 3), (8, 8), {"padding": 1, "groups": 4}, 0.5),
     "a box of small groups": ((4, 21, 11, 9), (6, 7, 3, 3), (21,), {"padding": 1, "groups": 3}, 0.5),
+    "gaussians": ((3, 8, 25, 25), (12, 8, 3, 3), (8,), {"padding": 1, "interpolation": "gaussian"}, 1.0),
+    "triangles, strides": ((3, 8, 25, 25), (12, 4, 3, 3), (8,), {"stride": 2, "groups": 2, **TRIANGLE}, 1.0),
+    "triangles of the full version": ((3, 8, 25, 25), (12, 8, 3, 3), (12, 8), {"padding": 1, **TRIANGLE}, 1.0),
+    "the same, far apart": ((3, 8, 25, 25), (12, 8, 3, 3), (12, 8), {"padding": 1, **TRIANGLE}, 20.0),
+    "triangles, depthwise": ((3, 8, 25, 25), (8, 1, 3, 3), (8,), {"padding": 1, "groups": 8, **TRIANGLE}, 1.0),
 }
 
 
@@ -201,12 +207,15 @@ def test_thread_counts_give_the_same_bits(name: str, dtype: torch.dtype) -> None
     grid = torch.cartesian_prod(torch.arange(height) - height // 2, torch.arange(width) - width // 2)
     positions = grid + torch.randn(*lead, height * width, 2, generator=generator, dtype=dtype) * spread
     tensors = [tensor.requires_grad_() for tensor in (input, weight, positions)]
+    if "interpolation" in options:
+        tensors.append(torch.full_like(positions, 1.2).requires_grad_())
+        options = {**options, "spread": tensors[-1]}
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            output = icnn_zoo.irregular_conv2d(*tensors, **options)
+            output = icnn_zoo.irregular_conv2d(*tensors[:3], **options)
             results.append((output, *torch.autograd.grad(output.square().sum(), tensors)))
     finally:
         torch.set_num_threads(threads)

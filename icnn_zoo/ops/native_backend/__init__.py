@@ -13,7 +13,7 @@ source, flags, compiler and processor. ``$CC`` chooses the compiler.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,11 @@ from icnn_zoo.ops.interpolation import join_unknown
 from icnn_zoo.ops.native_backend import build
 from icnn_zoo.ops.native_backend.addresses import address_of
 from icnn_zoo.ops.native_backend.boxes import Box, choose_box
+from icnn_zoo.ops.native_backend.dense import NativeConvolution
 from icnn_zoo.ops.native_backend.drawn import draw_cells, plain
-from icnn_zoo.ops.native_backend.wide import NativeWideColumns
+from icnn_zoo.ops.native_backend.wide import Windows
 from icnn_zoo.ops.tap_reading import INTERPOLATIONS
-from icnn_zoo.ops.torch_backend import TorchBackend, columns
+from icnn_zoo.ops.torch_backend import TorchBackend
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Limits:
     """Rows of columns that a product takes at once: a tile's worth of both factors stays in the nearest cache."""
     band: int = 384
     """Output pixels of a band, about: with ``depth`` rows of columns it stays in the second cache."""
+    tall: int = 7
+    """Rows of a window from which on a band has four times the pixels, and a product half the depth."""
     few: int = 24
     """Outputs of a group up to which its columns are made anew for every eight of them, and never stored."""
     draw: bool = True
@@ -56,7 +59,7 @@ class NativeBackend:
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
-        self._torch = TorchBackend()
+        self._drawn = TorchBackend(convolution=NativeConvolution(), shared=self)
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on a device, or None; the first call for a CPU compiles the kernel."""
@@ -86,15 +89,10 @@ class NativeBackend:
         if geometry.reading.is_wide:
             positions = join_unknown(positions)
             if positions.dim() == 4 and weight.shape[1] > 1:
-                return self._torch.forward(input, weight, positions, bias, geometry)
-            if weight.shape[1] > 1:
-                maker = NativeWideColumns(input, positions, geometry, self._torch.limits)
-                if maker.by_kernel:
-                    call = _Call(input, weight, positions[..., :2], geometry, self.limits, windows=maker.windows)
-                    return self._forward(call, input, bias, geometry)
-                return columns.forward(maker, input, weight, bias, geometry, self._torch.limits)
-            weight, positions, _ = draw_cells(weight, positions, geometry)
-            return self.forward(input, weight, positions, bias, plain(geometry))
+                return self._drawn.forward(input, weight, positions, bias, geometry)
+            if weight.shape[1] == 1:
+                weight, positions, _ = draw_cells(weight, positions, geometry)
+                return self.forward(input, weight, positions, bias, plain(geometry))
         return self._forward(_Call(input, weight, positions, geometry, self.limits), input, bias, geometry)
 
     def backward(
@@ -110,21 +108,9 @@ class NativeBackend:
         if geometry.reading.is_wide:
             positions = join_unknown(positions)
             if positions.dim() == 4 and weight.shape[1] > 1:
-                return self._torch.backward(grad_output, input, weight, positions, geometry, needs)
-            if weight.shape[1] > 1:
-                limits = self._torch.limits
-                maker = NativeWideColumns(input, positions, geometry, limits)
-                return columns.backward(maker, grad_output, input, weight, positions, geometry, limits, needs)
-            cells, places, carry_back = draw_cells(weight, positions, geometry)
-            learns = needs[1] or needs[2]
-            found = self.backward(grad_output, input, cells, places, plain(geometry), (needs[0], learns, False))
-            if found[1] is None:
-                return found
-            by_weight, by_taps = carry_back(found[1])
-            if positions.dim() == 3:  # the outputs of a channel share its shape
-                by_taps = by_taps.unflatten(0, (positions.shape[0], -1)).sum((1, 2))
-            by_taps = by_taps.to(positions.dtype) + positions * 0  # a position that is no number may read nothing
-            return found[0], by_weight.to(weight.dtype) if needs[1] else None, by_taps if needs[2] else None
+                return self._drawn.backward(grad_output, input, weight, positions, geometry, needs)
+            if weight.shape[1] == 1:
+                return self._drawn_backward(grad_output, input, weight, positions, geometry, needs)
         call = _Call(input, weight, positions, geometry, self.limits)
         grads: dict[str, Tensor | None]
         box = self._choose_box(call, geometry) if grad_output.numel() > 0 else None
@@ -143,11 +129,34 @@ class NativeBackend:
         stencil = call.is_stencil
         grad_weight = make(weight.shape, dtype=call.dtype) if needs[1] or (stencil and needs[2]) else None
         shape = weight.shape if stencil else positions.shape[:2]
-        grad_shift = make(*shape, 2, dtype=torch.float64) if needs[2] or (stencil and needs[1]) else None
+        numbers = call.lengths["grad_shift"] // math.prod(shape)
+        grad_shift = make(*shape, numbers, dtype=torch.float64) if needs[2] or (stencil and needs[1]) else None
         grads = {"grad_input": grad_input, "grad_weight": grad_weight, "grad_shift": grad_shift}
         if grad_output.numel() > 0:
             call.run("backward", grad_output=grad_output.to(call.dtype).contiguous(), **grads)
+        if call.windows is not None and grad_shift is not None:
+            grads["grad_shift"] = call.windows.carry_back(grad_shift.flatten(0, 1))
         return _in_types_of(grads, input, weight, positions, geometry, needs)
+
+    def _drawn_backward(
+        self,
+        grad_output: Tensor,
+        input: Tensor,
+        weight: Tensor,
+        positions: Tensor,
+        geometry: Geometry,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        cells, places, carry_back = draw_cells(weight, positions, geometry)
+        learns = needs[1] or needs[2]
+        found = self.backward(grad_output, input, cells, places, plain(geometry), (needs[0], learns, False))
+        if found[1] is None:
+            return found
+        by_weight, by_taps = carry_back(found[1])
+        if positions.dim() == 3:  # the outputs of a channel share its shape
+            by_taps = by_taps.unflatten(0, (positions.shape[0], -1)).sum((1, 2))
+        by_taps = by_taps.to(positions.dtype) + positions * 0  # a position that is no number may read nothing
+        return found[0], by_weight.to(weight.dtype) if needs[1] else None, by_taps if needs[2] else None
 
     def _forward(self, call: _Call, input: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         bias = None if bias is None else bias.to(call.dtype).contiguous()
@@ -158,12 +167,14 @@ class NativeBackend:
         output = input.new_empty(input.shape[0], weight.shape[0], *geometry.output_size)
         if output.numel() == 0:
             return output
-        few = not (call.is_stencil or call.windows) and weight.shape[0] // geometry.groups <= self.limits.few
+        few = (
+            not (call.is_stencil or geometry.reading.is_wide) and weight.shape[0] // geometry.groups <= self.limits.few
+        )
         if few and call.run_few(bias=bias, output=output):
             return output
-        box = None if call.windows else self._choose_box(call, geometry)
+        box = self._choose_box(call, geometry)
         if box is None:
-            call.run("forward", bias=bias, output=output, **call.windows)
+            call.run("forward", bias=bias, output=output)
             return output
         output = box.forward(input, bias)
         if box.num_outliers:
@@ -171,7 +182,8 @@ class NativeBackend:
         return output
 
     def _choose_box(self, call: _Call, geometry: Geometry) -> Box | None:
-        return choose_box(call.arguments["weight"], call.positions, geometry) if self.limits.draw else None
+        drawn = self.limits.draw and not geometry.reading.is_wide
+        return choose_box(call.arguments["weight"], call.positions, geometry) if drawn else None
 
     def _outliers(self, call: _Call, box: Box) -> _Call:
         """The taps that are not in the box, as stencils that add to what the box gave."""
@@ -278,14 +290,13 @@ class _Call:
         geometry: Geometry,
         limits: Limits,
         as_stencil: bool = False,
-        windows: dict[str, Tensor] | None = None,
     ) -> None:
         self.is_stencil = as_stencil or positions.dim() == 4 or weight.shape[1] == 1
         # Half precision is computed in float32 and rounded once.
         self.dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         self.arguments = {"input": _plain(input, self.dtype), "weight": _plain(weight, self.dtype)}
         self.positions = positions
-        self.windows = windows or {}  # of NativeWideColumns
+        self.windows = Windows(positions, geometry, self.dtype) if geometry.reading.is_wide else None
         (images, channels), (outputs, _, taps) = input.shape[:2], weight.shape
         self.task = (_Stencil if self.is_stencil else _Columns)(
             sizes=_Sizes(*geometry.input_size, *geometry.output_size, *geometry.stride, *geometry.origin),
@@ -312,14 +323,17 @@ class _Call:
             "grad_weight": weights,
             "grad_shift": 2 * (weights if self.is_stencil else shapes),
         }
-        if self.windows:
-            self.task.reads_row, self.task.reads_col = (self.windows[name].shape[1] for name in ("rows", "cols"))
+        if self.windows is not None:
+            rows, cols = self.task.reads_row, self.task.reads_col = self.windows.reads
             self.lengths |= dict.fromkeys(("first_row", "first_col"), shapes)
-            self.lengths |= {"rows": shapes * self.task.reads_row, "cols": shapes * self.task.reads_col}
+            self.lengths |= {"rows": shapes * rows, "cols": shapes * cols, "grad_shift": shapes * (rows + cols)}
         if self.is_stencil:
             self.task.per_kernel = positions.dim() == 4
         else:
-            self.task.depth, self.task.band = limits.depth, limits.band
+            # A band of windows of many rows reads as many again beside its own.
+            tall = self.windows is not None and self.windows.reads[0] >= limits.tall
+            self.task.depth = limits.depth // 2 if tall else limits.depth
+            self.task.band = limits.band * 4 if tall else limits.band
 
     def run(self, direction: str, **tensors: Tensor | None) -> None:
         """Calls C with the tensors of one direction; those that are None are not wanted.
@@ -335,7 +349,7 @@ class _Call:
             length = library.moments_length(task) if direction == "backward" else 0
             workspace = torch.empty(length, dtype=torch.float64)
         self.task.workspace = workspace.data_ptr()
-        self._start(f"{'stencil' if self.is_stencil else 'columns'}_{direction}")
+        build.call(f"{'stencil' if self.is_stencil else 'columns'}_{direction}", self.dtype, self.task)
 
     def run_few(self, **tensors: Tensor | None) -> bool:
         """The forward by columns that are not stored; false where planes would leave the cache: nothing is done then.
@@ -344,15 +358,7 @@ class _Call:
             MemoryError: There is no memory for a thread's buffer.
         """
         tensors = self._point(tensors)
-        return self._start("few_forward") == 0
-
-    def _start(self, name: str) -> int:
-        function: Callable[..., int] = getattr(build.load()[0][self.dtype], name)
-        threads = ctypes.c_uint(torch.get_num_threads())
-        status = function(ctypes.c_void_p(build.find_parallel()), threads, ctypes.byref(self.task))
-        if status == 1:
-            raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
-        return status
+        return build.call("few_forward", self.dtype, self.task) == 0
 
     def _point(self, tensors: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         """Gives C the addresses of tensors: the one place where any reaches it, each held against what C will touch.
@@ -364,7 +370,9 @@ class _Call:
             ValueError: A tensor or a size is not what C takes it for.
         """
         lengths = self.lengths
-        tensors = {**self.arguments, "positions": _plain(self.positions, torch.float64), **tensors}
+        plain = {"positions": _plain(self.positions, torch.float64)} if self.windows is None else {}
+        windows = {} if self.windows is None else self.windows.arguments
+        tensors = {**self.arguments, **plain, **windows, **tensors}
         if min(lengths.values()) < 1 or min(self.strides) < 1:
             raise ValueError("the native backend needs at least one of everything: images, channels, taps and outputs.")
         for name, tensor in tensors.items():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry
-from icnn_zoo.ops.native_backend import build
+from icnn_zoo.ops.native_backend import build, dense
 from icnn_zoo.ops.native_backend.addresses import address_of
 
 # Costs in multiply-adds of a dense convolution, for a kernel and an output pixel. A tap as a stencil, all taps being
@@ -36,18 +36,6 @@ class _Drawing(ctypes.Structure):
         ("outlier_cost", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("weight", "positions", "drawn", "cells")),
         *((name, ctypes.c_void_p) for name in ("grad_cells", "grad_weight", "grad_shift")),
-    ]
-
-
-class _Dense(ctypes.Structure):
-    """``dense_t`` of csrc/dense.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("height", "width", "out_height", "out_width")),
-        *((name, ctypes.c_int64) for name in ("stride_row", "stride_col", "origin_row", "origin_col")),
-        *((name, ctypes.c_int64) for name in ("images", "channels", "outputs", "groups", "rows", "cols")),
-        *((name, ctypes.c_void_p) for name in ("input", "cells", "bias", "output")),
-        *((name, ctypes.c_void_p) for name in ("grad_output", "grad_input", "grad_cells", "workspace")),
     ]
 
 
@@ -82,9 +70,7 @@ class Box:
 
     def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """The output [B, N, Ho, Wo] of the drawn taps."""
-        output = input.new_empty(input.shape[0], self.weight.shape[0], *self.geometry.output_size)
-        self._convolve("planes", input, cells=self._draw(), bias=bias, output=output)
-        return output
+        return dense.forward(input, self._draw(), bias, self._origin, self.geometry)
 
     def backward(
         self, grad_output: Tensor, input: Tensor, needs: tuple[bool, bool]
@@ -96,38 +82,22 @@ class Box:
             input: The input.
             needs: Whether that of the input, and those of weight and shifts are wanted; None stands for the others.
         """
-        by_input = torch.empty_like(input) if needs[0] else None
-        if by_input is not None:
-            self._convolve("planes", input, cells=self._draw(), grad_output=grad_output, grad_input=by_input)
+        by_input = None
+        if needs[0]:
+            by_input = dense.input_gradient(grad_output, self._draw(), self._origin, self.geometry)
         if not needs[1]:
             return by_input, None, None
-        by_cells = self.weight.new_empty(*self.weight.shape[:2], *self.size)
-        self._convolve("cells", input, grad_output=grad_output, grad_cells=by_cells)
+        by_cells = dense.cells_gradient(grad_output, input, self.size, self._origin, self.geometry)
         by_weight = torch.empty_like(self.weight)
         by_shift = torch.empty(*self.weight.shape, 2, dtype=torch.float64)
         self._run("gradients", grad_cells=by_cells, grad_weight=by_weight, grad_shift=by_shift)
         return by_input, by_weight, by_shift
 
-    def _convolve(self, what: str, input: Tensor, **tensors: Tensor | None) -> None:
-        """Calls what csrc/dense_planes.c or csrc/dense_cells.c has: its own sums have one order with any threads."""
-        geometry, dtype = self.geometry, self.weight.dtype
-        images, channels, outputs = *input.shape[:2], self.weight.shape[0]
-        origin = (self.task.first[axis] + geometry.origin[axis] for axis in range(2))
-        sizes = (*geometry.input_size, *geometry.output_size, *geometry.stride, *origin)
-        task = _Dense(*sizes, images, channels, outputs, geometry.groups, *self.size)
-        pixels = images * channels * math.prod(geometry.input_size)
-        results = images * outputs * math.prod(geometry.output_size)
-        cells = math.prod(self.size) * self.task.kernels
-        lengths = {"input": pixels, "grad_input": pixels, "output": results, "grad_output": results, "bias": outputs}
-        lengths |= {"cells": cells, "grad_cells": cells}
-        for name, tensor in {"input": input, **tensors}.items():
-            if tensor is not None:
-                setattr(task, name, address_of(name, tensor, dtype, lengths[name]))
-        direction = () if what == "cells" else (int("grad_input" in tensors),)
-        length = getattr(build.load()[0][dtype], f"{what}_workspace_length")(ctypes.byref(task), *direction)
-        workspace = input.new_empty(length)
-        task.workspace = workspace.data_ptr()
-        _call(f"dense_{what}", dtype, task, *direction)
+    @property
+    def _origin(self) -> tuple[int, int]:
+        """Where the first cell of output 0 reads."""
+        rows, cols = (self.task.first[axis] + self.geometry.origin[axis] for axis in range(2))
+        return rows, cols
 
     def _draw(self) -> Tensor:
         cells = self.weight.new_empty(*self.weight.shape[:2], *self.size)
@@ -140,14 +110,7 @@ class Box:
         for name, tensor in tensors.items():
             dtype = torch.float64 if name == "grad_shift" else self.weight.dtype
             setattr(self.task, name, address_of(name, tensor, dtype, lengths[name]))
-        _call(f"drawing_{what}", self.weight.dtype, self.task)
-
-
-def _call(name: str, dtype: torch.dtype, task: ctypes.Structure, *options: int) -> None:
-    function = getattr(build.load()[0][dtype], name)
-    threads = ctypes.c_uint(torch.get_num_threads())
-    if function(ctypes.c_void_p(build.find_parallel()), threads, ctypes.byref(task), *options):
-        raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
+        build.call(f"drawing_{what}", self.weight.dtype, self.task)
 
 
 def choose_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> Box | None:

@@ -19,7 +19,10 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from icnn_zoo.io.files import replacing
 from icnn_zoo.ops.native_backend import wheel
@@ -30,10 +33,10 @@ FLAGS = ("-O3", "-fno-trapping-math", "-std=gnu11", "-fPIC", "-shared", "-pthrea
 _TUNED = ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",)
 SYSTEMS = ("linux", "darwin")
 _FOLDER = Path(__file__).with_name("csrc")
-_HEADERS = [_FOLDER / name for name in ("plane.h", "filter.h", "columns.h", "stencil.h", "dense.h")]
+_HEADERS = [_FOLDER / name for name in ("plane.h", "columns.h", "wide.h", "stencil.h", "dense.h")]
 _NAMES = (
     *("columns_forward.c", "columns_backward.c", "few.c", "stencil.c", "drawing.c"),
-    *("dense_planes.c", "dense_cells.c", "wide.c"),
+    *("dense_planes.c", "dense_cells.c"),
 )
 _SOURCES = [_FOLDER / name for name in _NAMES]
 _DIGEST_LENGTH = 64
@@ -55,6 +58,23 @@ def load() -> tuple[wheel.Libraries, str | None]:
         stacklevel=2,
     )
     return {}, reason
+
+
+def call(name: str, dtype: torch.dtype, task: ctypes.Structure, *options: int) -> int:
+    """Calls a function of the library with a task, on PyTorch's threads.
+
+    Returns:
+        What it says: 0 where it is done, and above 1 why it will not be.
+
+    Raises:
+        MemoryError: There is no memory for a thread's buffer.
+    """
+    function: Callable[..., int] = getattr(load()[0][dtype], name)
+    threads = ctypes.c_uint(torch.get_num_threads())
+    status = function(ctypes.c_void_p(find_parallel()), threads, ctypes.byref(task), *options)
+    if status == 1:
+        raise MemoryError("`irregular_conv2d` found no memory for a thread's buffer.")
+    return status
 
 
 @functools.cache

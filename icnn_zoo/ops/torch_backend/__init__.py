@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,18 +28,31 @@ from icnn_zoo.ops.torch_backend.limits import Limits
 from icnn_zoo.ops.torch_backend.wide import WideColumns
 from icnn_zoo.ops.torch_backend.windows import WindowColumns, compute_dtype
 
+if TYPE_CHECKING:
+    from icnn_zoo.ops.backends import Backend
+
 
 class TorchBackend:
     """The backend "torch".
 
     Args:
         limits: Sizes to work in.
+        convolution: What convolves with drawn kernels; PyTorch unless it is given.
+        shared: The backend for layers with a shape per channel, which copies of the full version are; this one unless
+            it is given.
     """
 
     interpolations = INTERPOLATIONS
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        convolution: dense.Convolution | None = None,
+        shared: Backend | None = None,
+    ) -> None:
         self.limits = limits or Limits()
+        self.convolution = convolution or dense.TorchConvolution()
+        self.shared = shared or self
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot run on a device: it always can."""
@@ -69,17 +83,15 @@ class TorchBackend:
             # Not in half precision: PyTorch 2.14 never returns from some depthwise convolutions (channels_last).
             dtype = compute_dtype(input.dtype)
             start = None if bias is None else bias.to(dtype)
-            wide = dense.forward(input.to(dtype), weight.to(dtype), positions, start, box, geometry, self.limits)
-            output = wide.to(input.dtype)
+            arguments = (input.to(dtype), weight.to(dtype), positions, start, box, geometry, self.limits)
+            output = dense.forward(*arguments, self.convolution).to(input.dtype)
         elif positions.dim() == 3:
             return columns.forward(
                 self._make_columns(input, positions, geometry), input, weight, bias, geometry, self.limits
             )
         else:
             parts = [
-                columns.forward(
-                    self._make_columns(part, moved, grouped), part, weight[span], None, grouped, self.limits
-                )
+                self.shared.forward(part, weight[span], moved, None, grouped)
                 for span, part, moved, grouped in self._copies(input, positions, geometry)
             ]
             output = torch.cat(parts, dim=1)
@@ -100,7 +112,9 @@ class TorchBackend:
         if box is not None:
             dtype = compute_dtype(input.dtype)
             wide = (grad_output.to(dtype), input.to(dtype), weight.to(dtype))
-            by_input, by_weight, by_positions = dense.backward(*wide, positions, box, geometry, self.limits, needs)
+            by_input, by_weight, by_positions = dense.backward(
+                *wide, positions, box, geometry, self.limits, self.convolution, needs
+            )
             return (
                 None if by_input is None else by_input.to(input.dtype),
                 None if by_weight is None else by_weight.to(weight.dtype),
@@ -114,10 +128,7 @@ class TorchBackend:
         grad_positions = torch.zeros_like(positions) if needs[2] else None
         group_channels, outputs_per_group = weight.shape[1], weight.shape[0] // geometry.groups
         for span, part, moved, grouped in self._copies(input, positions, geometry):
-            maker = self._make_columns(part, moved, grouped)
-            grads = columns.backward(
-                maker, grad_output[:, span], part, weight[span], moved, grouped, self.limits, needs
-            )
+            grads = self.shared.backward(grad_output[:, span], part, weight[span], moved, grouped, needs)
             if grad_input is not None and grads[0] is not None:
                 first = span.start // outputs_per_group * group_channels
                 copies = grads[0].unflatten(1, (-1, group_channels))

@@ -9,7 +9,8 @@ wide boxes (:mod:`icnn_zoo.ops.torch_backend` then takes columns).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,58 @@ def _weigh(
     return rows, weigh_pixels(positions, 1, box.col - geometry.origin[1], box.width, geometry.reading, dtype)
 
 
+class Convolution(Protocol):
+    """Convolves with drawn kernels [N, C / G, box.height, box.width]: groups and sizes are those of ``geometry``."""
+
+    def forward(self, input: Tensor, kernels: Tensor, bias: Tensor | None, box: Box, geometry: Geometry) -> Tensor:
+        """The output [B, N, Ho, Wo] of images [B, C, H, W]."""
+
+    def input_gradient(self, grad_output: Tensor, kernels: Tensor, box: Box, geometry: Geometry) -> Tensor:
+        """The gradient [B, C, H, W] by the images."""
+
+    def kernel_gradient(self, grad_output: Tensor, input: Tensor, box: Box, geometry: Geometry) -> Tensor:
+        """The gradient by the kernels."""
+
+
+class TorchConvolution:
+    """PyTorch's own."""
+
+    def forward(self, input: Tensor, kernels: Tensor, bias: Tensor | None, box: Box, geometry: Geometry) -> Tensor:
+        padded = F.pad(input, _margins(box, geometry))
+        return F.conv2d(padded, kernels, bias, geometry.stride, groups=geometry.groups)
+
+    def input_gradient(self, grad_output: Tensor, kernels: Tensor, box: Box, geometry: Geometry) -> Tensor:
+        left, right, top, bottom = margins = _margins(box, geometry)
+        height, width = geometry.input_size
+        shape = (grad_output.shape[0], kernels.shape[1] * geometry.groups, top + height + bottom, left + width + right)
+        by_padded = _convolution_backward(grad_output, grad_output.new_empty(shape), kernels, geometry)[0]
+        return F.pad(by_padded, [-margin for margin in margins])
+
+    def kernel_gradient(self, grad_output: Tensor, input: Tensor, box: Box, geometry: Geometry) -> Tensor:
+        kernels = input.new_empty(grad_output.shape[1], input.shape[1] // geometry.groups, box.height, box.width)
+        padded = F.pad(input, _margins(box, geometry))
+        return _convolution_backward(grad_output, padded, kernels, geometry, by_kernels=True)[1]
+
+
+def _convolution_backward(
+    grad_output: Tensor, padded: Tensor, kernels: Tensor, geometry: Geometry, by_kernels: bool = False
+) -> tuple[Tensor, Tensor]:
+    by_padded, by_weight, _ = torch.ops.aten.convolution_backward(
+        grad_output,
+        padded,
+        kernels,
+        None,
+        geometry.stride,
+        (0, 0),
+        (1, 1),
+        False,
+        (0, 0),
+        geometry.groups,
+        (not by_kernels, by_kernels, False),
+    )
+    return by_padded, by_weight
+
+
 def forward(
     input: Tensor,
     weight: Tensor,
@@ -111,6 +164,7 @@ def forward(
     box: Box,
     geometry: Geometry,
     limits: Limits,
+    convolution: Convolution,
 ) -> Tensor:
     """Computes the convolution with dense kernels, of some output channels at a time where kernels are many.
 
@@ -122,16 +176,17 @@ def forward(
         box: What :func:`measure_box` returned.
         geometry: Sizes of the call.
         limits: Sizes to work in.
+        convolution: What convolves.
 
     Returns:
         Output [B, N, Ho, Wo].
     """
-    padded = _pad(input, box, geometry)
     parts = []
     for part in _parts(weight, positions, box, geometry, limits):
         kernels = draw_kernels(weight[part.outputs], part.positions, box, geometry)
         part_bias = None if bias is None else bias[part.outputs]
-        parts.append(F.conv2d(padded[:, part.channels], kernels, part_bias, geometry.stride, groups=part.groups))
+        sizes = replace(geometry, groups=part.groups)
+        parts.append(convolution.forward(input[:, part.channels], kernels, part_bias, box, sizes))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -143,32 +198,21 @@ def backward(
     box: Box,
     geometry: Geometry,
     limits: Limits,
+    convolution: Convolution,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Computes the gradients of :func:`forward` for input, weight and positions, None where not in ``needs``."""
-    padded = _pad(input, box, geometry)
-    grad_padded = torch.zeros_like(padded) if needs[0] else None
+    grad_input = torch.zeros_like(input, memory_format=torch.contiguous_format) if needs[0] else None
     grad_weight = torch.zeros_like(weight) if needs[1] or needs[2] else None
     grad_positions = torch.zeros_like(positions) if needs[1] or needs[2] else None
     for part in _parts(weight, positions, box, geometry, limits):
         part_weight = weight[part.outputs]
-        kernels = draw_kernels(part_weight, part.positions, box, geometry)
-        by_input, by_kernels, _ = torch.ops.aten.convolution_backward(
-            grad_output[:, part.outputs],
-            padded[:, part.channels],
-            kernels,
-            None,
-            geometry.stride,
-            (0, 0),
-            (1, 1),
-            False,
-            (0, 0),
-            part.groups,
-            (needs[0], grad_weight is not None, False),
-        )
-        if grad_padded is not None:
-            grad_padded[:, part.channels] += by_input
+        grad, sizes = grad_output[:, part.outputs], replace(geometry, groups=part.groups)
+        if grad_input is not None:
+            kernels = draw_kernels(part_weight, part.positions, box, geometry)
+            grad_input[:, part.channels] += convolution.input_gradient(grad, kernels, box, sizes)
         if grad_weight is not None and grad_positions is not None:
+            by_kernels = convolution.kernel_gradient(grad, input[:, part.channels], box, sizes)
             by_weight, by_positions = drawn_gradients(by_kernels, part_weight, part.positions, box, geometry)
             grad_weight[part.outputs] = by_weight
             if positions.dim() == 4:
@@ -177,11 +221,10 @@ def backward(
                 # The outputs of a channel share its shape.
                 by_output = by_positions.unflatten(0, (part.groups, -1))  # [g, n, C / G, T, ...]
                 grad_positions[part.channels] += by_output.sum(1).flatten(0, 1)
-    grad_input = None
-    if grad_padded is not None:
-        grad_input = _spread_unknown(_crop(grad_padded, input, box, geometry), positions, geometry)
+    if grad_input is not None:
+        grad_input = _spread_unknown(grad_input, positions, geometry).contiguous(memory_format=memory_format(input))
     return (
-        None if grad_input is None else grad_input.contiguous(memory_format=memory_format(input)),
+        grad_input,
         grad_weight if needs[1] else None,
         grad_positions if needs[2] else None,
     )
@@ -222,19 +265,11 @@ def _parts(weight: Tensor, positions: Tensor, box: Box, geometry: Geometry, limi
             yield _Part(span, channels, 1, positions[channels][None] if positions.dim() == 3 else positions[span])
 
 
-def _margins(input: Tensor, box: Box, geometry: Geometry) -> tuple[int, int, int, int]:
+def _margins(box: Box, geometry: Geometry) -> tuple[int, int, int, int]:
     """What to pad (crop, where negative) on the left, right, top and bottom so that the box never leaves the input."""
-    height, width = input.shape[-2:]
+    height, width = geometry.input_size
     rows, cols = (
         (size - 1) * step + extent
         for size, step, extent in zip(geometry.output_size, geometry.stride, (box.height, box.width), strict=True)
     )
     return -box.col, cols - width + box.col, -box.row, rows - height + box.row
-
-
-def _pad(input: Tensor, box: Box, geometry: Geometry) -> Tensor:
-    return F.pad(input, _margins(input, box, geometry))
-
-
-def _crop(grad_padded: Tensor, input: Tensor, box: Box, geometry: Geometry) -> Tensor:
-    return F.pad(grad_padded, [-margin for margin in _margins(input, box, geometry)])

@@ -17,6 +17,22 @@ from icnn_zoo.ops.torch_backend.windows import Block, Frame, compute_dtype
 from icnn_zoo.ops.wide_interpolation import Weighing, carry_back, start_window, weigh_windows
 
 
+def weigh_taps(taps: Tensor, geometry: Geometry, dtype: torch.dtype) -> tuple[list[Tensor], list[Weighing]]:
+    """The windows that taps [C, T, 4] read: per axis, where they start [C * T] for output 0, and what pixels weigh."""
+    starts: list[Tensor] = []
+    weighings: list[Weighing] = []
+    for axis in range(2):
+        read = read_axis(taps, axis, geometry.reading)
+        first, size = start_window(read)
+        weighing = weigh_windows(read, first, size, dtype)
+        weighings.append(Weighing(*(values.flatten(0, 1) for values in weighing)))
+        # A window that ends before the input, or begins behind it, may lie right beside it.
+        least = -(geometry.output_size[axis] - 1) * geometry.stride[axis] - size
+        bounds = (float(end - geometry.origin[axis]) for end in (least, geometry.input_size[axis] + 1))
+        starts.append((first.nan_to_num(0.0).clamp(*bounds).long() + geometry.origin[axis]).flatten())
+    return starts, weighings
+
+
 class WideColumns:
     """Makes the columns of a block, and their adjoint, as :class:`WindowColumns` does for bilinear interpolation.
 
@@ -33,18 +49,8 @@ class WideColumns:
         self.dtype = compute_dtype(input.dtype)
         self.rows, self.pitch = geometry.output_size
         self.block_elements = self.grad_block_elements = limits.block_elements
-        self.first: list[Tensor] = []  # the first row and column [C * T] of what output pixel (0, 0) reads
-        self.weighings: list[Weighing] = []  # of rows [C * T, Rr] and of columns [C * T, Rc]
-        for axis in range(2):
-            read = read_axis(taps, axis, geometry.reading)
-            first, size = start_window(read)
-            weighing = weigh_windows(read, first, size, self.dtype)
-            self.weighings.append(Weighing(*(values.flatten(0, 1) for values in weighing)))
-            # Past the bound every read is outside the input: clamping does not change the function.
-            outputs, extent = geometry.output_size[axis], geometry.input_size[axis]
-            bound = float((outputs - 1) * geometry.stride[axis] + extent + size + abs(geometry.origin[axis]))
-            whole = first.nan_to_num(0.0).clamp(-bound, bound).long() + geometry.origin[axis]
-            self.first.append(whole.flatten())
+        # The first row and column [C * T] of what output pixel (0, 0) reads; weights of rows [C * T, Rr] and columns.
+        self.first, self.weighings = weigh_taps(taps, geometry, self.dtype)
 
     def columns(self, block: Block) -> Tensor:
         """The block's columns [c * T, S * Ho * Wo]."""

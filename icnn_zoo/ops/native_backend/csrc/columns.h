@@ -6,8 +6,6 @@
 
 #include "plane.h"
 
-#include "filter.h"
-
 /* ---- matrix products --------------------------------------------------------------------------------------------- */
 
 /* Numbers that a later product reads, fetched meanwhile: from a far cache they would come too late. */
@@ -113,9 +111,9 @@ typedef struct {
     const REAL *grad_output; /* as output */
     REAL *grad_input;        /* as input, or NULL */
     REAL *grad_weight;       /* as weight, or NULL */
-    double *grad_shift;      /* [channels * taps, 2], or NULL */
+    double *grad_shift;      /* [channels * taps, 2], with windows [channels * taps, reads_row + reads_col]; or NULL */
     REAL *workspace;         /* what workspace_length says */
-    /* Forward of triangle and gaussian taps, stride 1; positions are not read then. Else 0 and NULL. */
+    /* Windows of triangle and gaussian taps; positions are not read then. Else 0 and NULL. */
     index_t reads_row, reads_col;         /* pixels of a window */
     const index_t *first_row, *first_col; /* [channels, taps], of the window of output (0, 0) */
     const REAL *rows, *cols;              /* [channels, taps, reads], weights */
@@ -140,7 +138,7 @@ typedef struct {
     REAL *frames;       /* backward: [images, channels, frame_length] */
     REAL *grads;        /* [images, bands, groups, band / TILE_COLUMNS, group_outputs, TILE_COLUMNS] */
     REAL *grads_across; /* [images, bands, groups, tile_columns / TILE_COLUMNS, band, TILE_COLUMNS] */
-    double *by_shift;   /* [parts, channels * taps, 2] */
+    double *by_shift;   /* [parts, channels * taps, shift_length] */
     REAL *by_weight;    /* [parts, blocks, rows, tile_columns] */
     REAL *by_input;     /* [cuts, images, channels, area]; the gradient itself where cuts is 1 */
     REAL *end;
@@ -176,6 +174,7 @@ static inline index_t block_step(const columns_t *task, index_t channels) {
 static inline void cut_bands(layout_t *layout, const columns_t *task, index_t pixels) {
     index_t width = task->sizes.out_width, height = task->sizes.out_height, least = INT64_MAX;
     index_t most = smallest(largest((pixels + width / 2) / width, 1), height);
+    if (3 * height * width <= 4 * pixels) most = height; /* a second band would have few */
     for (index_t rows = most; rows >= 1 && 2 * rows >= most; rows--) {
         index_t whole = height / rows, padded = whole * round_up(rows * width, TILE_COLUMNS);
         padded += round_up((height - whole * rows) * width, TILE_COLUMNS);
@@ -207,12 +206,17 @@ static inline void cut_parts(layout_t *layout, const columns_t *task) {
 
 /* Zeros beside a plane for every window: rows are asked whether they are in the plane. */
 static inline frame_t wide_frame(const columns_t *task) {
-    index_t left = 0, right = 0;
+    index_t left = 0, right = 0, span = (task->sizes.out_width - 1) * task->sizes.stride_col;
     for (index_t index = 0; index < task->channels * task->taps; index++) {
         left = largest(left, -task->first_col[index]);
-        right = largest(right, task->first_col[index] + task->sizes.out_width + task->reads_col - 1 - task->sizes.width);
+        right = largest(right, task->first_col[index] + span + task->reads_col - task->sizes.width);
     }
-    return make_frame(task->sizes.height, task->sizes.width, 0, 0, left, right, 1);
+    return make_frame(task->sizes.height, task->sizes.width, 0, 0, left, right, task->sizes.stride_col);
+}
+
+/* Numbers of a tap's gradient: of its two shifts, or of the weights of its window's rows and columns. */
+static inline index_t shift_length(const columns_t *task) {
+    return task->reads_row > 0 ? task->reads_row + task->reads_col : 2;
 }
 
 static inline layout_t make_layout(const columns_t *task, int backward, unsigned threads) {
@@ -252,7 +256,8 @@ static inline layout_t make_layout(const columns_t *task, int backward, unsigned
                           ? task->grad_input
                           : take(&at, layout.cuts * task->images * task->channels * layout.area);
     at = task->workspace + round_up(at - task->workspace, BYTES / sizeof(REAL));
-    layout.by_shift = (double *)take(&at, layout.parts * task->channels * task->taps * 2 * sizeof(double) / sizeof(REAL));
+    index_t shifts = task->grad_shift == NULL ? 0 : layout.parts * task->channels * task->taps * shift_length(task);
+    layout.by_shift = (double *)take(&at, shifts * sizeof(double) / sizeof(REAL));
     layout.end = at;
     return layout;
 }

@@ -6,6 +6,8 @@
 
 #include "columns.h"
 
+#include "wide.h"
+
 /* One tile of the transposed weights of a block of channels, which are [rows / TILE_ROWS, group_outputs, TILE_ROWS]. */
 static void pack_transposed(const call_t *call, index_t block, index_t tile) {
     const columns_t *task = call->task;
@@ -88,7 +90,7 @@ static void backward_start_work(const void *data, index_t unit, REAL *scratch) {
     if (unit < starts.planes) {
         fill_frame(&layout->frame, layout->frames + unit * frame_length(&layout->frame),
                    call->task->input + unit * layout->area, call->task->sizes.height, call->task->sizes.width);
-        if (unit < call->task->channels) make_taps(call, unit);
+        if (unit < call->task->channels && call->task->reads_row == 0) make_taps(call, unit);
     } else if ((unit -= starts.planes) < starts.transposed) {
         pack_transposed(call, unit / row_tiles, unit % row_tiles);
     } else if ((unit -= starts.transposed) < starts.along) {
@@ -161,12 +163,31 @@ static void scatter_column(const call_t *call, const REAL *plane, index_t index,
     }
 }
 
+/* No number where a tap of a channel is at none, else zero. */
+static REAL find_unknown(const call_t *call, index_t channel) {
+    const columns_t *task = call->task;
+    index_t first = channel * task->taps, last = first + task->taps, rows = task->reads_row, cols = task->reads_col;
+    REAL unknown = 0;
+    for (index_t index = first; index < last && rows == 0; index++)
+        unknown += (call->layout.taps[index].down + call->layout.taps[index].right) * 0;
+    for (index_t at = first * rows; at < last * rows; at++) unknown += task->rows[at] * 0;
+    for (index_t at = first * cols; at < last * cols; at++) unknown += task->cols[at] * 0;
+    return unknown;
+}
+
+/* Numbers that a tap's adjoint works in: rows of its column with zeros around, or lines of its window and the adjoint's. */
+static inline index_t adjoint_length(const call_t *call) {
+    if (call->task->reads_row > 0) return lines_length(call) + spread_length(call);
+    return (call->layout.band_rows + 2) * padded_pitch(call->task->sizes.out_width);
+}
+
 /* What one part of the images gives to all gradients of a block of channels. */
 static void backward_work(const void *data, index_t unit, REAL *scratch) {
     const call_t *call = data;
     const columns_t *task = call->task;
     const layout_t *layout = &call->layout;
     index_t taps = task->taps, length = frame_length(&layout->frame), outputs = layout->group_outputs;
+    index_t shifts = shift_length(task);
     index_t blocks = layout->blocks / task->groups, block = unit % layout->blocks, part = unit / layout->blocks;
     index_t group = block / blocks, start = block % blocks * layout->step;
     index_t channels = smallest(layout->step, layout->group_channels - start);
@@ -178,12 +199,12 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
     const REAL *transposed = layout->packed + block * layout->rows * outputs;
     int by_columns = task->grad_input != NULL || task->grad_shift != NULL;
     REAL *columns = scratch, *packed = columns + rows * layout->band, *padded = packed + rows * layout->band;
-    REAL *column = padded + (layout->band_rows + 2) * padded_pitch(task->sizes.out_width);
+    REAL *column = padded + adjoint_length(call), *lines = padded + (task->reads_row > 0 ? spread_length(call) : 0);
     REAL *totals = column + layout->band + LANES;
     REAL *by_weight = layout->by_weight + unit * layout->rows * layout->tile_columns;
     double *by_shift =
-        task->grad_shift == NULL ? NULL : layout->by_shift + (part * task->channels + channel_first) * taps * 2;
-    if (by_shift != NULL) memset(by_shift, 0, used * 2 * sizeof(double));
+        task->grad_shift == NULL ? NULL : layout->by_shift + (part * task->channels + channel_first) * taps * shifts;
+    if (by_shift != NULL) memset(by_shift, 0, used * shifts * sizeof(double));
     if (task->grad_weight != NULL) memset(by_weight, 0, rows * layout->tile_columns * sizeof(REAL));
     memset(packed, 0, rows * layout->band * sizeof(REAL));
     for (index_t image = image_first; image < image_last; image++) {
@@ -205,13 +226,22 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
             }
             for (index_t row = 0; row < used; row++) {
                 index_t index = channel_first * taps + row, channel = row / taps;
-                const REAL *plane = frames + channel * length;
-                if (by_columns)
-                    scatter_column(call, plane, index, first, last, columns + row * layout->band,
-                                   task->grad_input == NULL ? NULL : totals + channel * length, padded,
-                                   by_shift == NULL ? NULL : by_shift + 2 * row);
+                const REAL *plane = frames + channel * length, *grads = columns + row * layout->band;
+                REAL *total = task->grad_input == NULL ? NULL : totals + channel * length;
+                double *by_tap = by_shift == NULL ? NULL : by_shift + shifts * row;
+                if (task->reads_row > 0 && (by_tap != NULL || task->grad_weight != NULL))
+                    filter_lines(call, plane, index, first, last, lines);
+                if (by_columns && task->reads_row > 0) {
+                    scatter_lines(call, plane, index, first, last, grads, lines, total, padded, by_tap);
+                } else if (by_columns) {
+                    scatter_column(call, plane, index, first, last, grads, total, padded, by_tap);
+                }
                 if (task->grad_weight == NULL) continue;
-                make_column(call, plane, index, first, last, column);
+                if (task->reads_row > 0) {
+                    join_lines(call, index, last - first, lines, column);
+                } else {
+                    make_column(call, plane, index, first, last, column);
+                }
                 REAL *to = packed + row / TILE_ROWS * TILE_ROWS * layout->band + row % TILE_ROWS;
                 for (index_t pixel = 0; pixel < pixels; pixel++) to[pixel * TILE_ROWS] = column[pixel];
                 for (index_t pixel = pixels; pixel < layout->band; pixel++) to[pixel * TILE_ROWS] = 0;
@@ -222,13 +252,10 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
         }
         if (task->grad_input == NULL) continue;
         for (index_t channel = 0; channel < channels; channel++) {
-            REAL unknown = 0;
-            for (index_t index = (channel_first + channel) * taps; index < (channel_first + channel + 1) * taps; index++)
-                unknown += (layout->taps[index].down + layout->taps[index].right) * 0;
             index_t plane = cut * planes + image * task->channels + channel_first + channel;
             REAL *to = layout->by_input + plane * layout->area;
             read_frame(&layout->frame, totals + channel * length, to, task->sizes.height, task->sizes.width);
-            spread_unknown(unknown, to, layout->area);
+            spread_unknown(find_unknown(call, channel_first + channel), to, layout->area);
         }
     }
 }
@@ -259,7 +286,7 @@ static void sum_weight(const call_t *call, index_t block, index_t tile) {
 }
 
 static void sum_shift(const call_t *call, index_t channel) {
-    index_t count = call->task->taps * 2, all_count = call->task->channels * count;
+    index_t count = call->task->taps * shift_length(call->task), all_count = call->task->channels * count;
     for (index_t index = channel * count; index < (channel + 1) * count; index++) {
         double sum = 0;
         for (index_t part = 0; part < call->layout.parts; part++) sum += call->layout.by_shift[part * all_count + index];
@@ -310,8 +337,7 @@ int columns_backward(parallel_t parallel, unsigned threads, const columns_t *tas
     threads = worthwhile(&call, threads);
     starts_t starts = count_starts(&call);
     ends_t ends = count_ends(&call);
-    index_t length = 2 * layout->rows * layout->band + layout->band + LANES +
-                     (layout->band_rows + 2) * padded_pitch(task->sizes.out_width) +
+    index_t length = 2 * layout->rows * layout->band + layout->band + LANES + adjoint_length(&call) +
                      layout->step * frame_length(&layout->frame);
     return run_parallel(parallel, threads, &call, starts.planes + starts.transposed + starts.along + starts.across, 1,
                         backward_start_work) ||

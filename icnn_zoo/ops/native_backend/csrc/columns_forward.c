@@ -2,6 +2,8 @@
 
 #include "columns.h"
 
+#include "wide.h"
+
 /* One tile's rows of the weights of a block of channels, which are [tile_rows / TILE_ROWS, depth, TILE_ROWS]. */
 static void pack_weight(const call_t *call, index_t block, index_t tile) {
     const columns_t *task = call->task;
@@ -50,27 +52,6 @@ static ahead_t fill_band(const call_t *call, const REAL *plane, index_t channel,
                      largest(row_last - row_first, 0) * task->sizes.width};
 }
 
-/* As make_column for a window of pixels: filtered along the columns into lines, then along the rows. */
-static void make_wide_column(const call_t *call, const REAL *plane, index_t index, index_t first, index_t last, REAL *lines,
-                             REAL *out) {
-    const columns_t *task = call->task;
-    const frame_t *frame = &call->layout.frame;
-    index_t width = task->sizes.out_width, pitch = round_up(width, LANES), top = task->first_row[index] + first;
-    for (index_t row = 0; row < last - first + task->reads_row - 1; row++) {
-        REAL *line = lines + row * pitch;
-        if (top + row < 0 || top + row >= task->sizes.height) {
-            memset(line, 0, pitch * sizeof(REAL));
-        } else {
-            filter(task->cols + index * task->reads_col, 1, task->reads_col,
-                   plane + frame_at(frame, top + row, task->first_col[index]), 1, line, width, 0);
-        }
-    }
-    /* In ascending order: what whole vectors spill over is written again. */
-    for (index_t row = 0; row < last - first; row++)
-        filter(task->rows + index * task->reads_row, 1, task->reads_row, lines + row * pitch, pitch, out + row * width,
-               width, 0);
-}
-
 /* From a column to the next: room for what spills over, and an odd number of vectors, as lines of the cache that are a
  * power of two apart displace each other. */
 static inline index_t column_pitch(index_t pixels) {
@@ -106,7 +87,8 @@ static void forward_work(const void *data, index_t unit, REAL *scratch) {
             index_t part = tap * next.length / task->taps, end = (tap + 1) * next.length / task->taps;
             for (; part < end; part += 64 / sizeof(REAL)) __builtin_prefetch(next.from + part);
             if (task->reads_row > 0) {
-                make_wide_column(call, plane, index, first, last, lines, made + d * pitch);
+                filter_lines(call, plane, index, first, last, lines);
+                join_lines(call, index, last - first, lines, made + d * pitch);
             } else {
                 make_column(call, plane, index, first, last, made + d * pitch);
             }
@@ -130,9 +112,9 @@ int columns_forward(parallel_t parallel, unsigned threads, const columns_t *task
     const layout_t *layout = &call.layout;
     threads = worthwhile(&call, threads);
     index_t starts = (task->reads_row > 0 ? 0 : task->channels) + layout->blocks * (layout->tile_rows / TILE_ROWS);
-    index_t lines = task->reads_row > 0 ? layout->band_rows + task->reads_row : 0;
+    index_t lines = task->reads_row > 0 ? lines_length(&call) : 0;
     index_t length = layout->tile_rows * layout->band + layout->step * task->taps * column_pitch(layout->band) +
-                     frame_length(&layout->frame) + lines * round_up(task->sizes.out_width, LANES);
+                     frame_length(&layout->frame) + lines;
     return run_parallel(parallel, threads, &call, starts, 1, forward_start_work) ||
            run_parallel(parallel, threads, &call, layout->slices, length, forward_work);
 }
