@@ -1,5 +1,6 @@
 """The native backend's way to its compiled kernel, and what it gives to C."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from backend_cases import Case
 import icnn_zoo
 from icnn_zoo.ops import backends
 from icnn_zoo.ops.geometry import Geometry
-from icnn_zoo.ops.native_backend import Limits, NativeBackend, build
+from icnn_zoo.ops.native_backend import Limits, NativeBackend, build, dense
 from icnn_zoo.ops.native_backend.boxes import choose_box
 
 if sys.platform != "linux" or shutil.which("cc") is None:
@@ -226,6 +227,13 @@ def test_the_strides_of_a_bias_count(name: str) -> None:
     bias = ODD_BIASES[name]()
     output = icnn_zoo.irregular_conv2d(torch.zeros(1, 2, 1, 1), *list(CALL.values())[1:], bias, backend="native")
     assert output.flatten().tolist() == bias.tolist()
+
+
+def test_lengths_of_more_than_32_bits_come_back_whole() -> None:
+    sizes = {"height": 2**10, "width": 2**10, "out_height": 2**10, "out_width": 2**10, "stride_row": 1, "stride_col": 1}
+    task = dense.Task(**sizes, images=1, channels=2**12, outputs=8, groups=1, rows=3, cols=3)
+    for library in build.load()[0].values():
+        assert library.planes_workspace_length(ctypes.byref(task), 0) > 2**32
 
 
 def test_every_tensor_that_reaches_c_is_checked_there() -> None:

@@ -17,7 +17,7 @@ from icnn_zoo.ops.native_backend.addresses import address_of
 from icnn_zoo.ops.torch_backend.dense import Box
 
 
-class _Dense(ctypes.Structure):
+class Task(ctypes.Structure):
     """``dense_t`` of csrc/dense.h."""
 
     _fields_ = [
@@ -100,7 +100,7 @@ def _convolve(
     result = tensors.get("output", tensors.get("grad_output"))
     assert result is not None
     images, outputs = result.shape[:2]
-    task = _Dense(*geometry.input_size, *geometry.output_size, *geometry.stride, *origin)
+    task = Task(*geometry.input_size, *geometry.output_size, *geometry.stride, *origin)
     task.images, task.channels, task.outputs, task.groups = images, channels, outputs, geometry.groups
     task.rows, task.cols = size
     pixels = images * channels * math.prod(geometry.input_size)

@@ -53,7 +53,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     """
     library = ctypes.CDLL(str(path))
     for name in ("workspace_length", "moments_length", "planes_workspace_length", "cells_workspace_length"):
-        library[name].restype = ctypes.c_int64
+        getattr(library, name).restype = ctypes.c_int64  # library[name] would be another object each time
     return library
 
 

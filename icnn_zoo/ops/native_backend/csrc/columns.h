@@ -128,16 +128,18 @@ typedef struct {
     index_t rows;       /* rows of columns of a block, rounded up to tiles */
     index_t band_rows;  /* output rows of a band */
     index_t bands;      /* of an image */
+    index_t lot;        /* whole images of a band, where they are small; else 1 */
+    index_t lots;       /* bands of all images */
     index_t band;       /* output pixels of a band, rounded up to tiles */
     index_t slices;     /* bands of all images and groups */
     index_t cuts;       /* backward: parts of an image */
-    index_t parts;      /* backward: of all images; several images where cuts is 1 */
+    index_t parts;      /* backward: of all images; several lots where cuts is 1 */
     index_t tile_rows, tile_columns; /* outputs of a group, rounded up to rows and to columns of tiles */
     tap_t *taps;        /* [channels, taps] */
     REAL *packed;       /* forward: weights; backward: weights transposed */
     REAL *frames;       /* backward: [images, channels, frame_length] */
-    REAL *grads;        /* [images, bands, groups, band / TILE_COLUMNS, group_outputs, TILE_COLUMNS] */
-    REAL *grads_across; /* [images, bands, groups, tile_columns / TILE_COLUMNS, band, TILE_COLUMNS] */
+    REAL *grads;        /* [lots, groups, band / TILE_COLUMNS, group_outputs, TILE_COLUMNS] */
+    REAL *grads_across; /* [lots, groups, tile_columns / TILE_COLUMNS, band, TILE_COLUMNS] */
     double *by_shift;   /* [parts, channels * taps, shift_length] */
     REAL *by_weight;    /* [parts, blocks, rows, tile_columns] */
     REAL *by_input;     /* [cuts, images, channels, area]; the gradient itself where cuts is 1 */
@@ -148,8 +150,7 @@ enum {
     UNITS = 384,         /* that a backward is cut into, about: enough for many threads */
     LEAST_BAND = 128,    /* output pixels below which products are slow */
     WEIGHTS = 1 << 16,   /* forward: weights that a product takes at once, about, but for */
-    LEAST_DEPTH = 64,    /* so many rows of columns at least: these, others and sums share the second cache */
-    PARTIAL_SUMS = 1 << 23 /* numbers that partial sums may take, also where the images have fewer */
+    LEAST_DEPTH = 64     /* so many rows of columns at least: these, others and sums share the second cache */
 };
 
 static inline REAL *take(REAL **at, index_t length) {
@@ -170,21 +171,35 @@ static inline index_t block_step(const columns_t *task, index_t channels) {
     return (channels + blocks - 1) / blocks;
 }
 
+/* Pixels of all bands as tiles have them, where one has so many of so many. */
+static inline index_t padded(index_t all, index_t most, index_t pixels) {
+    index_t whole = all / most;
+    return whole * round_up(most * pixels, TILE_COLUMNS) + round_up((all - whole * most) * pixels, TILE_COLUMNS);
+}
+
 /* Bands of one height, of which as few pixels as can be are added to make whole tiles; the last may be lower. */
 static inline void cut_bands(layout_t *layout, const columns_t *task, index_t pixels) {
-    index_t width = task->sizes.out_width, height = task->sizes.out_height, least = INT64_MAX;
+    index_t width = task->sizes.out_width, height = task->sizes.out_height;
     index_t most = smallest(largest((pixels + width / 2) / width, 1), height);
     if (3 * height * width <= 4 * pixels) most = height; /* a second band would have few */
-    for (index_t rows = most; rows >= 1 && 2 * rows >= most; rows--) {
-        index_t whole = height / rows, padded = whole * round_up(rows * width, TILE_COLUMNS);
-        padded += round_up((height - whole * rows) * width, TILE_COLUMNS);
-        if (padded >= least) continue;
-        least = padded;
-        layout->band_rows = rows;
-    }
+    layout->band_rows = most;
+    for (index_t rows = most; rows >= 1 && 2 * rows >= most; rows--)
+        if (padded(height, rows, width) < padded(height, layout->band_rows, width)) layout->band_rows = rows;
     layout->bands = (height + layout->band_rows - 1) / layout->band_rows;
-    layout->band = round_up(layout->band_rows * width, TILE_COLUMNS);
-    layout->slices = task->images * layout->bands * task->groups;
+}
+
+/* Several small images in a band. With threads, of which none should be left without: their number. */
+static inline void join_images(layout_t *layout, const columns_t *task, unsigned threads) {
+    index_t area = layout->band_rows * task->sizes.out_width, most = smallest(task->band / area, task->images);
+    layout->lot = 1;
+    for (index_t lot = 2; lot <= most && layout->bands == 1; lot++) {
+        index_t units = (task->images + lot - 1) / lot * task->groups;
+        if (units < 2 * (index_t)threads) break;
+        if (padded(task->images, lot, area) <= padded(task->images, layout->lot, area)) layout->lot = lot;
+    }
+    layout->lots = (task->images + layout->lot - 1) / layout->lot * layout->bands;
+    layout->band = round_up(layout->lot * area, TILE_COLUMNS);
+    layout->slices = layout->lots * task->groups;
 }
 
 /* Every output has one sum whatever the bands: the forward may have as many of them as the threads want. */
@@ -197,11 +212,12 @@ static inline void cut_parts(layout_t *layout, const columns_t *task) {
     index_t sums = layout->blocks * layout->rows * layout->tile_columns;
     index_t data = task->images * (task->channels * layout->area + task->outputs * layout->out_area);
     index_t wanted = UNITS / layout->blocks;
-    if (task->grad_weight != NULL) wanted = smallest(wanted, largest(PARTIAL_SUMS, data) / sums);
+    /* More numbers than input and output have would cost more than other threads gain: new memory has its price. */
+    if (task->grad_weight != NULL) wanted = smallest(wanted, data / sums);
     wanted = largest(wanted, 1);
     /* About three bands of an image, as parts have their price. */
     layout->cuts = smallest((wanted + task->images - 1) / task->images, largest((layout->bands + 1) / 3, 1));
-    layout->parts = layout->cuts > 1 ? layout->cuts * task->images : smallest(wanted, task->images);
+    layout->parts = layout->cuts > 1 ? layout->cuts * task->images : smallest(wanted, layout->lots / layout->bands);
 }
 
 /* Zeros beside a plane for every window: rows are asked whether they are in the plane. */
@@ -234,6 +250,7 @@ static inline layout_t make_layout(const columns_t *task, int backward, unsigned
     layout.blocks = task->groups * ((layout.group_channels + layout.step - 1) / layout.step);
     layout.rows = round_up(layout.step * task->taps, TILE_ROWS);
     cut_bands(&layout, task, backward ? task->band : forward_band(task, layout.out_area, threads));
+    join_images(&layout, task, backward ? 0 : threads);
     layout.tile_rows = round_up(layout.group_outputs, TILE_ROWS);
     layout.tile_columns = round_up(layout.group_outputs, TILE_COLUMNS);
     REAL *at = task->workspace;
@@ -266,6 +283,24 @@ typedef struct {
     const columns_t *task;
     layout_t layout;
 } call_t;
+
+typedef struct {
+    index_t group, image, images;
+    index_t first, last; /* rows of the output */
+    index_t pixels, all; /* of an image, and of all */
+} band_t;
+
+static inline band_t find_band(const call_t *call, index_t slice) {
+    const columns_t *task = call->task;
+    const layout_t *layout = &call->layout;
+    index_t image = slice / task->groups / layout->bands * layout->lot;
+    index_t first = slice / task->groups % layout->bands * layout->band_rows;
+    band_t band = {slice % task->groups, image, smallest(layout->lot, task->images - image), first, 0, 0, 0};
+    band.last = smallest(first + layout->band_rows, task->sizes.out_height);
+    band.pixels = (band.last - first) * task->sizes.out_width;
+    band.all = band.images * band.pixels;
+    return band;
+}
 
 /* Threads that a call is worth: below about this many multiply-adds for each, starting them takes longer. */
 static inline unsigned worthwhile(const call_t *call, unsigned threads) {

@@ -8,61 +8,58 @@
 
 #include "wide.h"
 
-/* One tile of the transposed weights of a block of channels, which are [rows / TILE_ROWS, group_outputs, TILE_ROWS]. */
-static void pack_transposed(const call_t *call, index_t block, index_t tile) {
+/* The transposed weights of a block of channels, which are [rows / TILE_ROWS, group_outputs, TILE_ROWS]. */
+static void pack_transposed(const call_t *call, index_t block) {
     const columns_t *task = call->task;
     const layout_t *layout = &call->layout;
     index_t blocks = layout->blocks / task->groups, group = block / blocks, first = block % blocks * layout->step;
     index_t used = smallest(layout->step, layout->group_channels - first) * task->taps;
     index_t all_depth = layout->group_channels * task->taps, outputs = layout->group_outputs;
-    REAL *to = layout->packed + (block * layout->rows + tile * TILE_ROWS) * outputs;
-    for (index_t output = 0; output < outputs; output++)
-        for (index_t row = tile * TILE_ROWS; row < (tile + 1) * TILE_ROWS; row++)
-            *to++ = row < used ? task->weight[(group * outputs + output) * all_depth + first * task->taps + row] : 0;
+    for (index_t output = 0; output < outputs; output++) {
+        const REAL *from = task->weight + (group * outputs + output) * all_depth + first * task->taps;
+        REAL *to = layout->packed + block * layout->rows * outputs + output * TILE_ROWS;
+        for (index_t tile = 0; tile < layout->rows; tile += TILE_ROWS, from += TILE_ROWS, to += outputs * TILE_ROWS)
+            for (index_t row = 0; row < TILE_ROWS; row++) to[row] = tile + row < used ? from[row] : 0;
+    }
 }
 
-typedef struct {
-    index_t group, image, first, last; /* rows of the output */
-    index_t pixels;
-} band_t;
-
-static band_t find_band(const call_t *call, index_t slice) {
+/* Where the output's gradient has the pixels [first, first + count) of a band, for the first output of its group; -1 where
+ * it has none. */
+static void find_pixels(const call_t *call, const band_t *band, index_t first, index_t count, index_t *places) {
     const columns_t *task = call->task;
     const layout_t *layout = &call->layout;
-    index_t first = slice / task->groups % layout->bands * layout->band_rows;
-    index_t last = smallest(first + layout->band_rows, task->sizes.out_height);
-    return (band_t){slice % task->groups, slice / task->groups / layout->bands, first, last,
-                    (last - first) * task->sizes.out_width};
-}
-
-static const REAL *find_grads(const call_t *call, const band_t *band) {
-    const columns_t *task = call->task;
-    return task->grad_output +
-           (band->image * task->outputs + band->group * call->layout.group_outputs) * call->layout.out_area +
-           band->first * task->sizes.out_width;
+    index_t start = (band->image * task->outputs + band->group * layout->group_outputs) * layout->out_area;
+    for (index_t pixel = first; pixel < first + count; pixel++) {
+        index_t image = pixel / band->pixels, place = band->first * task->sizes.out_width + pixel % band->pixels;
+        *places++ = pixel < band->all ? start + image * task->outputs * layout->out_area + place : -1;
+    }
 }
 
 /* One tile of a band of the output's gradient, along the pixels. */
 static void pack_along(const call_t *call, index_t slice, index_t tile) {
     const layout_t *layout = &call->layout;
     band_t band = find_band(call, slice);
-    const REAL *from = find_grads(call, &band);
     REAL *to = layout->grads + (slice * layout->band + tile * TILE_COLUMNS) * layout->group_outputs;
-    for (index_t output = 0; output < layout->group_outputs; output++)
-        for (index_t pixel = tile * TILE_COLUMNS; pixel < (tile + 1) * TILE_COLUMNS; pixel++)
-            *to++ = pixel < band.pixels ? from[output * layout->out_area + pixel] : 0;
+    index_t places[TILE_COLUMNS];
+    find_pixels(call, &band, tile * TILE_COLUMNS, TILE_COLUMNS, places);
+    for (const REAL *from = call->task->grad_output, *end = from + layout->group_outputs * layout->out_area; from < end;
+         from += layout->out_area)
+        for (index_t pixel = 0; pixel < TILE_COLUMNS; pixel++) *to++ = places[pixel] >= 0 ? from[places[pixel]] : 0;
 }
 
 /* The same across the pixels. */
 static void pack_across(const call_t *call, index_t slice, index_t tile) {
     const layout_t *layout = &call->layout;
     band_t band = find_band(call, slice);
-    const REAL *from = find_grads(call, &band);
     REAL *to = layout->grads_across + (slice * layout->tile_columns + tile * TILE_COLUMNS) * layout->band;
-    index_t outputs = layout->group_outputs;
-    for (index_t pixel = 0; pixel < layout->band; pixel++)
+    for (index_t pixel = 0; pixel < layout->band; pixel++) {
+        index_t place;
+        find_pixels(call, &band, pixel, 1, &place);
         for (index_t output = tile * TILE_COLUMNS; output < (tile + 1) * TILE_COLUMNS; output++)
-            *to++ = output < outputs && pixel < band.pixels ? from[output * layout->out_area + pixel] : 0;
+            *to++ = output < layout->group_outputs && place >= 0
+                        ? call->task->grad_output[place + output * layout->out_area]
+                        : 0;
+    }
 }
 
 /* How many units of each kind start a backward. */
@@ -75,7 +72,7 @@ static starts_t count_starts(const call_t *call) {
     const layout_t *layout = &call->layout;
     int by_columns = task->grad_input != NULL || task->grad_shift != NULL;
     return (starts_t){task->images * task->channels,
-                      by_columns ? layout->blocks * (layout->rows / TILE_ROWS) : 0,
+                      by_columns ? layout->blocks : 0,
                       by_columns ? layout->slices * (layout->band / TILE_COLUMNS) : 0,
                       task->grad_weight == NULL ? 0 : layout->slices * (layout->tile_columns / TILE_COLUMNS)};
 }
@@ -84,7 +81,7 @@ static void backward_start_work(const void *data, index_t unit, REAL *scratch) {
     const call_t *call = data;
     const layout_t *layout = &call->layout;
     starts_t starts = count_starts(call);
-    index_t row_tiles = layout->rows / TILE_ROWS, pixel_tiles = layout->band / TILE_COLUMNS;
+    index_t pixel_tiles = layout->band / TILE_COLUMNS;
     index_t output_tiles = layout->tile_columns / TILE_COLUMNS;
     (void)scratch;
     if (unit < starts.planes) {
@@ -92,7 +89,7 @@ static void backward_start_work(const void *data, index_t unit, REAL *scratch) {
                    call->task->input + unit * layout->area, call->task->sizes.height, call->task->sizes.width);
         if (unit < call->task->channels && call->task->reads_row == 0) make_taps(call, unit);
     } else if ((unit -= starts.planes) < starts.transposed) {
-        pack_transposed(call, unit / row_tiles, unit % row_tiles);
+        pack_transposed(call, unit);
     } else if ((unit -= starts.transposed) < starts.along) {
         pack_along(call, unit / pixel_tiles, unit % pixel_tiles);
     } else {
@@ -181,6 +178,38 @@ static inline index_t adjoint_length(const call_t *call) {
     return (call->layout.band_rows + 2) * padded_pitch(call->task->sizes.out_width);
 }
 
+/* What a tap's columns give to all gradients, in a band; packs them for the product with the output's gradient.
+ *
+ * grads, totals, by_tap: NULL where they are not wanted. */
+static void visit_tap(const call_t *call, const band_t *band, index_t index, const REAL *grads, REAL *totals, double *by_tap,
+                      REAL *column, REAL *adjoint, REAL *packed) {
+    const columns_t *task = call->task;
+    const layout_t *layout = &call->layout;
+    index_t channel = index / task->taps, length = frame_length(&layout->frame);
+    REAL *lines = adjoint + (task->reads_row > 0 ? spread_length(call) : 0);
+    for (index_t image = 0; image < band->images; image++) {
+        const REAL *plane = layout->frames + ((band->image + image) * task->channels + channel) * length;
+        const REAL *grad = grads + image * band->pixels;
+        REAL *total = totals == NULL ? NULL : totals + image * layout->step * length;
+        if (task->reads_row > 0 && (by_tap != NULL || packed != NULL))
+            filter_lines(call, plane, index, band->first, band->last, lines);
+        if (grads != NULL && task->reads_row > 0) {
+            scatter_lines(call, plane, index, band->first, band->last, grad, lines, total, adjoint, by_tap);
+        } else if (grads != NULL) {
+            scatter_column(call, plane, index, band->first, band->last, grad, total, adjoint, by_tap);
+        }
+        if (packed == NULL) continue;
+        if (task->reads_row > 0) {
+            join_lines(call, index, band->last - band->first, lines, column + image * band->pixels);
+        } else {
+            make_column(call, plane, index, band->first, band->last, column + image * band->pixels);
+        }
+    }
+    if (packed == NULL) return;
+    for (index_t pixel = 0; pixel < band->all; pixel++) packed[pixel * TILE_ROWS] = column[pixel];
+    for (index_t pixel = band->all; pixel < round_up(band->all, TILE_COLUMNS); pixel++) packed[pixel * TILE_ROWS] = 0;
+}
+
 /* What one part of the images gives to all gradients of a block of channels. */
 static void backward_work(const void *data, index_t unit, REAL *scratch) {
     const call_t *call = data;
@@ -193,83 +222,66 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
     index_t channels = smallest(layout->step, layout->group_channels - start);
     index_t used = channels * taps, rows = round_up(used, TILE_ROWS);
     index_t channel_first = group * layout->group_channels + start, planes = task->images * task->channels;
-    index_t cut = part % layout->cuts, parts = layout->parts / layout->cuts, image_part = part / layout->cuts;
-    index_t image_first = image_part * task->images / parts, image_last = (image_part + 1) * task->images / parts;
+    index_t cut = part % layout->cuts, parts = layout->parts / layout->cuts, lots_part = part / layout->cuts;
+    index_t lots = layout->lots / layout->bands; /* of whole images */
+    index_t lot_first = lots_part * lots / parts, lot_last = (lots_part + 1) * lots / parts;
     index_t band_first = cut * layout->bands / layout->cuts, band_last = (cut + 1) * layout->bands / layout->cuts;
     const REAL *transposed = layout->packed + block * layout->rows * outputs;
     int by_columns = task->grad_input != NULL || task->grad_shift != NULL;
-    REAL *columns = scratch, *packed = columns + rows * layout->band, *padded = packed + rows * layout->band;
-    REAL *column = padded + adjoint_length(call), *lines = padded + (task->reads_row > 0 ? spread_length(call) : 0);
-    REAL *totals = column + layout->band + LANES;
+    REAL *columns = scratch, *packed = columns + rows * layout->band, *adjoint = packed + rows * layout->band;
+    REAL *column = adjoint + adjoint_length(call), *totals = column + layout->band + LANES;
     REAL *by_weight = layout->by_weight + unit * layout->rows * layout->tile_columns;
     double *by_shift =
         task->grad_shift == NULL ? NULL : layout->by_shift + (part * task->channels + channel_first) * taps * shifts;
     if (by_shift != NULL) memset(by_shift, 0, used * shifts * sizeof(double));
     if (task->grad_weight != NULL) memset(by_weight, 0, rows * layout->tile_columns * sizeof(REAL));
     memset(packed, 0, rows * layout->band * sizeof(REAL));
-    for (index_t image = image_first; image < image_last; image++) {
-        const REAL *frames = layout->frames + (image * task->channels + channel_first) * length;
-        memset(totals, 0, channels * length * sizeof(REAL));
-        for (index_t band = band_first; band < band_last; band++) {
-            index_t first = band * layout->band_rows;
-            index_t last = smallest(first + layout->band_rows, task->sizes.out_height);
-            index_t slice = (image * layout->bands + band) * task->groups + group;
-            index_t pixels = (last - first) * task->sizes.out_width;
+    for (index_t lot = lot_first; lot < lot_last; lot++) {
+        index_t images = smallest(layout->lot, task->images - lot * layout->lot);
+        memset(totals, 0, images * layout->step * length * sizeof(REAL));
+        for (index_t number = band_first; number < band_last; number++) {
+            index_t slice = (lot * layout->bands + number) * task->groups + group;
+            band_t band = find_band(call, slice);
+            index_t pitch = round_up(band.all, TILE_COLUMNS);
             const REAL *along = layout->grads + slice * layout->band * outputs;
             const REAL *across = layout->grads_across + slice * layout->band * layout->tile_columns;
             ahead_t same = {across, layout->band * layout->tile_columns};
             ahead_t next = {along + task->groups * layout->band * outputs, layout->band * outputs};
             if (by_columns) {
-                memset(columns, 0, rows * layout->band * sizeof(REAL));
-                multiply(used, layout->band, outputs, transposed, along, TILE_COLUMNS, outputs * TILE_COLUMNS, columns,
+                memset(columns, 0, rows * pitch * sizeof(REAL));
+                multiply(used, pitch, outputs, transposed, along, TILE_COLUMNS, outputs * TILE_COLUMNS, columns,
                          task->grad_weight == NULL ? next : same);
             }
-            for (index_t row = 0; row < used; row++) {
-                index_t index = channel_first * taps + row, channel = row / taps;
-                const REAL *plane = frames + channel * length, *grads = columns + row * layout->band;
-                REAL *total = task->grad_input == NULL ? NULL : totals + channel * length;
-                double *by_tap = by_shift == NULL ? NULL : by_shift + shifts * row;
-                if (task->reads_row > 0 && (by_tap != NULL || task->grad_weight != NULL))
-                    filter_lines(call, plane, index, first, last, lines);
-                if (by_columns && task->reads_row > 0) {
-                    scatter_lines(call, plane, index, first, last, grads, lines, total, padded, by_tap);
-                } else if (by_columns) {
-                    scatter_column(call, plane, index, first, last, grads, total, padded, by_tap);
-                }
-                if (task->grad_weight == NULL) continue;
-                if (task->reads_row > 0) {
-                    join_lines(call, index, last - first, lines, column);
-                } else {
-                    make_column(call, plane, index, first, last, column);
-                }
-                REAL *to = packed + row / TILE_ROWS * TILE_ROWS * layout->band + row % TILE_ROWS;
-                for (index_t pixel = 0; pixel < pixels; pixel++) to[pixel * TILE_ROWS] = column[pixel];
-                for (index_t pixel = pixels; pixel < layout->band; pixel++) to[pixel * TILE_ROWS] = 0;
-            }
+            for (index_t row = 0; row < used; row++)
+                visit_tap(call, &band, channel_first * taps + row, by_columns ? columns + row * pitch : NULL,
+                          task->grad_input == NULL ? NULL : totals + row / taps * length,
+                          by_shift == NULL ? NULL : by_shift + shifts * row, column, adjoint,
+                          task->grad_weight == NULL
+                              ? NULL
+                              : packed + row / TILE_ROWS * TILE_ROWS * pitch + row % TILE_ROWS);
             if (task->grad_weight != NULL)
-                multiply(used, layout->tile_columns, layout->band, packed, across, TILE_COLUMNS,
+                multiply(used, layout->tile_columns, pitch, packed, across, TILE_COLUMNS,
                          layout->band * TILE_COLUMNS, by_weight, by_columns ? next : same);
         }
-        if (task->grad_input == NULL) continue;
-        for (index_t channel = 0; channel < channels; channel++) {
-            index_t plane = cut * planes + image * task->channels + channel_first + channel;
+        for (index_t at = 0; at < images * channels && task->grad_input != NULL; at++) {
+            index_t image = at / channels, channel = at % channels;
+            index_t plane = cut * planes + (lot * layout->lot + image) * task->channels + channel_first + channel;
             REAL *to = layout->by_input + plane * layout->area;
-            read_frame(&layout->frame, totals + channel * length, to, task->sizes.height, task->sizes.width);
+            read_frame(&layout->frame, totals + (image * layout->step + channel) * length, to, task->sizes.height,
+                       task->sizes.width);
             spread_unknown(find_unknown(call, channel_first + channel), to, layout->area);
         }
     }
 }
 
-/* Adds the parts of what a block of channels gives to a tile of outputs. */
-static void sum_weight(const call_t *call, index_t block, index_t tile) {
+/* Adds the parts of what a block of channels gives to a tile of outputs; sums are as many rows of such tiles. */
+static void sum_weight(const call_t *call, index_t block, index_t tile, REAL *sums) {
     const columns_t *task = call->task;
     const layout_t *layout = &call->layout;
     index_t blocks = layout->blocks / task->groups, group = block / blocks, start = block % blocks * layout->step;
     index_t used = smallest(layout->step, layout->group_channels - start) * task->taps;
     index_t length = layout->rows * layout->tile_columns, first = tile * TILE_COLUMNS;
     index_t count = smallest(TILE_COLUMNS, layout->group_outputs - first);
-    REAL *to = task->grad_weight +
-               ((group * layout->group_outputs + first) * layout->group_channels + start) * task->taps;
     for (index_t row = 0; row < used; row++) {
         vector left = all(0), right = all(0);
         const REAL *from = layout->by_weight + block * length + row * layout->tile_columns + first;
@@ -277,11 +289,13 @@ static void sum_weight(const call_t *call, index_t block, index_t tile) {
             left += load(from);
             right += load(from + LANES);
         }
-        REAL sums[TILE_COLUMNS];
-        store(sums, left);
-        store(sums + LANES, right);
-        for (index_t output = 0; output < count; output++)
-            to[output * layout->group_channels * task->taps + row] = sums[output];
+        store(sums + row * TILE_COLUMNS, left);
+        store(sums + row * TILE_COLUMNS + LANES, right);
+    }
+    for (index_t output = 0; output < count; output++) {
+        REAL *to = task->grad_weight +
+                   ((group * layout->group_outputs + first + output) * layout->group_channels + start) * task->taps;
+        for (index_t row = 0; row < used; row++) to[row] = sums[row * TILE_COLUMNS + output];
     }
 }
 
@@ -321,9 +335,8 @@ static void backward_end_work(const void *data, index_t unit, REAL *scratch) {
     const call_t *call = data;
     ends_t ends = count_ends(call);
     index_t tiles = call->layout.tile_columns / TILE_COLUMNS;
-    (void)scratch;
     if (unit < ends.weights) {
-        sum_weight(call, unit / tiles, unit % tiles);
+        sum_weight(call, unit / tiles, unit % tiles, scratch);
     } else if ((unit -= ends.weights) < ends.shifts) {
         sum_shift(call, unit);
     } else {
@@ -338,9 +351,10 @@ int columns_backward(parallel_t parallel, unsigned threads, const columns_t *tas
     starts_t starts = count_starts(&call);
     ends_t ends = count_ends(&call);
     index_t length = 2 * layout->rows * layout->band + layout->band + LANES + adjoint_length(&call) +
-                     layout->step * frame_length(&layout->frame);
+                     layout->lot * layout->step * frame_length(&layout->frame);
     return run_parallel(parallel, threads, &call, starts.planes + starts.transposed + starts.along + starts.across, 1,
                         backward_start_work) ||
            run_parallel(parallel, threads, &call, layout->parts * layout->blocks, length, backward_work) ||
-           run_parallel(parallel, threads, &call, ends.weights + ends.shifts + ends.planes, 1, backward_end_work);
+           run_parallel(parallel, threads, &call, ends.weights + ends.shifts + ends.planes, layout->rows * TILE_COLUMNS,
+                        backward_end_work);
 }

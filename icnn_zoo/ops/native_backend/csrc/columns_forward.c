@@ -62,48 +62,48 @@ static void forward_work(const void *data, index_t unit, REAL *scratch) {
     const call_t *call = data;
     const columns_t *task = call->task;
     const layout_t *layout = &call->layout;
-    index_t width = task->sizes.out_width;
-    index_t group = unit % task->groups, band = unit / task->groups % layout->bands;
-    index_t image = unit / task->groups / layout->bands;
-    index_t first = band * layout->band_rows, last = smallest(first + layout->band_rows, task->sizes.out_height);
-    index_t pixels = (last - first) * width, columns = round_up(pixels, TILE_COLUMNS);
-    index_t pitch = column_pitch(pixels);
+    band_t band = find_band(call, unit);
+    index_t columns = round_up(band.all, TILE_COLUMNS), pitch = column_pitch(band.all);
     REAL *total = scratch, *made = total + layout->tile_rows * columns, *plane = made + layout->step * task->taps * pitch;
     REAL *lines = plane + frame_length(&layout->frame);
     memset(total, 0, layout->tile_rows * columns * sizeof(REAL));
     for (index_t d = 0; d < layout->step * task->taps; d++)
-        memset(made + d * pitch + pixels, 0, (pitch - pixels) * sizeof(REAL));
+        memset(made + d * pitch + band.all, 0, (pitch - band.all) * sizeof(REAL));
     for (index_t start = 0; start < layout->group_channels; start += layout->step) {
         index_t stop = smallest(start + layout->step, layout->group_channels), depth = (stop - start) * task->taps;
-        ahead_t next = {NULL, 0};
-        for (index_t d = 0; d < depth; d++) {
-            index_t channel = group * layout->group_channels + start + d / task->taps, tap = d % task->taps;
-            index_t index = channel * task->taps + tap;
-            if (tap == 0) {
-                const REAL *from = task->input + (image * task->channels + channel) * layout->area;
-                next = fill_band(call, from, channel, first, last, plane);
-            }
-            /* A part for each tap: the memory answers only so many requests at once. */
-            index_t part = tap * next.length / task->taps, end = (tap + 1) * next.length / task->taps;
-            for (; part < end; part += 64 / sizeof(REAL)) __builtin_prefetch(next.from + part);
-            if (task->reads_row > 0) {
-                filter_lines(call, plane, index, first, last, lines);
-                join_lines(call, index, last - first, lines, made + d * pitch);
-            } else {
-                make_column(call, plane, index, first, last, made + d * pitch);
+        for (index_t at = 0; at < (stop - start) * band.images; at++) {
+            index_t image = at % band.images, number = at / band.images;
+            index_t channel = band.group * layout->group_channels + start + number;
+            const REAL *from = task->input + ((band.image + image) * task->channels + channel) * layout->area;
+            ahead_t next = fill_band(call, from, channel, band.first, band.last, plane);
+            for (index_t tap = 0; tap < task->taps; tap++) {
+                index_t index = channel * task->taps + tap;
+                REAL *to = made + (number * task->taps + tap) * pitch + image * band.pixels;
+                /* A part for each tap: the memory answers only so many requests at once. */
+                index_t part = tap * next.length / task->taps, end = (tap + 1) * next.length / task->taps;
+                for (; part < end; part += 64 / sizeof(REAL)) __builtin_prefetch(next.from + part);
+                if (task->reads_row > 0) {
+                    filter_lines(call, plane, index, band.first, band.last, lines);
+                    join_lines(call, index, band.last - band.first, lines, to);
+                } else {
+                    make_column(call, plane, index, band.first, band.last, to);
+                }
             }
         }
-        const REAL *weights = layout->packed + group * layout->group_channels * task->taps * layout->tile_rows;
+        const REAL *weights = layout->packed + band.group * layout->group_channels * task->taps * layout->tile_rows;
         const REAL *weight = weights + start * task->taps * layout->tile_rows;
         index_t length = depth * layout->tile_rows;
         ahead_t ahead = {stop < layout->group_channels ? weight + length : weights, length};
         multiply(layout->group_outputs, columns, depth, weight, made, pitch, TILE_COLUMNS, total, ahead);
     }
-    for (index_t output = 0; output < layout->group_outputs; output++) {
-        index_t channel = group * layout->group_outputs + output;
+    for (index_t at = 0; at < band.images * layout->group_outputs; at++) {
+        index_t image = at / layout->group_outputs, output = at % layout->group_outputs;
+        index_t channel = band.group * layout->group_outputs + output;
         REAL bias = task->bias == NULL ? 0 : task->bias[channel];
-        REAL *to = task->output + (image * task->outputs + channel) * layout->out_area + first * width;
-        for (index_t pixel = 0; pixel < pixels; pixel++) to[pixel] = total[output * columns + pixel] + bias;
+        REAL *to = task->output + ((band.image + image) * task->outputs + channel) * layout->out_area +
+                   band.first * task->sizes.out_width;
+        const REAL *from = total + output * columns + image * band.pixels;
+        for (index_t pixel = 0; pixel < band.pixels; pixel++) to[pixel] = from[pixel] + bias;
     }
 }
 
