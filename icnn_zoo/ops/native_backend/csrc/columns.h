@@ -188,14 +188,16 @@ static inline void cut_bands(layout_t *layout, const columns_t *task, index_t pi
     layout->bands = (height + layout->band_rows - 1) / layout->band_rows;
 }
 
-/* Several small images in a band. With threads, of which none should be left without: their number. */
+/* Several small images in a band. With threads, the forward's: as few pixels as can be for the one that has most. */
 static inline void join_images(layout_t *layout, const columns_t *task, unsigned threads) {
-    index_t area = layout->band_rows * task->sizes.out_width, most = smallest(task->band / area, task->images);
-    layout->lot = 1;
-    for (index_t lot = 2; lot <= most && layout->bands == 1; lot++) {
-        index_t units = (task->images + lot - 1) / lot * task->groups;
-        if (units < 2 * (index_t)threads) break;
-        if (padded(task->images, lot, area) <= padded(task->images, layout->lot, area)) layout->lot = lot;
+    index_t area = layout->band_rows * task->sizes.out_width, least = INT64_MAX;
+    index_t most = layout->bands > 1 ? 1 : largest(smallest(task->band / area, task->images), 1);
+    for (index_t lot = most; lot >= 1; lot--) {
+        index_t cost = padded(task->images, lot, area), units = (task->images + lot - 1) / lot * task->groups;
+        if (threads > 0) cost = (units + threads - 1) / threads * round_up(lot * area, TILE_COLUMNS);
+        if (cost > least || (cost == least && threads == 0)) continue;
+        least = cost;
+        layout->lot = lot;
     }
     layout->lots = (task->images + layout->lot - 1) / layout->lot * layout->bands;
     layout->band = round_up(layout->lot * area, TILE_COLUMNS);
