@@ -30,6 +30,17 @@ def test_output_and_gradients_equal_the_reference(kind, layout, stride, extent, 
         torch.testing.assert_close(torch.autograd.grad(output, tensors, cotangent), grads)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_the_gradients_that_are_asked_for_are_needed(layout, stride):
+    tensors = arguments("gaussian", layout)
+    expected = torch.autograd.grad(run(tensors, "gaussian", layout, stride, None, "auto").square().sum(), tensors)
+    for wanted, grad in enumerate(expected):
+        some = [tensor.detach().requires_grad_(number == wanted) for number, tensor in enumerate(tensors)]
+        output = run(some, "gaussian", layout, stride, None, "auto")
+        torch.testing.assert_close(torch.autograd.grad(output.square().sum(), some[wanted])[0], grad)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck_and_the_formula_of_higher_derivatives(kind):
     tensors = [tensor.detach()[:1, :2, :3, :4].requires_grad_() for tensor in arguments(kind, "channel")[:1]]

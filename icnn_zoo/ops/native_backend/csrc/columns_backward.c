@@ -189,7 +189,7 @@ static void visit_tap(const call_t *call, const band_t *band, index_t index, con
     REAL *lines = adjoint + (task->reads_row > 0 ? spread_length(call) : 0);
     for (index_t image = 0; image < band->images; image++) {
         const REAL *plane = layout->frames + ((band->image + image) * task->channels + channel) * length;
-        const REAL *grad = grads + image * band->pixels;
+        const REAL *grad = grads == NULL ? NULL : grads + image * band->pixels;
         REAL *total = totals == NULL ? NULL : totals + image * layout->step * length;
         if (task->reads_row > 0 && (by_tap != NULL || packed != NULL))
             filter_lines(call, plane, index, band->first, band->last, lines);
