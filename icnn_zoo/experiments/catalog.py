@@ -157,6 +157,7 @@ def _documents() -> dict[str, Row]:
         # Three times the steps: whether a difference is still there when the curves are flatter.
         "regular-2400": Row(arguments=steps),
         "learned-2400": Row(first, arguments=steps, baseline="regular-2400"),
+        "classifier-2400": Row("classifier", arguments=steps, baseline="regular-2400"),
         "layer4.0.conv2-2400": Row("layer4.0.conv2", arguments=steps, baseline="regular-2400"),
         **geometries,
     }
