@@ -5,8 +5,13 @@ python benchmarks/training_step.py --backbone tf_efficientnet_lite0 --start bloc
 First a gate: with every tap on the regular grid the converted network must give the regular one's logits. Then each
 round times one step (forward, backward, optimizer, the bound of Eq. 7) of every network, so that a drift of the
 machine's speed hits all alike; the ratio is taken round by round. ``--displacement`` spreads the positions as training
-does. ``--checkpoint`` takes them from a run. ``--peers`` adds networks with a peer's layers in the same place. Half
-precision is autocast. Memory is the peak above what is held between steps, on CUDA.
+does. ``--checkpoint`` takes them from a run. ``--start`` may name several. ``--peers`` adds networks with a peer's
+layers in the place of the first. Half precision is autocast. Memory is the peak above what is held between steps, on
+CUDA. The networks of configs/documents.yaml, on one core as their runs:
+
+    python benchmarks/training_step.py --backbone resnet10t --output-stride 8 --batch-size 8 --num-classes 9 \
+        --backbone-args '{"channels": [32, 64, 128, 256], "stem_width": 16}' --threads 1 \
+        --start layer3 layer4 layer4.0.conv2 classifier
 """
 
 from __future__ import annotations
@@ -37,14 +42,14 @@ class Step:
         self, options: argparse.Namespace, start: str | None, channels_last: bool, peer: str | None = None
     ) -> None:
         torch.manual_seed(0)
-        self.model = SegmentationModel(options.backbone, options.num_classes, output_stride=options.output_stride)
+        self.model = make_model(options)
         if start is not None:
             icnn_zoo.convert(self.model, start)
             self._displace(options)
         if peer is not None:
             from icnn_zoo.experiments.peers import replace_layers  # needs Lightning
 
-            replace_layers(self.model, options.start, peer)
+            replace_layers(self.model, options.start[0], peer)
         self.options = options
         self.images = torch.randn(options.batch_size, 3, options.size, options.size, device=options.device)
         self.labels = torch.randint(options.num_classes, (options.batch_size, options.size, options.size)).to(
@@ -95,16 +100,26 @@ class Step:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def gate(options: argparse.Namespace) -> float:
+def make_model(options: argparse.Namespace) -> SegmentationModel:
+    """The regular network."""
+    return SegmentationModel(
+        options.backbone,
+        options.num_classes,
+        output_stride=options.output_stride,
+        backbone_args=options.backbone_args,
+    )
+
+
+def gate(options: argparse.Namespace, start: str) -> float:
     """Largest difference of the logits, relative to the largest, of a converted network with no displacement."""
     torch.manual_seed(0)
-    model = SegmentationModel(options.backbone, options.num_classes, output_stride=options.output_stride)
+    model = make_model(options)
     model.to(options.device).eval()
     images = torch.randn(1, 3, 65, 65, device=options.device)
     # TF32, on for convolutions by default, would be seen as an error.
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = model(images)
-        icnn_zoo.convert(model, options.start, epsilon=0.0)
+        icnn_zoo.convert(model, start, epsilon=0.0)
         return ((model(images) - expected).abs().max() / expected.abs().max()).item()
 
 
@@ -114,16 +129,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         RuntimeError: The gate is red.
     """
-    difference = gate(options)
+    difference = max(gate(options, start) for start in options.start)
     if not difference <= TOLERANCE:
         raise RuntimeError(
             f"WRONG logits of {options.backbone} on the regular grid: off by {difference:.1e} of the largest"
         )
     steps = {
         "regular": Step(options, None, channels_last=True),
-        f"irregular from {options.start}": Step(options, options.start, channels_last=True),
+        **{f"irregular from {start}": Step(options, start, channels_last=True) for start in options.start},
+        **{f"{peer} from {options.start[0]}": Step(options, None, True, peer) for peer in options.peers},
     }
-    steps |= {f"{peer} from {options.start}": Step(options, None, True, peer) for peer in options.peers}
     for step in steps.values():
         step()
     memory = {name: step.memory_mib() for name, step in steps.items()}
@@ -156,7 +171,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", default="tf_efficientnet_lite0")
-    parser.add_argument("--start", default="blocks.4")
+    parser.add_argument("--backbone-args", type=json.loads, help="JSON for timm")
+    parser.add_argument("--start", nargs="+", default=["blocks.4"])
     parser.add_argument("--output-stride", type=int, default=16)
     parser.add_argument("--size", type=int, default=129)
     parser.add_argument("--batch-size", type=int, default=12)
