@@ -60,7 +60,8 @@ REGULAR, IRREGULAR, DEPLOYED = "regular", "irregular", "deployed"
 def step_options(network: Network, args: argparse.Namespace) -> argparse.Namespace:
     """What training_step.py is asked."""
     options = training_step.parse([])
-    asked = {name: getattr(network, name) for name in ("backbone", "start", "output_stride", "batch_size", "size")}
+    asked = {name: getattr(network, name) for name in ("backbone", "output_stride", "batch_size", "size")}
+    asked["start"] = [network.start]
     return argparse.Namespace(**vars(options) | asked | {"rounds": args.repeats, "threads": args.threads})
 
 

@@ -110,17 +110,19 @@ def make_model(options: argparse.Namespace) -> SegmentationModel:
     )
 
 
-def gate(options: argparse.Namespace, start: str) -> float:
-    """Largest difference of the logits, relative to the largest, of a converted network with no displacement."""
-    torch.manual_seed(0)
-    model = make_model(options)
-    model.to(options.device).eval()
-    images = torch.randn(1, 3, 65, 65, device=options.device)
-    # TF32, on for convolutions by default, would be seen as an error.
-    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        expected = model(images)
-        icnn_zoo.convert(model, start, epsilon=0.0)
-        return ((model(images) - expected).abs().max() / expected.abs().max()).item()
+def gate(options: argparse.Namespace) -> float:
+    """Largest difference of the logits, relative to the largest, of the converted networks with no displacement."""
+    images = torch.randn(1, 3, 65, 65, device=options.device, generator=torch.Generator(options.device).manual_seed(0))
+    worst = 0.0
+    for start in options.start:
+        torch.manual_seed(0)
+        model = make_model(options).to(options.device).eval()
+        # TF32, on for convolutions by default, would be seen as an error.
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            expected = model(images)
+            icnn_zoo.convert(model, start, epsilon=0.0)
+            worst = max(worst, ((model(images) - expected).abs().max() / expected.abs().max()).item())
+    return worst
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         RuntimeError: The gate is red.
     """
-    difference = max(gate(options, start) for start in options.start)
+    difference = gate(options)
     if not difference <= TOLERANCE:
         raise RuntimeError(
             f"WRONG logits of {options.backbone} on the regular grid: off by {difference:.1e} of the largest"

@@ -77,7 +77,7 @@ def main(folder: Path, seconds: float, *, rehearsal: bool = False) -> None:
     print(*training_step.table(result), sep="\n", flush=True)
     (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
     if options.device == "cuda":
-        starts = {"regular": None, f"irregular from {options.start}": options.start}
+        starts = {"regular": None, f"irregular from {options.start[0]}": options.start[0]}
         result["busy"] = {}
         for name, start in starts.items():
             step = training_step.Step(options, start, channels_last=True)
