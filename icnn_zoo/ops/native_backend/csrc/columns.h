@@ -14,53 +14,57 @@ typedef struct {
     index_t length;
 } ahead_t;
 
-/* total += sum over depth of a[d, row] * b[d, column] for the first rows of a tile; a is [depth, TILE_ROWS], the rows of
- * b are `step` apart. With every d `pace` bytes are fetched from `ahead`. */
+/* total += sum over depth of a[d, row] * b[d, column] for the first rows of a tile, and for one or both of its vectors; a
+ * is [depth, TILE_ROWS], the rows of b are `step` apart. With every d `pace` bytes are fetched from `ahead`. */
 static inline __attribute__((always_inline)) void multiply_rows(index_t depth, const REAL *a, const REAL *b, index_t step,
                                                                 REAL *total, index_t pitch, const char *ahead,
-                                                                index_t pace, const int rows) {
+                                                                index_t pace, const int rows, const int vectors) {
     vector sum[TILE_ROWS][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = all(0);
     for (index_t d = 0; d < depth; d++, a += TILE_ROWS, b += step, ahead += pace) {
-        vector left = load(b), right = load(b + LANES);
+        vector left = load(b), right = vectors > 1 ? load(b + LANES) : left;
         __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
             vector scale = all(a[row]);
             sum[row][0] += scale * left;
-            sum[row][1] += scale * right;
+            if (vectors > 1) sum[row][1] += scale * right;
         }
     }
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++, total += pitch) {
         store(total, load(total) + sum[row][0]);
-        store(total + LANES, load(total + LANES) + sum[row][1]);
+        if (vectors > 1) store(total + LANES, load(total + LANES) + sum[row][1]);
     }
 }
 
 static void multiply_tile(index_t depth, const REAL *a, const REAL *b, index_t step, REAL *total, index_t pitch,
-                          const char *ahead, index_t pace, index_t rows) {
-    if (3 * rows <= TILE_ROWS) {
-        multiply_rows(depth, a, b, step, total, pitch, ahead, pace, TILE_ROWS / 3);
-    } else if (3 * rows <= 2 * TILE_ROWS) {
-        multiply_rows(depth, a, b, step, total, pitch, ahead, pace, TILE_ROWS / 3 * 2);
+                          const char *ahead, index_t pace, index_t rows, index_t columns) {
+#define ROWS(N, VECTORS) multiply_rows(depth, a, b, step, total, pitch, ahead, pace, N, VECTORS)
+    if (columns <= LANES) {
+        if (3 * rows <= TILE_ROWS) ROWS(TILE_ROWS / 3, 1);
+        else if (3 * rows <= 2 * TILE_ROWS) ROWS(TILE_ROWS / 3 * 2, 1);
+        else ROWS(TILE_ROWS, 1);
     } else {
-        multiply_rows(depth, a, b, step, total, pitch, ahead, pace, TILE_ROWS);
+        if (3 * rows <= TILE_ROWS) ROWS(TILE_ROWS / 3, 2);
+        else if (3 * rows <= 2 * TILE_ROWS) ROWS(TILE_ROWS / 3 * 2, 2);
+        else ROWS(TILE_ROWS, 2);
     }
+#undef ROWS
 }
 
 /* All tiles: a is [rows / TILE_ROWS, depth, TILE_ROWS], and a tile of b is `tile` after the one before. Of the last tile
- * of a no more than the rows that are wanted need be right. */
+ * of a no more than the rows that are wanted need be right, of the last one of b no more than the columns. */
 static inline void multiply(index_t rows, index_t columns, index_t depth, const REAL *a, const REAL *b, index_t step,
-                            index_t tile, REAL *total, ahead_t ahead) {
-    index_t tiles = round_up(rows, TILE_ROWS) / TILE_ROWS * (columns / TILE_COLUMNS);
+                            index_t tile, REAL *total, index_t pitch, ahead_t ahead) {
+    index_t tiles = round_up(rows, TILE_ROWS) / TILE_ROWS * (round_up(columns, TILE_COLUMNS) / TILE_COLUMNS);
     index_t pace = ahead.length * sizeof(REAL) / (tiles * depth) + 1;
     const char *from = (const char *)ahead.from;
     for (index_t column = 0; column < columns; column += TILE_COLUMNS, b += tile)
         for (index_t row = 0; row < rows; row += TILE_ROWS, from += pace * depth)
-            multiply_tile(depth, a + row * depth, b, step, total + row * columns + column, columns, from, pace,
-                          smallest(rows - row, TILE_ROWS));
+            multiply_tile(depth, a + row * depth, b, step, total + row * pitch + column, pitch, from, pace,
+                          smallest(rows - row, TILE_ROWS), columns - column);
 }
 
 /* ---- columns ----------------------------------------------------------------------------------------------------- */
@@ -171,10 +175,10 @@ static inline index_t block_step(const columns_t *task, index_t channels) {
     return (channels + blocks - 1) / blocks;
 }
 
-/* Pixels of all bands as tiles have them, where one has so many of so many. */
+/* Pixels of all bands as vectors have them, where one has so many of so many. */
 static inline index_t padded(index_t all, index_t most, index_t pixels) {
     index_t whole = all / most;
-    return whole * round_up(most * pixels, TILE_COLUMNS) + round_up((all - whole * most) * pixels, TILE_COLUMNS);
+    return whole * round_up(most * pixels, LANES) + round_up((all - whole * most) * pixels, LANES);
 }
 
 /* Bands of one height, of which as few pixels as can be are added to make whole tiles; the last may be lower. */
@@ -194,7 +198,7 @@ static inline void join_images(layout_t *layout, const columns_t *task, unsigned
     index_t most = layout->bands > 1 ? 1 : largest(smallest(task->band / area, task->images), 1);
     for (index_t lot = most; lot >= 1; lot--) {
         index_t cost = padded(task->images, lot, area), units = (task->images + lot - 1) / lot * task->groups;
-        if (threads > 0) cost = (units + threads - 1) / threads * round_up(lot * area, TILE_COLUMNS);
+        if (threads > 0) cost = (units + threads - 1) / threads * round_up(lot * area, LANES);
         if (cost > least || (cost == least && threads == 0)) continue;
         least = cost;
         layout->lot = lot;

@@ -207,7 +207,6 @@ static void visit_tap(const call_t *call, const band_t *band, index_t index, con
     }
     if (packed == NULL) return;
     for (index_t pixel = 0; pixel < band->all; pixel++) packed[pixel * TILE_ROWS] = column[pixel];
-    for (index_t pixel = band->all; pixel < round_up(band->all, TILE_COLUMNS); pixel++) packed[pixel * TILE_ROWS] = 0;
 }
 
 /* What one part of the images gives to all gradients of a block of channels. */
@@ -242,14 +241,14 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
         for (index_t number = band_first; number < band_last; number++) {
             index_t slice = (lot * layout->bands + number) * task->groups + group;
             band_t band = find_band(call, slice);
-            index_t pitch = round_up(band.all, TILE_COLUMNS);
+            index_t pitch = round_up(band.all, LANES);
             const REAL *along = layout->grads + slice * layout->band * outputs;
             const REAL *across = layout->grads_across + slice * layout->band * layout->tile_columns;
             ahead_t same = {across, layout->band * layout->tile_columns};
             ahead_t next = {along + task->groups * layout->band * outputs, layout->band * outputs};
             if (by_columns) {
                 memset(columns, 0, rows * pitch * sizeof(REAL));
-                multiply(used, pitch, outputs, transposed, along, TILE_COLUMNS, outputs * TILE_COLUMNS, columns,
+                multiply(used, pitch, outputs, transposed, along, TILE_COLUMNS, outputs * TILE_COLUMNS, columns, pitch,
                          task->grad_weight == NULL ? next : same);
             }
             for (index_t row = 0; row < used; row++)
@@ -258,10 +257,10 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
                           by_shift == NULL ? NULL : by_shift + shifts * row, column, adjoint,
                           task->grad_weight == NULL
                               ? NULL
-                              : packed + row / TILE_ROWS * TILE_ROWS * pitch + row % TILE_ROWS);
+                              : packed + row / TILE_ROWS * TILE_ROWS * band.all + row % TILE_ROWS);
             if (task->grad_weight != NULL)
-                multiply(used, layout->tile_columns, pitch, packed, across, TILE_COLUMNS,
-                         layout->band * TILE_COLUMNS, by_weight, by_columns ? next : same);
+                multiply(used, outputs, band.all, packed, across, TILE_COLUMNS, layout->band * TILE_COLUMNS, by_weight,
+                         layout->tile_columns, by_columns ? next : same);
         }
         for (index_t at = 0; at < images * channels && task->grad_input != NULL; at++) {
             index_t image = at / channels, channel = at % channels;

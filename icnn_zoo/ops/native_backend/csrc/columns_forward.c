@@ -63,7 +63,7 @@ static void forward_work(const void *data, index_t unit, REAL *scratch) {
     const columns_t *task = call->task;
     const layout_t *layout = &call->layout;
     band_t band = find_band(call, unit);
-    index_t columns = round_up(band.all, TILE_COLUMNS), pitch = column_pitch(band.all);
+    index_t columns = round_up(band.all, LANES), pitch = column_pitch(band.all);
     REAL *total = scratch, *made = total + layout->tile_rows * columns, *plane = made + layout->step * task->taps * pitch;
     REAL *lines = plane + frame_length(&layout->frame);
     memset(total, 0, layout->tile_rows * columns * sizeof(REAL));
@@ -94,7 +94,7 @@ static void forward_work(const void *data, index_t unit, REAL *scratch) {
         const REAL *weight = weights + start * task->taps * layout->tile_rows;
         index_t length = depth * layout->tile_rows;
         ahead_t ahead = {stop < layout->group_channels ? weight + length : weights, length};
-        multiply(layout->group_outputs, columns, depth, weight, made, pitch, TILE_COLUMNS, total, ahead);
+        multiply(layout->group_outputs, columns, depth, weight, made, pitch, TILE_COLUMNS, total, columns, ahead);
     }
     for (index_t at = 0; at < band.images * layout->group_outputs; at++) {
         index_t image = at / layout->group_outputs, output = at % layout->group_outputs;
