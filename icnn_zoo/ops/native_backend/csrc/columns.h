@@ -14,20 +14,27 @@ typedef struct {
     index_t length;
 } ahead_t;
 
-/* total += sum over depth of a[d, row] * b[d, column] for the first rows of a tile, and for one or both of its vectors; a
- * is [depth, TILE_ROWS], the rows of b are `step` apart. With every d `pace` bytes are fetched from `ahead`. */
-static inline __attribute__((always_inline)) void multiply_rows(index_t depth, const REAL *a, const REAL *b, index_t step,
+/* The left factor of a product, of which d is the row and the row that of the product: at[row * across + d * along]. In
+ * tiles it is [rows / TILE_ROWS, depth, TILE_ROWS], and across and along are of one of them. */
+typedef struct {
+    const REAL *at;
+    index_t across, along;
+} left_t;
+
+/* total += sum over depth of a[d, row] * b[d, column] for the first rows of a tile, and for one or both of its vectors;
+ * the rows of b are `step` apart. With every d `pace` bytes are fetched from `ahead`. */
+static inline __attribute__((always_inline)) void multiply_rows(index_t depth, left_t a, const REAL *b, index_t step,
                                                                 REAL *total, index_t pitch, const char *ahead,
                                                                 index_t pace, const int rows, const int vectors) {
     vector sum[TILE_ROWS][2];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++) sum[row][0] = sum[row][1] = all(0);
-    for (index_t d = 0; d < depth; d++, a += TILE_ROWS, b += step, ahead += pace) {
+    for (index_t d = 0; d < depth; d++, a.at += a.along, b += step, ahead += pace) {
         vector left = load(b), right = vectors > 1 ? load(b + LANES) : left;
         __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 12
         for (int row = 0; row < rows; row++) {
-            vector scale = all(a[row]);
+            vector scale = all(a.at[row * a.across]);
             sum[row][0] += scale * left;
             if (vectors > 1) sum[row][1] += scale * right;
         }
@@ -39,8 +46,9 @@ static inline __attribute__((always_inline)) void multiply_rows(index_t depth, c
     }
 }
 
-static void multiply_tile(index_t depth, const REAL *a, const REAL *b, index_t step, REAL *total, index_t pitch,
-                          const char *ahead, index_t pace, index_t rows, index_t columns) {
+static inline __attribute__((always_inline)) void multiply_tile(index_t depth, left_t a, const REAL *b, index_t step,
+                                                                REAL *total, index_t pitch, const char *ahead,
+                                                                index_t pace, index_t rows, index_t columns) {
 #define ROWS(N, VECTORS) multiply_rows(depth, a, b, step, total, pitch, ahead, pace, N, VECTORS)
     if (columns <= LANES) {
         if (3 * rows <= TILE_ROWS) ROWS(TILE_ROWS / 3, 1);
@@ -54,17 +62,34 @@ static void multiply_tile(index_t depth, const REAL *a, const REAL *b, index_t s
 #undef ROWS
 }
 
-/* All tiles: a is [rows / TILE_ROWS, depth, TILE_ROWS], and a tile of b is `tile` after the one before. Of the last tile
- * of a no more than the rows that are wanted need be right, of the last one of b no more than the columns. */
-static inline void multiply(index_t rows, index_t columns, index_t depth, const REAL *a, const REAL *b, index_t step,
-                            index_t tile, REAL *total, index_t pitch, ahead_t ahead) {
+static void multiply_packed(index_t depth, const REAL *a, const REAL *b, index_t step, REAL *total, index_t pitch,
+                            const char *ahead, index_t pace, index_t rows, index_t columns) {
+    multiply_tile(depth, (left_t){a, 1, TILE_ROWS}, b, step, total, pitch, ahead, pace, rows, columns);
+}
+
+static void multiply_flat(index_t depth, const REAL *a, index_t across, const REAL *b, index_t step, REAL *total,
+                          index_t pitch, const char *ahead, index_t pace, index_t rows, index_t columns) {
+    multiply_tile(depth, (left_t){a, across, 1}, b, step, total, pitch, ahead, pace, rows, columns);
+}
+
+/* All tiles: a is [rows / TILE_ROWS, depth, TILE_ROWS], or [rows, across] where that is not 0, and a tile of b is `tile`
+ * after the one before. Of the last tile of a no more than the rows that are wanted need be right, of the last one of b no
+ * more than the columns. */
+static inline void multiply(index_t rows, index_t columns, index_t depth, const REAL *a, index_t across, const REAL *b,
+                            index_t step, index_t tile, REAL *total, index_t pitch, ahead_t ahead) {
     index_t tiles = round_up(rows, TILE_ROWS) / TILE_ROWS * (round_up(columns, TILE_COLUMNS) / TILE_COLUMNS);
     index_t pace = ahead.length * sizeof(REAL) / (tiles * depth) + 1;
     const char *from = (const char *)ahead.from;
     for (index_t column = 0; column < columns; column += TILE_COLUMNS, b += tile)
-        for (index_t row = 0; row < rows; row += TILE_ROWS, from += pace * depth)
-            multiply_tile(depth, a + row * depth, b, step, total + row * pitch + column, pitch, from, pace,
-                          smallest(rows - row, TILE_ROWS), columns - column);
+        for (index_t row = 0; row < rows; row += TILE_ROWS, from += pace * depth) {
+            REAL *to = total + row * pitch + column;
+            index_t used = smallest(rows - row, TILE_ROWS);
+            if (across == 0) {
+                multiply_packed(depth, a + row * depth, b, step, to, pitch, from, pace, used, columns - column);
+            } else {
+                multiply_flat(depth, a + row * across, across, b, step, to, pitch, from, pace, used, columns - column);
+            }
+        }
 }
 
 /* ---- columns ----------------------------------------------------------------------------------------------------- */
@@ -320,6 +345,12 @@ static inline void make_taps(const call_t *call, index_t channel) {
     const columns_t *task = call->task;
     for (index_t index = channel * task->taps; index < (channel + 1) * task->taps; index++)
         call->layout.taps[index] = make_tap(&call->layout.frame, &task->sizes, task->positions + 2 * index);
+}
+
+/* From a column to the next: room for what spills over, and an odd number of vectors, as lines of the cache that are a
+ * power of two apart displace each other. */
+static inline index_t column_pitch(index_t pixels) {
+    return ((round_up(pixels, LANES) / LANES + 1) | 1) * LANES;
 }
 
 /* Rows [first, last) of one channel's plane as a tap sees it, without gaps; may write LANES elements past the end. */

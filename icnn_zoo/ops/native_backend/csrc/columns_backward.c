@@ -178,11 +178,11 @@ static inline index_t adjoint_length(const call_t *call) {
     return (call->layout.band_rows + 2) * padded_pitch(call->task->sizes.out_width);
 }
 
-/* What a tap's columns give to all gradients, in a band; packs them for the product with the output's gradient.
+/* What a tap's columns give to all gradients, in a band; makes its column where it is wanted.
  *
- * grads, totals, by_tap: NULL where they are not wanted. */
+ * grads, totals, by_tap, column: NULL where they are not wanted. */
 static void visit_tap(const call_t *call, const band_t *band, index_t index, const REAL *grads, REAL *totals, double *by_tap,
-                      REAL *column, REAL *adjoint, REAL *packed) {
+                      REAL *adjoint, REAL *column) {
     const columns_t *task = call->task;
     const layout_t *layout = &call->layout;
     index_t channel = index / task->taps, length = frame_length(&layout->frame);
@@ -191,22 +191,20 @@ static void visit_tap(const call_t *call, const band_t *band, index_t index, con
         const REAL *plane = layout->frames + ((band->image + image) * task->channels + channel) * length;
         const REAL *grad = grads == NULL ? NULL : grads + image * band->pixels;
         REAL *total = totals == NULL ? NULL : totals + image * layout->step * length;
-        if (task->reads_row > 0 && (by_tap != NULL || packed != NULL))
+        if (task->reads_row > 0 && (by_tap != NULL || column != NULL))
             filter_lines(call, plane, index, band->first, band->last, lines);
         if (grads != NULL && task->reads_row > 0) {
             scatter_lines(call, plane, index, band->first, band->last, grad, lines, total, adjoint, by_tap);
         } else if (grads != NULL) {
             scatter_column(call, plane, index, band->first, band->last, grad, total, adjoint, by_tap);
         }
-        if (packed == NULL) continue;
+        if (column == NULL) continue;
         if (task->reads_row > 0) {
             join_lines(call, index, band->last - band->first, lines, column + image * band->pixels);
         } else {
             make_column(call, plane, index, band->first, band->last, column + image * band->pixels);
         }
     }
-    if (packed == NULL) return;
-    for (index_t pixel = 0; pixel < band->all; pixel++) packed[pixel * TILE_ROWS] = column[pixel];
 }
 
 /* What one part of the images gives to all gradients of a block of channels. */
@@ -227,40 +225,38 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
     index_t band_first = cut * layout->bands / layout->cuts, band_last = (cut + 1) * layout->bands / layout->cuts;
     const REAL *transposed = layout->packed + block * layout->rows * outputs;
     int by_columns = task->grad_input != NULL || task->grad_shift != NULL;
-    REAL *columns = scratch, *packed = columns + rows * layout->band, *adjoint = packed + rows * layout->band;
-    REAL *column = adjoint + adjoint_length(call), *totals = column + layout->band + LANES;
+    REAL *columns = scratch, *made = columns + rows * layout->band, *adjoint = made + rows * column_pitch(layout->band);
+    REAL *totals = adjoint + adjoint_length(call);
     REAL *by_weight = layout->by_weight + unit * layout->rows * layout->tile_columns;
     double *by_shift =
         task->grad_shift == NULL ? NULL : layout->by_shift + (part * task->channels + channel_first) * taps * shifts;
     if (by_shift != NULL) memset(by_shift, 0, used * shifts * sizeof(double));
     if (task->grad_weight != NULL) memset(by_weight, 0, rows * layout->tile_columns * sizeof(REAL));
-    memset(packed, 0, rows * layout->band * sizeof(REAL));
+    memset(made, 0, rows * column_pitch(layout->band) * sizeof(REAL));
     for (index_t lot = lot_first; lot < lot_last; lot++) {
         index_t images = smallest(layout->lot, task->images - lot * layout->lot);
         memset(totals, 0, images * layout->step * length * sizeof(REAL));
         for (index_t number = band_first; number < band_last; number++) {
             index_t slice = (lot * layout->bands + number) * task->groups + group;
             band_t band = find_band(call, slice);
-            index_t pitch = round_up(band.all, LANES);
+            index_t pitch = round_up(band.all, LANES), across_made = column_pitch(band.all);
             const REAL *along = layout->grads + slice * layout->band * outputs;
             const REAL *across = layout->grads_across + slice * layout->band * layout->tile_columns;
             ahead_t same = {across, layout->band * layout->tile_columns};
             ahead_t next = {along + task->groups * layout->band * outputs, layout->band * outputs};
             if (by_columns) {
                 memset(columns, 0, rows * pitch * sizeof(REAL));
-                multiply(used, pitch, outputs, transposed, along, TILE_COLUMNS, outputs * TILE_COLUMNS, columns, pitch,
+                multiply(used, pitch, outputs, transposed, 0, along, TILE_COLUMNS, outputs * TILE_COLUMNS, columns, pitch,
                          task->grad_weight == NULL ? next : same);
             }
             for (index_t row = 0; row < used; row++)
                 visit_tap(call, &band, channel_first * taps + row, by_columns ? columns + row * pitch : NULL,
                           task->grad_input == NULL ? NULL : totals + row / taps * length,
-                          by_shift == NULL ? NULL : by_shift + shifts * row, column, adjoint,
-                          task->grad_weight == NULL
-                              ? NULL
-                              : packed + row / TILE_ROWS * TILE_ROWS * band.all + row % TILE_ROWS);
+                          by_shift == NULL ? NULL : by_shift + shifts * row, adjoint,
+                          task->grad_weight == NULL ? NULL : made + row * across_made);
             if (task->grad_weight != NULL)
-                multiply(used, outputs, band.all, packed, across, TILE_COLUMNS, layout->band * TILE_COLUMNS, by_weight,
-                         layout->tile_columns, by_columns ? next : same);
+                multiply(used, outputs, band.all, made, across_made, across, TILE_COLUMNS, layout->band * TILE_COLUMNS,
+                         by_weight, layout->tile_columns, by_columns ? next : same);
         }
         for (index_t at = 0; at < images * channels && task->grad_input != NULL; at++) {
             index_t image = at / channels, channel = at % channels;
@@ -349,7 +345,7 @@ int columns_backward(parallel_t parallel, unsigned threads, const columns_t *tas
     threads = worthwhile(&call, threads);
     starts_t starts = count_starts(&call);
     ends_t ends = count_ends(&call);
-    index_t length = 2 * layout->rows * layout->band + layout->band + LANES + adjoint_length(&call) +
+    index_t length = layout->rows * (layout->band + column_pitch(layout->band)) + adjoint_length(&call) +
                      layout->lot * layout->step * frame_length(&layout->frame);
     return run_parallel(parallel, threads, &call, starts.planes + starts.transposed + starts.along + starts.across, 1,
                         backward_start_work) ||

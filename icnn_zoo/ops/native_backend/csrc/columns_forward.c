@@ -52,12 +52,6 @@ static ahead_t fill_band(const call_t *call, const REAL *plane, index_t channel,
                      largest(row_last - row_first, 0) * task->sizes.width};
 }
 
-/* From a column to the next: room for what spills over, and an odd number of vectors, as lines of the cache that are a
- * power of two apart displace each other. */
-static inline index_t column_pitch(index_t pixels) {
-    return ((round_up(pixels, LANES) / LANES + 1) | 1) * LANES;
-}
-
 static void forward_work(const void *data, index_t unit, REAL *scratch) {
     const call_t *call = data;
     const columns_t *task = call->task;
@@ -94,7 +88,7 @@ static void forward_work(const void *data, index_t unit, REAL *scratch) {
         const REAL *weight = weights + start * task->taps * layout->tile_rows;
         index_t length = depth * layout->tile_rows;
         ahead_t ahead = {stop < layout->group_channels ? weight + length : weights, length};
-        multiply(layout->group_outputs, columns, depth, weight, made, pitch, TILE_COLUMNS, total, columns, ahead);
+        multiply(layout->group_outputs, columns, depth, weight, 0, made, pitch, TILE_COLUMNS, total, columns, ahead);
     }
     for (index_t at = 0; at < band.images * layout->group_outputs; at++) {
         index_t image = at / layout->group_outputs, output = at % layout->group_outputs;
