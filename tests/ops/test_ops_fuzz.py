@@ -1,5 +1,7 @@
 """Random calls of every backend, odd ones included, against the reference and conv2d."""
 
+import random
+
 import fuzzing
 import pytest
 import torch
@@ -16,6 +18,11 @@ def test_every_backend_gives_the_references_numbers_or_its_error(first: int, cap
 def test_a_few_random_calls_agree(capsys: pytest.CaptureFixture) -> None:
     fuzzing.main(40)
     assert "40 calls agree" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", [127, 179, 1046])
+def test_calls_that_once_differed_agree(seed: int) -> None:
+    assert fuzzing.check(fuzzing.make_call(random.Random(seed))) == "irregular"
 
 
 def test_a_wrong_number_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

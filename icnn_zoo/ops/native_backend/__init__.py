@@ -29,6 +29,7 @@ from icnn_zoo.ops.native_backend.drawn import draw_cells, plain
 from icnn_zoo.ops.native_backend.wide import Windows
 from icnn_zoo.ops.tap_reading import INTERPOLATIONS
 from icnn_zoo.ops.torch_backend import TorchBackend
+from icnn_zoo.ops.torch_backend.dense import spread_unknown
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,14 @@ class NativeBackend:
         cells, places, carry_back = draw_cells(weight, positions, geometry)
         learns = needs[1] or needs[2]
         found = self.backward(grad_output, input, cells, places, plain(geometry), (needs[0], learns, False))
+        by_input = None if found[0] is None else spread_unknown(found[0], positions, geometry)
         if found[1] is None:
-            return found
+            return by_input, None, None
         by_weight, by_taps = carry_back(found[1])
         if positions.dim() == 3:  # the outputs of a channel share its shape
             by_taps = by_taps.unflatten(0, (positions.shape[0], -1)).sum((1, 2))
         by_taps = by_taps.to(positions.dtype) + positions * 0  # a position that is no number may read nothing
-        return found[0], by_weight.to(weight.dtype) if needs[1] else None, by_taps if needs[2] else None
+        return by_input, by_weight.to(weight.dtype) if needs[1] else None, by_taps if needs[2] else None
 
     def _forward(self, call: _Call, input: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         bias = None if bias is None else bias.to(call.dtype).contiguous()

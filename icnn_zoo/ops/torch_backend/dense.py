@@ -222,7 +222,7 @@ def backward(
                 by_output = by_positions.unflatten(0, (part.groups, -1))  # [g, n, C / G, T, ...]
                 grad_positions[part.channels] += by_output.sum(1).flatten(0, 1)
     if grad_input is not None:
-        grad_input = _spread_unknown(grad_input, positions, geometry).contiguous(memory_format=memory_format(input))
+        grad_input = spread_unknown(grad_input, positions, geometry).contiguous(memory_format=memory_format(input))
     return (
         grad_input,
         grad_weight if needs[1] else None,
@@ -230,7 +230,7 @@ def backward(
     )
 
 
-def _spread_unknown(grad_input: Tensor, positions: Tensor, geometry: Geometry) -> Tensor:
+def spread_unknown(grad_input: Tensor, positions: Tensor, geometry: Geometry) -> Tensor:
     """Makes the gradient of every pixel that a tap at no number reads no number, also those between strides."""
     unknown = (positions * 0).sum((-2, -1))  # [C], or [N, C / G] in the full version
     if unknown.dim() == 2:
