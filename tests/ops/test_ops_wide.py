@@ -31,6 +31,35 @@ def test_output_and_gradients_equal_the_reference(kind, layout, stride, extent, 
 
 
 @pytest.mark.parametrize("stride", [1, 2])
+def test_windows_of_more_pixels_than_a_processor_has_registers(stride):
+    tensors = list(arguments("gaussian", "channel"))
+    tensors[3] = (tensors[3].detach() + 1.8).requires_grad_()  # 20 rows and columns and more
+    expected = run(tensors, "gaussian", "channel", stride, None, "reference")
+    grads = torch.autograd.grad(expected.square().sum(), tensors)
+    output = run(tensors, "gaussian", "channel", stride, None, "auto")
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(torch.autograd.grad(output.square().sum(), tensors), grads)
+
+
+def test_a_tap_at_no_number_leaves_other_channels_gradients_alone():
+    torch.manual_seed(0)
+    grid = torch.cartesian_prod(torch.arange(-1.0, 2), torch.arange(-1.0, 2))
+    for width in range(5, 40):
+        positions = grid + torch.rand(3, 9, 2) * 4 - 2
+        tensors = torch.randn(1, 3, 9, width), torch.randn(4, 3, 3, 3), torch.randn(1, 4, 9, width)
+
+        def gradients(positions: Tensor, tensors: tuple[Tensor, ...] = tensors) -> list[Tensor]:
+            asked = [tensor.clone().requires_grad_() for tensor in (*tensors[:2], positions)]
+            output = icnn_zoo.irregular_conv2d(*asked, padding=1, interpolation="gaussian", spread=0.7)
+            by_input, by_weight, by_positions = torch.autograd.grad(output, asked, tensors[2])
+            return [by_input[:, 1:], by_weight[:, 1:], by_positions[1:]]
+
+        expected = gradients(positions)
+        positions[0, width % 9, width % 2] = math.nan
+        torch.testing.assert_close(gradients(positions), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_the_gradients_that_are_asked_for_are_needed(layout, stride):
     tensors = arguments("gaussian", layout)

@@ -40,8 +40,6 @@ class Limits:
     """Rows of columns that a product takes at once: a tile's worth of both factors stays in the nearest cache."""
     band: int = 384
     """Output pixels of a band, about: with ``depth`` rows of columns it stays in the second cache."""
-    tall: int = 7
-    """Rows of a window from which on a band has four times the pixels, and a product half the depth."""
     few: int = 24
     """Outputs of a group up to which its columns are made anew for every eight of them, and never stored."""
     draw: bool = True
@@ -332,10 +330,7 @@ class _Call:
         if self.is_stencil:
             self.task.per_kernel = positions.dim() == 4
         else:
-            # A band of windows of many rows reads as many again beside its own.
-            tall = self.windows is not None and self.windows.reads[0] >= limits.tall
-            self.task.depth = limits.depth // 2 if tall else limits.depth
-            self.task.band = limits.band * 4 if tall else limits.band
+            self.task.depth, self.task.band = limits.depth, limits.band
 
     def run(self, direction: str, **tensors: Tensor | None) -> None:
         """Calls C with the tensors of one direction; those that are None are not wanted.

@@ -251,14 +251,16 @@ static inline void cut_parts(layout_t *layout, const columns_t *task) {
     layout->parts = layout->cuts > 1 ? layout->cuts * task->images : smallest(wanted, layout->lots / layout->bands);
 }
 
-/* Zeros beside a plane for every window: rows are asked whether they are in the plane. */
+/* Zeros beside a plane for every window, rows of whole vectors: they are asked whether they are in the plane. */
 static inline frame_t wide_frame(const columns_t *task) {
     index_t left = 0, right = 0, span = (task->sizes.out_width - 1) * task->sizes.stride_col;
     for (index_t index = 0; index < task->channels * task->taps; index++) {
         left = largest(left, -task->first_col[index]);
         right = largest(right, task->first_col[index] + span + task->reads_col - task->sizes.width);
     }
-    return make_frame(task->sizes.height, task->sizes.width, 0, 0, left, right, task->sizes.stride_col);
+    frame_t frame = make_frame(task->sizes.height, task->sizes.width, 0, 0, left, right, task->sizes.stride_col);
+    frame.pitch = round_up(frame.pitch, LANES);
+    return frame;
 }
 
 /* Numbers of a tap's gradient: of its two shifts, or of the weights of its window's rows and columns. */
@@ -353,25 +355,47 @@ static inline index_t column_pitch(index_t pixels) {
     return ((round_up(pixels, LANES) / LANES + 1) | 1) * LANES;
 }
 
+/* The weighted mean of what two neighbours read. */
+static inline vector blend(const REAL *left, const REAL *right, vector near, vector far) {
+    return near * load(left) + far * load(right);
+}
+
+static inline void fill(REAL *to, vector value, index_t length) {
+    for (index_t at = 0; at < length; at += LANES) store(to + at, value);
+}
+
 /* Rows [first, last) of one channel's plane as a tap sees it, without gaps; may write LANES elements past the end. */
 static inline void make_column(const call_t *call, const REAL *plane, index_t index, index_t first, index_t last, REAL *out) {
     const columns_t *task = call->task;
     const tap_t *tap = &call->layout.taps[index];
-    index_t width = task->sizes.out_width;
-    REAL down = tap->down, right = tap->right;
-    vector w00 = all((1 - down) * (1 - right)), w01 = all((1 - down) * right);
-    vector w10 = all(down * (1 - right)), w11 = all(down * right);
-    vector outside = all((down + right) * 0); /* NaN where a position is */
-    for (index_t row = first; row < last; row++, out += width) {
-        int live = row >= tap->row_first && row < tap->row_last;
-        index_t col_first = live ? tap->col_first : width, col_last = live ? tap->col_last : width;
-        /* Whole vectors in ascending order: what spills over is written again. */
-        for (index_t col = 0; col < col_first; col += LANES) store(out + col, outside);
-        const REAL *top_left = plane + tap->top_left + row * tap->row_step;
-        const REAL *top_right = plane + tap->top_right + row * tap->row_step;
-        for (index_t col = col_first; col < col_last; col += LANES, top_left += LANES, top_right += LANES)
-            store(out + col, w00 * load(top_left) + w01 * load(top_right) + w10 * load(top_left + tap->below) +
-                                 w11 * load(top_right + tap->below));
-        for (index_t col = col_last; col < width; col += LANES) store(out + col, outside);
+    index_t width = task->sizes.out_width, live = tap->col_last - tap->col_first;
+    index_t row_first = smallest(largest(first, tap->row_first), last);
+    index_t row_last = largest(smallest(last, tap->row_last), row_first), rows = row_last - row_first;
+    int next = tap->row_step == tap->below; /* a row's lower neighbours are the next one's upper */
+    vector down = all(tap->down), up = all(1 - tap->down), right = all(tap->right), left = all(1 - tap->right);
+    REAL unknown = (tap->down + tap->right) * 0; /* NaN where a position is, else 0 */
+    REAL *start = out + (row_first - first) * width;
+    fill(out, all(unknown), (live < width ? last - first : row_first - first) * width);
+    /* Vector by vector, each down all rows. The last one ends where the row does, unless there is not even one. */
+    for (index_t at = 0; at < live && rows > 0; at += LANES) {
+        index_t col = smallest(at, largest(live - LANES, 0));
+        const REAL *top_left = plane + tap->top_left + row_first * tap->row_step + col;
+        const REAL *top_right = top_left + (tap->top_right - tap->top_left);
+        REAL *to = start + tap->col_first + col;
+        vector above = blend(top_left, top_right, left, right);
+        for (index_t row = 0; row < rows; row++, to += width) {
+            if (!next) above = blend(top_left, top_right, left, right);
+            vector below = blend(top_left + tap->below, top_right + tap->below, left, right);
+            vector value = up * above + down * below;
+            if (live < LANES && live < width) {
+                store_part(to, value, live);
+            } else {
+                store(to, value); /* what it spills over is written again */
+            }
+            above = below;
+            top_left += tap->row_step;
+            top_right += tap->row_step;
+        }
     }
+    fill(start + rows * width, all(unknown), (last - row_last) * width);
 }

@@ -98,66 +98,81 @@ static void backward_start_work(const void *data, index_t unit, REAL *scratch) {
     }
 }
 
-/* Rows of a column with zeros around: a vector before each, one row above and below. */
+/* Rows of a column with a vector of zeros before and after each. */
 static inline index_t padded_pitch(index_t width) { return LANES + round_up(width + 1, LANES); }
+
+/* Adds what a column gives to a plane's gradient: `rows` rows of live values, padded, from output row `first` on. */
+static inline void spread_column(const call_t *call, const tap_t *tap, index_t first, index_t rows, const REAL *padded,
+                                 REAL *total) {
+    const sizes_t *sizes = &call->task->sizes;
+    index_t count = tap->col_last - tap->col_first, pitch = padded_pitch(count);
+    vector down = all(tap->down), up = all(1 - tap->down), right = all(tap->right), left = all(1 - tap->right);
+    REAL *to = total + tap->top_left + first * tap->row_step, *other = to + (tap->top_right - tap->top_left);
+    if (sizes->stride_row == 1 && sizes->stride_col == 1) {
+        /* The four neighbours are next to each other: what a pixel gets is added at once, the last row to that below it. */
+        for (index_t col = 0; col <= count; col += LANES) {
+            const REAL *here = padded + LANES + col;
+            REAL *pixel = to + col;
+            vector above = all(0);
+            for (index_t row = 0; row < rows; row++, here += pitch, pixel += tap->below) {
+                vector values = blend(here, here - 1, left, right);
+                store(pixel, load(pixel) + up * values + down * above);
+                above = values;
+            }
+            store(pixel, load(pixel) + down * above);
+        }
+        return;
+    }
+    /* Left and right one after the other: they may overlap. With zeros after the values, whole vectors do no harm to what
+     * follows in the frame. */
+    for (index_t row = 0; row < rows; row++, to += tap->row_step, other += tap->row_step) {
+        const REAL *values = padded + row * pitch + LANES;
+        for (index_t col = 0; col < count; col += LANES) {
+            vector value = left * load(values + col);
+            store(to + col, load(to + col) + up * value);
+            store(to + tap->below + col, load(to + tap->below + col) + down * value);
+        }
+        for (index_t col = 0; col < count; col += LANES) {
+            vector value = right * load(values + col);
+            store(other + col, load(other + col) + up * value);
+            store(other + tap->below + col, load(other + tap->below + col) + down * value);
+        }
+    }
+}
 
 /* The adjoint of make_column for rows [first, last): adds to the plane's gradient and to that of the shift. */
 static void scatter_column(const call_t *call, const REAL *plane, index_t index, index_t first, index_t last,
                            const REAL *column, REAL *total, REAL *padded, double *by_shift) {
-    const columns_t *task = call->task;
     const tap_t *tap = &call->layout.taps[index];
-    index_t width = task->sizes.out_width, count = tap->col_last - tap->col_first, pitch = padded_pitch(count);
+    index_t width = call->task->sizes.out_width, count = tap->col_last - tap->col_first, pitch = padded_pitch(count);
     index_t row_first = largest(first, tap->row_first), rows = smallest(last, tap->row_last) - row_first;
-    REAL down = tap->down, right = tap->right;
-    vector w00 = all((1 - down) * (1 - right)), w01 = all((1 - down) * right);
-    vector w10 = all(down * (1 - right)), w11 = all(down * right);
-    vector sum_down = all(0), sum_right = all(0);
     if (rows <= 0) return;
-    memset(padded, 0, (rows + 2) * pitch * sizeof(REAL));
-    for (index_t row = 0; row < rows; row++)
-        copy_row(padded + (row + 1) * pitch + LANES, column + (row_first + row - first) * width + tap->col_first, count);
-    int joined = task->sizes.stride_row == 1 && task->sizes.stride_col == 1;
-    /* With stride 1 the four neighbours of all rows are next to each other: what a pixel gets is added at once. */
-    for (index_t row = 0; row <= rows && joined && total != NULL; row++) {
-        REAL *to = total + tap->top_left + (row_first + row) * tap->row_step;
-        const REAL *above = padded + row * pitch + LANES, *here = above + pitch;
-        for (index_t col = 0; col <= count; col += LANES)
-            store(to + col, load(to + col) + w00 * load(here + col) + w01 * load(here + col - 1) +
-                                w10 * load(above + col) + w11 * load(above + col - 1));
+    for (index_t row = 0; row < rows; row++) {
+        REAL *values = padded + row * pitch + LANES;
+        store(values - LANES, all(0));
+        copy_row(values, column + (row_first + row - first) * width + tap->col_first, count);
+        store(values + count, all(0));
     }
-    for (index_t row = row_first; row < row_first + rows; row++) {
-        const REAL *values = padded + (row - row_first + 1) * pitch + LANES;
-        index_t left_at = tap->top_left + row * tap->row_step, right_at = tap->top_right + row * tap->row_step;
-        if (total != NULL && !joined) {
-            /* Left and right one after the other: they may overlap. With zeros after the values, whole vectors do no harm
-             * to what follows in the frame. */
-            REAL *left = total + left_at, *other = total + right_at;
-            for (index_t col = 0; col < count; col += LANES) {
-                vector value = load(values + col);
-                store(left + col, load(left + col) + w00 * value);
-                store(left + tap->below + col, load(left + tap->below + col) + w10 * value);
-            }
-            for (index_t col = 0; col < count; col += LANES) {
-                vector value = load(values + col);
-                store(other + col, load(other + col) + w01 * value);
-                store(other + tap->below + col, load(other + tap->below + col) + w11 * value);
-            }
-        }
-        if (by_shift != NULL) {
-            const REAL *left = plane + left_at, *other = plane + right_at;
-            for (index_t col = 0; col < count; col += LANES) {
-                vector v00 = load(left + col), v01 = load(other + col), value = load(values + col);
-                vector v10 = load(left + tap->below + col), v11 = load(other + tap->below + col);
-                vector left_step = v10 - v00, top_step = v01 - v00;
-                sum_down += value * (left_step + all(right) * (v11 - v01 - left_step));
-                sum_right += value * (top_step + all(down) * (v11 - v10 - top_step));
-            }
+    if (total != NULL) spread_column(call, tap, row_first, rows, padded, total);
+    if (by_shift == NULL) return;
+    vector down = all(tap->down), right = all(tap->right), sum_down = all(0), sum_right = all(0);
+    int next = tap->row_step == tap->below; /* a row's lower neighbours are the next one's upper */
+    for (index_t col = 0; col < count; col += LANES) {
+        const REAL *left = plane + tap->top_left + row_first * tap->row_step + col, *values = padded + LANES + col;
+        const REAL *other = left + (tap->top_right - tap->top_left);
+        vector v00 = load(left), v01 = load(other);
+        for (index_t row = 0; row < rows; row++, left += tap->row_step, other += tap->row_step, values += pitch) {
+            if (!next) v00 = load(left), v01 = load(other);
+            vector v10 = load(left + tap->below), v11 = load(other + tap->below), value = load(values);
+            vector left_step = v10 - v00, top_step = v01 - v00;
+            sum_down += value * (left_step + right * (v11 - v01 - left_step));
+            sum_right += value * (top_step + down * (v11 - v10 - top_step));
+            v00 = v10;
+            v01 = v11;
         }
     }
-    if (by_shift != NULL) {
-        by_shift[0] += sum_lanes(sum_down);
-        by_shift[1] += sum_lanes(sum_right);
-    }
+    by_shift[0] += sum_lanes(sum_down);
+    by_shift[1] += sum_lanes(sum_right);
 }
 
 /* No number where a tap of a channel is at none, else zero. */
@@ -175,7 +190,7 @@ static REAL find_unknown(const call_t *call, index_t channel) {
 /* Numbers that a tap's adjoint works in: rows of its column with zeros around, or lines of its window and the adjoint's. */
 static inline index_t adjoint_length(const call_t *call) {
     if (call->task->reads_row > 0) return lines_length(call) + spread_length(call);
-    return (call->layout.band_rows + 2) * padded_pitch(call->task->sizes.out_width);
+    return call->layout.band_rows * padded_pitch(call->task->sizes.out_width) + 2 * LANES;
 }
 
 /* What a tap's columns give to all gradients, in a band; makes its column where it is wanted.
@@ -192,7 +207,7 @@ static void visit_tap(const call_t *call, const band_t *band, index_t index, con
         const REAL *grad = grads == NULL ? NULL : grads + image * band->pixels;
         REAL *total = totals == NULL ? NULL : totals + image * layout->step * length;
         if (task->reads_row > 0 && (by_tap != NULL || column != NULL))
-            filter_lines(call, plane, index, band->first, band->last, lines);
+            join_rows(call, plane, index, band->first, band->last, lines);
         if (grads != NULL && task->reads_row > 0) {
             scatter_lines(call, plane, index, band->first, band->last, grad, lines, total, adjoint, by_tap);
         } else if (grads != NULL) {
@@ -200,7 +215,7 @@ static void visit_tap(const call_t *call, const band_t *band, index_t index, con
         }
         if (column == NULL) continue;
         if (task->reads_row > 0) {
-            join_lines(call, index, band->last - band->first, lines, column + image * band->pixels);
+            filter_lines(call, index, band->last - band->first, lines, column + image * band->pixels);
         } else {
             make_column(call, plane, index, band->first, band->last, column + image * band->pixels);
         }
@@ -233,6 +248,7 @@ static void backward_work(const void *data, index_t unit, REAL *scratch) {
     if (by_shift != NULL) memset(by_shift, 0, used * shifts * sizeof(double));
     if (task->grad_weight != NULL) memset(by_weight, 0, rows * layout->tile_columns * sizeof(REAL));
     memset(made, 0, rows * column_pitch(layout->band) * sizeof(REAL));
+    if (task->reads_row > 0) memset(adjoint, 0, adjoint_length(call) * sizeof(REAL));
     for (index_t lot = lot_first; lot < lot_last; lot++) {
         index_t images = smallest(layout->lot, task->images - lot * layout->lot);
         memset(totals, 0, images * layout->step * length * sizeof(REAL));

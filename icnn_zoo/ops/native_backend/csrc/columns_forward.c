@@ -61,6 +61,7 @@ static void forward_work(const void *data, index_t unit, REAL *scratch) {
     REAL *total = scratch, *made = total + layout->tile_rows * columns, *plane = made + layout->step * task->taps * pitch;
     REAL *lines = plane + frame_length(&layout->frame);
     memset(total, 0, layout->tile_rows * columns * sizeof(REAL));
+    if (task->reads_row > 0) memset(lines, 0, lines_length(call) * sizeof(REAL));
     for (index_t d = 0; d < layout->step * task->taps; d++)
         memset(made + d * pitch + band.all, 0, (pitch - band.all) * sizeof(REAL));
     for (index_t start = 0; start < layout->group_channels; start += layout->step) {
@@ -77,8 +78,8 @@ static void forward_work(const void *data, index_t unit, REAL *scratch) {
                 index_t part = tap * next.length / task->taps, end = (tap + 1) * next.length / task->taps;
                 for (; part < end; part += 64 / sizeof(REAL)) __builtin_prefetch(next.from + part);
                 if (task->reads_row > 0) {
-                    filter_lines(call, plane, index, band.first, band.last, lines);
-                    join_lines(call, index, band.last - band.first, lines, to);
+                    join_rows(call, plane, index, band.first, band.last, lines);
+                    filter_lines(call, index, band.last - band.first, lines, to);
                 } else {
                     make_column(call, plane, index, band.first, band.last, to);
                 }
