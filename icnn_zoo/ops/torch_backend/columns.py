@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import Geometry, memory_format
@@ -34,7 +33,7 @@ def _blocks(
     images = max(1, limits.slab_area // output[0, 0].numel())
     for image in range(0, output.shape[0], images):
         slab = slice(image, min(image + images, output.shape[0]))
-        columns = (slab.stop - slab.start) * maker.rows * maker.pitch * maker.taps
+        columns = (slab.stop - slab.start) * output[0, 0].numel() * maker.taps
         channels = max(1, elements // columns)
         step_groups = max(1, channels // group_channels)
         step_channels = min(channels, group_channels)
@@ -73,26 +72,36 @@ def forward(
     slab, total = slice(0, 0), output
     for block in _blocks(maker, geometry, output, group_channels, maker.block_elements, limits):
         if block.images != slab:
-            _write_slab(output, slab, total, maker)
+            _write_slab(output, slab, total)
             slab = block.images
-            length = (slab.stop - slab.start) * maker.rows * maker.pitch
-            total = start.expand(-1, -1, length).contiguous()
+            total = _start_slab(output, slab, start)
         columns = maker.columns(block)
         _add_product(
             total[block.groups],
             grouped[block.groups, :, block.channels].flatten(2),
             columns.unflatten(0, (block.groups.stop - block.groups.start, -1)),
         )
-    _write_slab(output, slab, total, maker)
+    _write_slab(output, slab, total)
     return output.contiguous(memory_format=memory_format(input))
 
 
-def _write_slab(output: Tensor, slab: slice, total: Tensor, maker: Columns) -> None:
-    """Copies the flat rows of a slab [G, N / G, L] to its images of the output."""
-    images = slab.stop - slab.start
-    if images > 0:
-        rows = total.unflatten(-1, (images, maker.rows, maker.pitch))[..., : output.shape[-1]]
-        output[slab].unflatten(1, total.shape[:2]).copy_(rows.movedim(2, 0))  # [S, G, N / G, Ho, Wo]
+def _start_slab(output: Tensor, slab: slice, start: Tensor) -> Tensor:
+    """Sums [G, N / G, L] of a slab, with what they start from [G, N / G, 1]; those of one image are its output."""
+    if _lies_in(output, slab, start.dtype):
+        return output[slab.start].flatten(1).unflatten(0, start.shape[:2]).copy_(start)
+    return start.expand(-1, -1, output[slab, 0].numel()).contiguous()
+
+
+def _write_slab(output: Tensor, slab: slice, total: Tensor) -> None:
+    """Copies the sums [G, N / G, L] of a slab to its images of the output, where they are not there already."""
+    if slab.stop > slab.start and not _lies_in(output, slab, total.dtype):
+        images = total.unflatten(-1, (-1, *output.shape[2:])).movedim(2, 0)  # [S, G, N / G, Ho, Wo]
+        output[slab].unflatten(1, total.shape[:2]).copy_(images)
+
+
+def _lies_in(output: Tensor, slab: slice, dtype: torch.dtype) -> bool:
+    """Whether the sums of a slab, in this dtype, are a piece of the output."""
+    return slab.stop - slab.start == 1 and output.dtype == dtype
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -143,14 +152,12 @@ def backward(
         if needs_positions
         else None
     )
-    height, width = geometry.output_size
     slab, grad_rows, grad_columns = slice(0, 0), grad_output, grad_output.new_empty(0)
     for block in _blocks(maker, geometry, grad_output, group_channels, maker.grad_block_elements, limits):
         if block.images != slab:
             slab = block.images
-            # Zeros in the gaps between rows and images, so that products over flat rows count each output once.
-            padded = F.pad(grad_output[slab], (0, maker.pitch - width, 0, maker.rows - height)).transpose(0, 1)
-            grad_rows = padded.reshape(geometry.groups, num_outputs // geometry.groups, -1)
+            images = grad_output[slab].transpose(0, 1)
+            grad_rows = images.reshape(geometry.groups, num_outputs // geometry.groups, -1)
         grad_block = grad_rows[block.groups]
         block_weight = grouped[block.groups, :, block.channels].flatten(2)
         if needs_input or needs_positions:
@@ -172,7 +179,7 @@ def backward(
             in_group = slice(block.channels.start * taps, block.channels.stop * taps)
             _add_product(
                 grad_weight[block.groups, :, in_group],
-                grad_block[:, :, : columns.shape[2]],
+                grad_block,
                 columns.transpose(1, 2),
             )
     return (

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 class Limits:
     """Sizes chosen for speed; what is computed depends on them by rounding only. Measured on two CPU cores, float32."""
 
-    block_elements: int = 2**20
-    """Elements of a block of columns: 4 MiB keep the product large; 2 Mi are as fast or slower."""
-    cached_elements: int = 2**17
-    """Elements of bilinear columns made at once on a CPU: a core's cache holds them and what they are made of."""
-    grad_elements: int = 2**19
+    block_elements: int = 2**22
+    """Elements of a block of columns: 16 MiB are a product of all channels of an image of 41x41."""
+    cached_elements: int = 2**20
+    """Elements of bilinear columns made at once on a CPU: more leave the caches, fewer cost more calls."""
+    grad_elements: int = 2**20
     """Elements of a block of bilinear columns in the backward on a CPU, where more passes go over it."""
     slab_area: int = 2048
     """Output pixels: images smaller than this together make one slab, so that products stay large on small maps."""

@@ -47,7 +47,7 @@ class WideColumns:
         self.input, self.geometry = input, geometry
         self.taps = taps.shape[-2]
         self.dtype = compute_dtype(input.dtype)
-        self.rows, self.pitch = geometry.output_size
+        self.rows, self.cols = geometry.output_size
         self.block_elements = self.grad_block_elements = limits.block_elements
         # The first row and column [C * T] of what output pixel (0, 0) reads; weights of rows [C * T, Rr] and columns.
         self.first, self.weighings = weigh_taps(taps, geometry, self.dtype)
@@ -69,7 +69,7 @@ class WideColumns:
         needs_input, needs_columns, needs_taps = needs
         span = self._span(block)
         kernels = self._kernels(span)
-        grad = grad_columns.unflatten(1, (-1, self.rows, self.pitch))  # [c * T, S, Ho, Wo]
+        grad = grad_columns.unflatten(1, (-1, self.rows, self.cols))  # [c * T, S, Ho, Wo]
         planes = self._spread_unknown(self._input_gradient(grad, kernels, span), span) if needs_input else None
         if not (needs_columns or needs_taps):
             return planes, None, None

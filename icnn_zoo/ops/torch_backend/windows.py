@@ -74,7 +74,7 @@ class Frame:
         )
         self.pitch = size[1] + max(left, right)  # the zeros right of a row are those left of the next
         # Pixels of a window's row: all of a frame's where these are few more, as what is one piece is copied fast.
-        self.line = self.pitch if window[1] <= self.pitch <= window[1] * 9 // 8 else window[1]
+        self.line = self.pitch if window[1] <= self.pitch <= window[1] * 5 // 4 else window[1]
         self.height = self.above + size[0] + below
         self.rows, self.cols = (self.above + first_row) * self.pitch, first_col
 
@@ -162,9 +162,7 @@ class _OneWindow(NamedTuple):
 
 
 class WindowColumns:
-    """Makes the columns of a block, flat rows of ``pitch`` elements of which the first Wo are used, and their adjoint.
-
-    With stride 1 a row keeps the one element more that its window has, so that blends run over whole planes.
+    """Makes the columns of a block, and their adjoint.
 
     Args:
         input: Images [B, C, H, W].
@@ -176,15 +174,12 @@ class WindowColumns:
     def __init__(self, input: Tensor, positions: Tensor, geometry: Geometry, limits: Limits) -> None:
         self.input, self.geometry, self.taps = input, geometry, positions.shape[-2]
         self.dtype = compute_dtype(input.dtype)
-        height, width = geometry.output_size
+        self.rows, self.cols = height, width = geometry.output_size
         self.shares_window = geometry.stride == (1, 1)
-        self.rows = height
         on_cpu = input.device.type == "cpu"
         self.block_elements = limits.block_elements
         self.grad_block_elements = limits.grad_elements if on_cpu else limits.block_elements
         self.cached_elements = limits.cached_elements if on_cpu else limits.block_elements
-        # What is beside a row is multiplied with zeros, which needs numbers there.
-        self.clears = not on_cpu or not bool(input.sum(dtype=self.dtype).isfinite())
         self.channel = torch.arange(input.shape[1], device=input.device).repeat_interleave(self.taps)
         self.by_row, self.by_col = _reads(positions, geometry, self.dtype)
         high, wide = (-(-extent // step) for extent, step in zip(geometry.input_size, geometry.stride, strict=True))
@@ -195,7 +190,7 @@ class WindowColumns:
         else:
             firsts, window = (self.by_row.first, self.by_col.first), (height, width)
         self.frame = Frame(self.phases, window, firsts)
-        self.pitch = self.frame.line
+        self.line = self.frame.line
         self._one_windows: dict[tuple[int, ...], _OneWindow] = {}
         self._planes: dict[tuple[str, int, int], FramedPlanes] = {}
         self._tensors: dict[tuple[str, tuple[int, ...]], Tensor] = {}
@@ -222,12 +217,10 @@ class WindowColumns:
         """The block's columns [c * T, L], good until those of the next block."""
         images, first = block.images.stop - block.images.start, block.planes.start
         span = self._span(block.planes, first)
-        columns = self._tensor("columns", (span.stop, images, self.rows * self.pitch))
+        columns = self._tensor("columns", (span.stop, images, self.rows, self.cols))
         write = self._blend_one_window if self.shares_window else self._blend_four
         for planes in self._parts(block):
             write(block.images, planes, columns[self._span(planes, first)])
-        if self.clears:
-            columns.unflatten(2, (self.rows, self.pitch))[..., self.geometry.output_size[1] :] = 0
         return columns.flatten(1)
 
     def gradients(
@@ -251,7 +244,7 @@ class WindowColumns:
     def _parts(self, block: Block) -> Iterator[slice]:
         """The block's planes, as many at a time as let a core's cache hold their windows until they are blended."""
         images = block.images.stop - block.images.start
-        step = max(1, self.cached_elements // max(1, self.taps * images * self.rows * self.pitch))
+        step = max(1, self.cached_elements // max(1, self.taps * images * self.rows * self.cols))
         for start in range(block.planes.start, block.planes.stop, step):
             yield slice(start, min(start + step, block.planes.stop))
 
@@ -259,7 +252,7 @@ class WindowColumns:
         return slice((planes.start - first) * self.taps, (planes.stop - first) * self.taps)
 
     def _blend_one_window(self, images: slice, planes: slice, columns: Tensor) -> None:
-        """Writes columns [c * T, S, L / S] of stride 1, where one window holds what the four corners read."""
+        """Writes columns [c * T, S, Ho, Wo] of stride 1, where one window holds what the four corners read."""
         key = (planes.start, *columns.shape)
         if key not in self._one_windows:
             self._one_windows[key] = self._prepare_one_window(planes, columns)
@@ -272,8 +265,9 @@ class WindowColumns:
     def _prepare_one_window(self, planes: slice, columns: Tensor) -> _OneWindow:
         span, images = self._span(planes), columns.shape[1]
         source = self._framed("input", self.frame, planes.stop - planes.start, images)
-        windows = self._tensor("windows", (columns.shape[0], images, self.rows + 2, self.pitch))
-        lines = self._tensor("lines", (columns.shape[0], images, (self.rows + 1) * self.pitch))
+        windows = self._tensor("windows", (columns.shape[0], images, self.rows + 2, self.line))
+        lines = self._tensor("lines", (columns.shape[0], images, (self.rows + 1) * self.line))
+        apart = lines.unflatten(2, (-1, self.line))[..., : self.cols]
         start = (self.frame.rows[0] + self.frame.cols[0])[span]
         flat, length = windows.flatten(2), lines.shape[2]
         return _OneWindow(
@@ -281,11 +275,11 @@ class WindowColumns:
             read=source.reading(self.channel[span] - planes.start, start, windows),
             ends=(flat[:, :, :length], flat[:, :, 1 : length + 1], self.by_col.fraction[span, None]),
             lines=lines,
-            rows=(lines[:, :, : -self.pitch], lines[:, :, self.pitch :], self.by_row.fraction[span, None]),
+            rows=(apart[:, :, :-1], apart[:, :, 1:], self.by_row.fraction[span, None, None]),
         )
 
     def _blend_four(self, images: slice, planes: slice, columns: Tensor) -> None:
-        """Writes columns [c * T, S, L / S] of windows for each of the four corners."""
+        """Writes columns [c * T, S, Ho, Wo] of windows for each of the four corners."""
         span, frame, (step_rows, step_cols) = self._span(planes), self.frame, self.geometry.stride
         phases = self._by_phase(images, planes)
         source = self._framed("input", frame, phases.shape[:3].numel(), columns.shape[1])
@@ -294,18 +288,21 @@ class WindowColumns:
 
         def corner(down: int, right: int) -> Tensor:
             phase = (channel * step_rows + by_row.phase[down, span]) * step_cols + by_col.phase[right, span]
-            windows = self._tensor(f"corner {down} {right}", (*columns.shape[:2], self.rows, self.pitch))
+            windows = self._tensor(f"corner {down} {right}", (*columns.shape[:2], self.rows, self.line))
             source.reading(phase, frame.rows[down, span] + frame.cols[right, span], windows)()
             return windows.flatten(2)
 
         across = by_col.fraction[span, None]
-        upper, lower = (torch.lerp(corner(down, 0), corner(down, 1), across) for down in OFFSETS)
-        torch.lerp(upper, lower, by_row.fraction[span, None], out=columns)
+        upper, lower = (
+            torch.lerp(corner(down, 0), corner(down, 1), across).unflatten(2, (-1, self.line))[..., : self.cols]
+            for down in OFFSETS
+        )
+        torch.lerp(upper, lower, by_row.fraction[span, None, None], out=columns)
 
     def _grad_windows(self, planes: slice, grad_columns: Tensor) -> Tensor:
         """The windows [c, T, S, Mr + 1, Mc + 1] of the columns' gradient [c * T, L]."""
         span, frame = self._span(planes), self.grad_frame
-        grad = grad_columns.unflatten(1, (-1, self.rows, self.pitch))[..., : self.geometry.output_size[1]]
+        grad = grad_columns.unflatten(1, (-1, self.rows, self.cols))
         source = self._framed("gradient", frame, *grad.shape[:2])
         source.values.copy_(grad)
         windows = self._tensor("grad windows", (*grad.shape[:2], frame.window[0], frame.line))
@@ -326,7 +323,7 @@ class WindowColumns:
     def _shift_gradient(self, images: slice, planes: slice, windows: Tensor) -> Tensor:
         """The gradient of shifts [c * T, 2]: that of a corner's weight is its pixels times the tap's gradient."""
         rows, cols = self.geometry.stride
-        moved = self._tensor("moved", (windows.shape[0], 4 * rows * cols, windows[0, 0].numel()))
+        moved = self._tensor("moved", (windows.shape[0], 4 * rows * cols, windows[0, 0].numel()), fill=0)
         phases = self._by_phase(images, planes)
         for down in OFFSETS:
             for right in OFFSETS:
@@ -362,10 +359,11 @@ class WindowColumns:
             self._planes[key] = frame.planes(number, images, self.input.new_empty(0, dtype=self.dtype))
         return self._planes[key]
 
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor whose memory all blocks of a size use; what is not written to stays zero."""
+    def _tensor(self, name: str, shape: tuple[int, ...], fill: float | None = None) -> Tensor:
+        """A tensor whose memory all blocks of a size use; at first without contents, or all of it so much."""
         if (name, shape) not in self._tensors:
-            self._tensors[name, shape] = self.input.new_zeros(shape, dtype=self.dtype)
+            tensor = self.input.new_empty(shape, dtype=self.dtype)
+            self._tensors[name, shape] = tensor if fill is None else tensor.fill_(fill)
         return self._tensors[name, shape]
 
 
