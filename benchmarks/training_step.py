@@ -5,13 +5,14 @@ python benchmarks/training_step.py --backbone tf_efficientnet_lite0 --start bloc
 First a gate: with every tap on the regular grid the converted network must give the regular one's logits. Then each
 round times one step (forward, backward, optimizer, the bound of Eq. 7) of every network, so that a drift of the
 machine's speed hits all alike; the ratio is taken round by round. ``--displacement`` spreads the positions as training
-does. ``--checkpoint`` takes them from a run. ``--start`` may name several. ``--peers`` adds networks with a peer's
+does. ``--checkpoint`` takes them from a run. ``--start`` may name several, and after commas an interpolation and who
+shares a shape (``classifier,gaussian,kernel``). ``--peers`` adds networks with a peer's
 layers in the place of the first. Half precision is autocast. Memory is the peak above what is held between steps, on
 CUDA. The networks of configs/documents.yaml, on one core as their runs:
 
     python benchmarks/training_step.py --backbone resnet10t --output-stride 8 --batch-size 8 --num-classes 9 \
         --backbone-args '{"channels": [32, 64, 128, 256], "stem_width": 16}' --threads 1 \
-        --start layer3 layer4 layer4.0.conv2 classifier
+        --start layer3 layer4 layer4.0.conv2 classifier classifier,gaussian classifier,gaussian,kernel
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ class Step:
         torch.manual_seed(0)
         self.model = make_model(options)
         if start is not None:
-            icnn_zoo.convert(self.model, start)
+            icnn_zoo.convert(self.model, **read_start(start))
             self._displace(options)
         if peer is not None:
             from icnn_zoo.experiments.peers import replace_layers  # needs Lightning
 
-            replace_layers(self.model, options.start[0], peer)
+            replace_layers(self.model, read_start(options.start[0])["start"], peer)
         self.options = options
         self.images = torch.randn(options.batch_size, 3, options.size, options.size, device=options.device)
         self.labels = torch.randint(options.num_classes, (options.batch_size, options.size, options.size)).to(
@@ -110,6 +111,11 @@ def make_model(options: argparse.Namespace) -> SegmentationModel:
     )
 
 
+def read_start(text: str) -> dict[str, str]:
+    """What ``convert`` takes, of "START,INTERPOLATION,SHAPES"."""
+    return dict(zip(("start", "interpolation", "shapes"), text.split(","), strict=False))
+
+
 def gate(options: argparse.Namespace) -> float:
     """Largest difference of the logits, relative to the largest, of the converted networks with no displacement."""
     images = torch.randn(1, 3, 65, 65, device=options.device, generator=torch.Generator(options.device).manual_seed(0))
@@ -120,7 +126,10 @@ def gate(options: argparse.Namespace) -> float:
         # TF32, on for convolutions by default, would be seen as an error.
         with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             expected = model(images)
-            icnn_zoo.convert(model, start, epsilon=0.0)
+            choice = read_start(start)
+            # A gaussian's least spread: its neighbors weigh 4e-6 there.
+            spread = 0.2 if choice.get("interpolation") == "gaussian" else None
+            icnn_zoo.convert(model, **choice, epsilon=0.0, spread=spread)
             worst = max(worst, ((model(images) - expected).abs().max() / expected.abs().max()).item())
     return worst
 
