@@ -150,7 +150,7 @@ def _documents() -> dict[str, Row]:
         "frozen": Row(
             first, arguments=("--trainer.callbacks+", f"{CONTROLS}.RandomShapes", "--model.position_lr", "0")
         ),
-        # Equal time: a learned step takes half as long again. Equal parameters: 1.27 million, as learned.
+        # Equal time: a learned step takes nearly half as long again. Equal parameters: 1.27 million, as learned.
         "longer": Row(arguments=("--trainer.max_steps", "1200")),
         "wider": Row(
             arguments=("--model.backbone_args", '{"channels": [32, 64, 128, 260], "stem_width": 16}'),
