@@ -360,10 +360,6 @@ static inline vector blend(const REAL *left, const REAL *right, vector near, vec
     return near * load(left) + far * load(right);
 }
 
-static inline void fill(REAL *to, vector value, index_t length) {
-    for (index_t at = 0; at < length; at += LANES) store(to + at, value);
-}
-
 /* Rows [first, last) of one channel's plane as a tap sees it, without gaps; may write LANES elements past the end. */
 static inline void make_column(const call_t *call, const REAL *plane, index_t index, index_t first, index_t last, REAL *out) {
     const columns_t *task = call->task;

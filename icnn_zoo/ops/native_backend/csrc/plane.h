@@ -50,6 +50,11 @@ static inline index_t round_up(index_t a, index_t multiple) { return (a + multip
 static inline index_t floor_div(index_t a, index_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 static inline index_t floor_mod(index_t a, index_t b) { return a - floor_div(a, b) * b; }
 
+/* In whole vectors: may write LANES elements past the end. */
+static inline void fill(REAL *to, vector value, index_t length) {
+    for (index_t at = 0; at < length; at += LANES) store(to + at, value);
+}
+
 static inline REAL sum_lanes(vector value) {
     REAL total = 0;
     for (int lane = 0; lane < LANES; lane++) total += value[lane];
