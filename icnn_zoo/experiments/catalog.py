@@ -161,6 +161,24 @@ def _documents() -> dict[str, Row]:
         "classifier-2400": Row("classifier", arguments=steps, baseline="regular-2400"),
         f"{last}-2400": Row(last, arguments=steps, baseline="regular-2400"),
         **geometries,
+        **_kernel_controls("classifier"),
+    }
+
+
+def _kernel_controls(head: str) -> dict[str, Row]:
+    """What a shape per kernel in the head is compared with."""
+    rows = _geometries(head)
+    walk = ("--trainer.callbacks+", f"{CONTROLS}.RandomWalk", "--model.position_rule", "optimizer")
+    frozen = ("--trainer.callbacks+", f"{CONTROLS}.RandomShapes", "--trainer.callbacks.spread", "0.25")
+    kernel = rows["bilinear-kernel"].arguments
+    return {
+        # At these sizes displacements are as long as learned ones in the mean, 0.24 px.
+        "kernel-walk": Row(head, arguments=(*walk, "--model.position_lr", "0.012", *kernel)),
+        "kernel-frozen": Row(head, arguments=(*frozen, "--model.position_lr", "0", *kernel)),
+        # The head's own dilation, 2, was chosen by the pitch of the lines.
+        **{f"head-dilation-{step}": Row(arguments=("--model.head_dilation", str(step))) for step in (1, 3, 4)},
+        # 36,864 weights more, where positions of a shape per kernel are 41,472.
+        "head-filled": Row(peer=("filled", head)),
     }
 
 

@@ -12,6 +12,7 @@ Peers:
   times the rate of weights, without decay. Needs ``pip install 'icnn-zoo[benchmark]'``.
 - "dilation": the regular layers with a larger dilation, but the head, whose dilation is chosen already.
 - "row": as many taps in one row, 1x9 for 3x3: what somebody would build who knows that context is horizontal.
+- "filled": a tap at every pixel of a dilated kernel's extent, 5x5 for 3x3 of dilation 2: more weights, no positions.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torchvision.ops import deform_conv2d
 
 from icnn_zoo.conversion.planning import plan
@@ -29,7 +32,7 @@ from icnn_zoo.optim import poly_policy
 from icnn_zoo.training.lightning_cli import ZooCLI
 from icnn_zoo.training.task import SegmentationTask
 
-Peer = Literal["deformable", "dcls", "dilation", "row"]
+Peer = Literal["deformable", "dcls", "dilation", "row", "filled"]
 _DCLS_REACH = 6  # pixels to either side, about as far as irregular layers go on the lines of glyphs
 _DCLS_RATE = 5.0  # of positions and widths over that of weights, as in DCLS's own training of ConvNeXt
 
@@ -118,11 +121,30 @@ def row_of_taps(conv: nn.Conv2d) -> nn.Conv2d:
     )
 
 
+def filled(conv: nn.Conv2d) -> nn.Conv2d:
+    """A convolution without dilation over the extent of ``conv``, with new weights of zero: it begins as ``conv``."""
+    step = conv.dilation
+    size = tuple((length - 1) * gap + 1 for length, gap in zip(conv.kernel_size, step, strict=True))
+    geometry: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "groups": conv.groups}
+    # Draws no random numbers: what is drawn after it is what the regular network draws.
+    dense: nn.Conv2d = skip_init(
+        nn.Conv2d, conv.in_channels, conv.out_channels, size, bias=conv.bias is not None, **geometry
+    )
+    with torch.no_grad():
+        dense.weight.zero_()
+        dense.weight[..., :: step[0], :: step[1]] = conv.weight
+    dense.bias = conv.bias
+    return dense
+
+
 def _check_plain(conv: nn.Conv2d) -> None:
     if set(conv.stride) | set(conv.dilation) != {1}:
         raise ValueError(
             f"this peer needs layers of stride and dilation 1; got stride {conv.stride} and dilation {conv.dilation}."
         )
+
+
+_LAYERS = {"deformable": DeformableConv2d, "dcls": DclsConv2d, "row": row_of_taps, "filled": filled}
 
 
 def _dilate(conv: nn.Conv2d, factor: int) -> None:
@@ -166,8 +188,7 @@ def replace_layers(model: nn.Module, start: str, peer: Peer, dilation: int = 2) 
         if peer == "dilation":
             _dilate(conv, dilation)
         else:
-            layer = {"deformable": DeformableConv2d, "dcls": DclsConv2d, "row": row_of_taps}[peer](conv)
-            setattr(model.get_submodule(parent), child, layer)
+            setattr(model.get_submodule(parent), child, _LAYERS[peer](conv))
     return names
 
 

@@ -78,6 +78,17 @@ def test_a_row_of_taps_reads_along_the_row_alone():
     assert set(reached[:, 1].tolist()) == set(range(3, 12))
 
 
+def test_a_filled_head_begins_as_the_regular_one_and_draws_nothing():
+    model = SegmentationModel("test_resnet", 3, output_stride=8, head_dilation=3).eval()
+    image = torch.rand(1, 3, 33, 40)
+    before, state = model(image), torch.get_rng_state()
+    assert replace_layers(model, "classifier", "filled") == ["classifier"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.classifier.weight.shape[2:] == (7, 7)
+    assert model.classifier.dilation == (1, 1)
+    torch.testing.assert_close(model(image), before)
+
+
 @pytest.mark.parametrize("peer", ["row", "dcls"])
 def test_peers_for_plain_layers_refuse_dilated_ones(peer):
     with pytest.raises(ValueError, match="stride and dilation 1"):
