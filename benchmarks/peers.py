@@ -69,6 +69,7 @@ SHAPES = {
     "spread8": Shape(2, 256, 256, 41, spread=8.0),
     "layer": Shape(2, 256, 256, 41, shapes="layer"),
     "full": Shape(1, 64, 64, 41, shapes="kernel"),
+    "full-d4": Shape(1, 64, 64, 41, dilation=4, shapes="kernel"),
     "full-outliers": Shape(1, 64, 64, 41, shapes="kernel", outliers=0.001),
 }
 

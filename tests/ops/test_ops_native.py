@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from backend_cases import Case
+from backend_cases import CASES, Case, gradients, oracle
 
 import icnn_zoo
 from icnn_zoo.ops import backends
 from icnn_zoo.ops.geometry import Geometry
-from icnn_zoo.ops.native_backend import Limits, NativeBackend, build, dense
+from icnn_zoo.ops.native_backend import Limits, NativeBackend, boxes, build, dense
 from icnn_zoo.ops.native_backend.boxes import choose_box
 
 if sys.platform != "linux" or shutil.which("cc") is None:
@@ -274,3 +274,50 @@ def test_a_tap_that_runs_away_leaves_the_others_in_their_box(shapes: str) -> Non
     tensors[2] = positions
     expected = case.run(tensors, "torch")
     torch.testing.assert_close(case.run(tensors, "native"), expected)
+
+
+FULL = [case for case in CASES if case.shapes == "kernel" and case.stride == 1 and case.batch > 0]
+PICKED = [
+    *FULL,
+    Case("groups, dilation 3", shapes="kernel", groups=2, dilation=3, padding=3, spread=0.3),
+    Case("columns of several images", shapes="kernel", size=(3, 5), batch=9, channels=(3, 2)),
+    Case("rows of one pixel", shapes="kernel", size=(9, 1), channels=(2, 3), dilation=2, padding=2),
+    Case("a row of several columns, several ranges", shapes="kernel", size=(5, 200), channels=(1, 2), batch=1),
+    Case("two taps", shapes="kernel", kernel=(1, 2), padding=(0, 1)),
+    Case("outputs of two blocks", shapes="kernel", size=(2, 3), channels=(1, 130), batch=1),
+    Case("channels of two blocks", shapes="kernel", size=(2, 3), channels=(130, 1), batch=1),
+]
+
+
+@pytest.mark.parametrize("case", PICKED, ids=lambda case: case.name)
+def test_picked_taps_agree_with_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boxes, "PICK_COST", 0.0)  # nothing is cheaper
+    monkeypatch.setattr(boxes, "COLUMN_COST", 0.0)
+    expected, by_tensors = oracle(case)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
+        tensors = case.tensors(dtype)
+        output = case.run(tensors, "native")
+        found = (output, *gradients(output, tensors))
+        for result, truth in zip(found, (expected, *by_tensors), strict=True):
+            scale = max(1.0, truth.abs().max().item())
+            torch.testing.assert_close(result.double(), truth, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_moments_of_many_pixels_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boxes, "PICK_COST", 0.0)
+    monkeypatch.setattr(boxes, "COLUMN_COST", 0.0)
+    case = Case(shapes="kernel", size=(90, 70), channels=(1, 2), batch=2, spread=0.5)
+    tensors = case.tensors()
+    expected = gradients(case.run(tensors, "torch"), tensors)
+    for result, truth in zip(gradients(case.run(tensors, "native"), tensors), expected, strict=True):
+        torch.testing.assert_close(result, truth)
+
+
+@pytest.mark.parametrize(("dilation", "stride", "picked"), [(1, 1, False), (4, 1, True), (4, 2, None)])
+def test_kernels_in_large_boxes_are_picked(dilation: int, stride: int, picked: bool | None) -> None:
+    pair = (dilation, dilation)
+    case = Case(size=(17, 17), channels=(32, 32), shapes="kernel", spread=0.1, dilation=dilation, padding=dilation)
+    weight, positions = (tensor.detach() for tensor in case.tensors()[1:3])
+    geometry = Geometry.of((17, 17), (3, 3), (stride, stride), (*pair, *pair), pair, 1)
+    box = choose_box(weight.flatten(2), positions, geometry)
+    assert (None if box is None else box.picked) == picked

@@ -190,6 +190,7 @@ THREADED = {  # input, weight, leading sizes of positions, options, how far taps
     "a box of many images": ((9, 32, 40, 40), (8, 8, 3, 3), (8, 8), {"padding": 1, "groups": 4}, 0.5),
     "a box of small groups": ((4, 21, 11, 9), (6, 7, 3, 3), (21,), {"padding": 1, "groups": 3}, 0.5),
     "many small images": ((9, 24, 7, 7), (20, 24, 3, 3), (24,), {"padding": 1}, 1.0),
+    "the full version, picked": ((3, 32, 25, 25), (32, 32, 3, 3), (32, 32), {"padding": 1}, 1.5),
     "gaussians": ((3, 8, 25, 25), (12, 8, 3, 3), (8,), {"padding": 1, "interpolation": "gaussian"}, 1.0),
     "triangles, strides": ((3, 8, 25, 25), (12, 4, 3, 3), (8,), {"stride": 2, "groups": 2, **TRIANGLE}, 1.0),
     "triangles of the full version": ((3, 8, 25, 25), (12, 8, 3, 3), (12, 8), {"padding": 1, **TRIANGLE}, 1.0),

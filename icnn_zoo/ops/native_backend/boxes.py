@@ -1,7 +1,8 @@
-"""Kernels that share no columns, drawn into one small box: then they are one dense convolution.
+"""Kernels that share no columns, in one box of pixels: the full version, and layers of many groups.
 
-That is the full version, and layers of many groups, while taps are about as close as in a regular kernel. Taps that ran
-away are not drawn: they stay stencils, and do not widen the box of the others.
+Where the box is small they are drawn into it, and are one dense convolution. The full version in a larger one, as with
+dilated layers, picks its taps out of columns of the box's pixels (:mod:`.picks`). Taps that ran away are in neither:
+they stay stencils, and do not widen the box of the others.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ from torch import Tensor
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.native_backend import build, dense
 from icnn_zoo.ops.native_backend.addresses import address_of
+from icnn_zoo.ops.native_backend.picks import BLOCK, Picks
 
 # Costs in multiply-adds of a dense convolution, for a kernel and an output pixel. A tap as a stencil, all taps being
-# some; one alone, whose plane is copied for it; and a tap of columns that FEW_OUTPUTS share.
-STENCIL_COST = 8.0
+# some; one alone, whose plane is copied for it; and a tap of columns that FEW_OUTPUTS share. A tap that is picked, and
+# the making of a column, which all kernels of a block share.
+STENCIL_COST = 12.0
 OUTLIER_COST = 20.0
 COLUMNS_COST = 3.0
 FEW_OUTPUTS = 8
+PICK_COST = 6.5
+COLUMN_COST = 8.0
 
 
 class _Drawing(ctypes.Structure):
@@ -33,7 +38,9 @@ class _Drawing(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("kernels", "taps", "members", "sharing", "wide")),
         *((name, ctypes.c_int64 * 2) for name in ("least", "most", "first", "size")),
         ("outside", ctypes.c_int64),
-        ("outlier_cost", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("cell_cost", "outlier_cost")),
+        ("skips", ctypes.c_int64),
+        ("cost", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("weight", "positions", "drawn", "cells")),
         *((name, ctypes.c_void_p) for name in ("grad_cells", "grad_weight", "grad_shift")),
     ]
@@ -41,24 +48,26 @@ class _Drawing(ctypes.Structure):
 
 @dataclass
 class Box:
-    """The taps of a call that lie in the box, as a dense convolution.
+    """The taps of a call that lie in the box.
 
     Attributes:
         geometry: Sizes of the call.
         weight: Weights [N, C / G, T], of which the outliers' are not drawn.
         positions: Positions [C, T, 2] or [N, C / G, T, 2] in float32 or float64.
-        drawn: Which taps are in the box [N, C / G, T], 1 or 0: known once it was drawn.
+        drawn: Which taps are in the box [N, C / G, T], 1 or 0: known once it was drawn or picked.
+        picked: Whether taps are picked, else drawn.
     """
 
     geometry: Geometry
     weight: Tensor
     positions: Tensor
     drawn: Tensor
+    picked: bool
     task: Any
 
     @property
     def num_outliers(self) -> int:
-        """Taps that are not in the box, after it was drawn."""
+        """Taps that are not in the box, after it was drawn or picked."""
         outside: int = self.task.outside
         return outside
 
@@ -69,7 +78,10 @@ class Box:
         return rows, cols
 
     def forward(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        """The output [B, N, Ho, Wo] of the drawn taps."""
+        """The output [B, N, Ho, Wo] of the taps in the box."""
+        if self.picked:
+            self._run("mark")
+            return self._picks().forward(input, bias)
         return dense.forward(input, self._draw(), bias, self._origin, self.geometry)
 
     def backward(
@@ -82,6 +94,9 @@ class Box:
             input: The input.
             needs: Whether that of the input, and those of weight and shifts are wanted; None stands for the others.
         """
+        if self.picked:
+            self._run("mark")
+            return self._picks().backward(grad_output, input, needs)
         by_input = None
         if needs[0]:
             by_input = dense.input_gradient(grad_output, self._draw(), self._origin, self.geometry)
@@ -99,6 +114,10 @@ class Box:
         rows, cols = (self.task.first[axis] + self.geometry.origin[axis] for axis in range(2))
         return rows, cols
 
+    def _picks(self) -> Picks:
+        first, size = tuple(self.task.first), tuple(self.task.size)
+        return Picks(self.weight, self.positions, self.geometry, first, size)
+
     def _draw(self) -> Tensor:
         cells = self.weight.new_empty(*self.weight.shape[:2], *self.size)
         self._run("draw", cells=cells)
@@ -114,7 +133,7 @@ class Box:
 
 
 def choose_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> Box | None:
-    """The box to draw kernels into; None where stencils or columns are cheaper.
+    """The cheapest box; None where stencils or columns are cheaper.
 
     Args:
         weight: Weights [N, C / G, T], contiguous.
@@ -128,7 +147,7 @@ def choose_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> Box | N
     positions = positions.contiguous()
     sharing, wide = 1 if per_kernel else per_group, positions.dtype == torch.float64
     sizes = {"kernels": outputs * members, "taps": taps, "members": members, "sharing": sharing, "wide": wide}
-    task = _Drawing(**sizes, outlier_cost=OUTLIER_COST)
+    task = _Drawing(**sizes, cell_cost=1, outlier_cost=OUTLIER_COST)
     for axis in range(2):
         # A cell reads its pixel and the next one.
         task.least[axis] = -geometry.origin[axis] - (geometry.output_size[axis] - 1) * geometry.stride[axis] - 1
@@ -138,8 +157,16 @@ def choose_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> Box | N
     numbers = 2 * outputs // sharing * members * taps
     task.positions = address_of("positions", positions, torch.float64 if wide else torch.float32, numbers)
     task.drawn = address_of("drawn", drawn, torch.uint8, outputs * members * taps)
-    build.load()[0][weight.dtype].drawing_choose(ctypes.byref(task))
-    cost = math.prod(task.size) + OUTLIER_COST * task.outside / task.kernels
-    if task.outside >= drawn.numel() or cost > taps * (STENCIL_COST if per_kernel else COLUMNS_COST):
+    choose = build.load()[0][weight.dtype].drawing_choose
+    choose(ctypes.byref(task))
+    picked = False
+    if per_kernel and geometry.stride == (1, 1):
+        picks = _Drawing.from_buffer_copy(task)
+        picks.skips, picks.cell_cost = 1, COLUMN_COST / min(per_group, members, BLOCK)
+        choose(ctypes.byref(picks))
+        picks.cost += PICK_COST * taps
+        picked = picks.cost < task.cost
+        task = picks if picked else task
+    if task.outside >= drawn.numel() or task.cost > taps * (STENCIL_COST if per_kernel else COLUMNS_COST):
         return None
-    return Box(geometry, weight, positions, drawn, task)
+    return Box(geometry, weight, positions, drawn, picked, task)

@@ -36,7 +36,7 @@ _FOLDER = Path(__file__).with_name("csrc")
 _HEADERS = [_FOLDER / name for name in ("plane.h", "columns.h", "wide.h", "stencil.h", "dense.h")]
 _NAMES = (
     *("columns_forward.c", "columns_backward.c", "few.c", "stencil.c", "drawing.c"),
-    *("dense_planes.c", "dense_cells.c"),
+    *("dense_planes.c", "dense_cells.c", "picks.c"),
 )
 _SOURCES = [_FOLDER / name for name in _NAMES]
 _DIGEST_LENGTH = 64

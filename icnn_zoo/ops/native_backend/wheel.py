@@ -52,7 +52,8 @@ def open_library(path: Path) -> ctypes.CDLL:
         OSError: It cannot be loaded.
     """
     library = ctypes.CDLL(str(path))
-    for name in ("workspace_length", "moments_length", "planes_workspace_length", "cells_workspace_length"):
+    lengths = ("workspace_length", "moments_length", "planes_workspace_length", "cells_workspace_length")
+    for name in (*lengths, "picks_workspace_length"):
         getattr(library, name).restype = ctypes.c_int64  # library[name] would be another object each time
     return library
 

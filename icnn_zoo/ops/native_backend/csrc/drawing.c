@@ -13,7 +13,9 @@ typedef struct {
     index_t least[2], most[2];   /* cells (row, col) outside of these never meet the input */
     index_t first[2], size[2];   /* of the box, in pixels from position 0: what drawing_choose says */
     index_t outside;             /* taps that are not drawn: about, by drawing_choose; what drawing_draw left out */
-    double outlier_cost;         /* of such a tap, in cells of a kernel */
+    double cell_cost, outlier_cost; /* of a cell of the box, and of such a tap, for a kernel and a pixel */
+    index_t skips;               /* whether rows and columns of the box that no tap reads cost nothing */
+    double cost;                 /* of what was chosen */
     const REAL *weight;          /* [kernels, taps] */
     const void *positions;       /* [kernels / sharing, taps, 2] */
     uint8_t *drawn;              /* [kernels, taps], whether a tap is in the box */
@@ -51,6 +53,7 @@ static inline int find_cell(const drawing_t *task, index_t position, index_t *ce
 void drawing_choose(drawing_t *task) {
     index_t counts[2][2 * REACH] = {{0}}, first[2] = {0, 0}, last[2] = {2 * REACH - 1, 2 * REACH - 1};
     index_t step = largest(task->kernels / SAMPLE, 1), sampled = 0, count = 0, lost = 0, lost_best = 0;
+    index_t read[2][2 * REACH + 2] = {{0}}; /* rows, or columns, before each that are read */
     double least[2], most[2];
     for (int axis = 0; axis < 2; axis++) {
         least[axis] = largest(task->least[axis], -REACH);
@@ -67,12 +70,19 @@ void drawing_choose(drawing_t *task) {
             count++;
         }
     }
-    double cost_best = -1;
+    for (int axis = 0; axis < 2; axis++) {
+        for (index_t at = 0; at <= 2 * REACH; at++) {
+            int own = (at < 2 * REACH && counts[axis][at]) || (at > 0 && counts[axis][at - 1]);
+            read[axis][at + 1] = read[axis][at] + (own || !task->skips);
+        }
+    }
+    task->cost = -1;
     for (;;) {
         index_t size[2] = {last[0] - first[0] + 2, last[1] - first[1] + 2};
-        double cost = (double)size[0] * size[1] + task->outlier_cost * lost / sampled, freed_best = -1;
-        if (cost_best < 0 || cost < cost_best) {
-            cost_best = cost;
+        double rows = read[0][last[0] + 2] - read[0][first[0]], cols = read[1][last[1] + 2] - read[1][first[1]];
+        double cost = task->cell_cost * rows * cols + task->outlier_cost * lost / sampled, freed_best = -1;
+        if (task->cost < 0 || cost <= task->cost) { /* what nobody reads goes */
+            task->cost = cost;
             lost_best = lost;
             for (int axis = 0; axis < 2; axis++) {
                 task->first[axis] = first[axis] - REACH;
@@ -172,6 +182,26 @@ static void gradients_work(const void *data, index_t unit, REAL *scratch) {
 int drawing_draw(parallel_t parallel, unsigned threads, drawing_t *task) {
     index_t length = 5 * task->members * task->taps;
     if (run_parallel(parallel, threads, task, task->kernels / task->members, length, draw_work)) return 1;
+    task->outside = 0;
+    for (index_t tap = 0; tap < task->kernels * task->taps; tap++) task->outside += !task->drawn[tap];
+    return 0;
+}
+
+static void mark_work(const void *data, index_t unit, REAL *scratch) {
+    const drawing_t *task = data;
+    (void)scratch;
+    for (index_t kernel = unit * CHUNK; kernel < smallest((unit + 1) * CHUNK, task->kernels); kernel++) {
+        index_t position = positions_of(task, kernel), cell[2];
+        double fraction[2];
+        for (index_t tap = kernel * task->taps; tap < (kernel + 1) * task->taps; tap++, position += 2)
+            task->drawn[tap] = find_cell(task, position, cell, fraction);
+    }
+}
+
+/* Marks the taps in the box, and counts the others. */
+int drawing_mark(parallel_t parallel, unsigned threads, drawing_t *task) {
+    index_t units = (task->kernels + CHUNK - 1) / CHUNK;
+    if (run_parallel(parallel, threads, task, units, 1, mark_work)) return 1;
     task->outside = 0;
     for (index_t tap = 0; tap < task->kernels * task->taps; tap++) task->outside += !task->drawn[tap];
     return 0;
