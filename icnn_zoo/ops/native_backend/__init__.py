@@ -1,10 +1,11 @@
 """The irregular convolution on CPUs by a small C kernel, compiled on first use where a C compiler is found.
 
 The C code (``csrc``) makes columns where the matrix product wants them, in the cache or, where a group has few outputs,
-in registers, and walks depthwise layers and the full version as stencils of at most four cells a tap, so that no cost
-depends on how far positions moved. What lies close together in the full version and in small groups is drawn into dense
-kernels (:mod:`.boxes`). It runs on PyTorch's own threads (``torch.set_num_threads``). Without a compiler the torch
-backend does the same, slower.
+in registers, and walks depthwise layers as stencils of at most four cells a tap, so that no cost depends on how far
+positions moved. What lies close together in the full version and in small groups is drawn into dense kernels; what lies
+farther apart in the full version is picked out of columns that its kernels share, and what ran away are stencils
+(:mod:`.boxes`). It runs on PyTorch's own threads (``torch.set_num_threads``). Without a compiler the torch backend does
+the same, slower.
 
 The compiled library is kept in ``$XDG_CACHE_HOME/icnn_zoo/native`` (``~/.cache/icnn_zoo/native``), named after its
 source, flags, compiler and processor. ``$CC`` chooses the compiler.

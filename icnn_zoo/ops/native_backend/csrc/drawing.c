@@ -169,12 +169,8 @@ static void gradients_work(const void *data, index_t unit, REAL *scratch) {
             by_shift[0] = by_shift[1] = 0;
             if (!find_cell(task, position, cell, fraction)) continue;
             const REAL *at = task->grad_cells + kernel * area + cell[0] * width + cell[1];
-            double down = fraction[0], right = fraction[1], weight = task->weight[tap];
-            double top = (1 - right) * at[0] + right * at[1], bottom = (1 - right) * at[width] + right * at[width + 1];
-            double left = (1 - down) * at[0] + down * at[width], other = (1 - down) * at[1] + down * at[width + 1];
-            task->grad_weight[tap] = (REAL)((1 - down) * top + down * bottom);
-            by_shift[0] = weight * (bottom - top);
-            by_shift[1] = weight * (other - left);
+            double products[4] = {at[0], at[1], at[width], at[width + 1]};
+            finish_tap(products, fraction[0], fraction[1], task->weight[tap], task->grad_weight + tap, by_shift);
         }
     }
 }

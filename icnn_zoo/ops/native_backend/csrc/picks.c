@@ -69,7 +69,8 @@ typedef struct {
     segment_t *segments; /* [BAND + 1] */
 } room_t;
 
-static call_t make_call(const picks_t *task, int backward) {
+/* Ranges are cut smaller where fewer than so many units would come of them. */
+static call_t make_call(const picks_t *task, int backward, index_t units) {
     const sizes_t *sizes = &task->sizes;
     index_t origin[2] = {sizes->origin_row, sizes->origin_col};
     index_t group_outputs = task->outputs / task->groups, group_channels = task->channels / task->groups;
@@ -86,8 +87,9 @@ static call_t make_call(const picks_t *task, int backward) {
     call.results = backward ? group_channels : group_outputs;
     call.blocks = (call.results + BLOCK - 1) / BLOCK;
     call.block = (call.results + call.blocks - 1) / call.blocks;
-    index_t rows = task->images * call.height;
-    call.rows = smallest(largest(RANGE / call.width, 1), rows);
+    index_t rows = task->images * call.height, ranges = (units - 1) / (task->groups * call.blocks) + 1;
+    index_t least = largest(BAND / call.width, 1), most = largest(RANGE / call.width, 1);
+    call.rows = smallest(smallest(largest((rows + ranges - 1) / ranges, least), most), rows);
     call.ranges = (rows + call.rows - 1) / call.rows;
     call.pitch = call.width + task->size[1] - 1;
     index_t touched = smallest((call.rows - 2 + call.height) / call.height + 1, task->images);
@@ -366,13 +368,9 @@ static void kernels_work(const void *data, index_t unit, REAL *scratch) {
         memset(task->grad_shift + 2 * start, 0, 2 * taps * sizeof(double));
         for (index_t index = 0; index < room.counts[result]; index++) {
             index_t own = room.picks[result * taps + index].tap, tap = start + own;
-            const double *m = moments + (result * taps + own) * 4;
             double row = coordinate(task, 2 * tap), col = coordinate(task, 2 * tap + 1), weight = task->weight[tap];
-            double down = row - __builtin_floor(row), right = col - __builtin_floor(col);
-            task->grad_weight[tap] = (REAL)((1 - down) * ((1 - right) * m[0] + right * m[1]) +
-                                            down * ((1 - right) * m[2] + right * m[3]));
-            task->grad_shift[2 * tap] = weight * ((1 - right) * (m[2] - m[0]) + right * (m[3] - m[1]));
-            task->grad_shift[2 * tap + 1] = weight * ((1 - down) * (m[1] - m[0]) + down * (m[3] - m[2]));
+            finish_tap(moments + (result * taps + own) * 4, row - __builtin_floor(row), col - __builtin_floor(col), weight,
+                       task->grad_weight + tap, task->grad_shift + 2 * tap);
         }
     }
 }
@@ -385,15 +383,17 @@ static unsigned worthwhile(const picks_t *task, unsigned threads) {
 }
 
 int picks_planes(parallel_t parallel, unsigned threads, const picks_t *task, int backward) {
-    call_t call = make_call(task, backward);
+    threads = worthwhile(task, threads);
+    /* No sum goes over pixels: there may be as many ranges as the threads want. */
+    call_t call = make_call(task, backward, threads > 1 ? 4 * (index_t)threads : 1);
     room_t room;
     index_t sums = bands_of(call.rows * call.width) * call.block * BAND;
-    return run_parallel(parallel, worthwhile(task, threads), &call, task->groups * call.blocks * call.ranges,
-                        make_room(&call, sums, NULL, &room), planes_work);
+    index_t length = make_room(&call, sums, NULL, &room);
+    return run_parallel(parallel, threads, &call, task->groups * call.blocks * call.ranges, length, planes_work);
 }
 
 int picks_kernels(parallel_t parallel, unsigned threads, const picks_t *task) {
-    call_t call = make_call(task, 0);
+    call_t call = make_call(task, 0, 1);
     room_t room;
     index_t sums = call.block * task->taps * 4;
     index_t length = make_room(&call, sums * LANES, NULL, &room) + sums * sizeof(double) / sizeof(REAL);

@@ -91,6 +91,15 @@ static inline void spread_unknown(REAL unknown, REAL *plane, index_t length) {
     for (index_t pixel = 0; pixel < length; pixel++) plane[pixel] += unknown;
 }
 
+/* The gradients of a tap from the products of the output's gradient with each of its four cells. */
+static inline void finish_tap(const double *product, double down, double right, double weight, REAL *by_weight,
+                              double *by_shift) {
+    double top = (1 - right) * product[0] + right * product[1], bottom = (1 - right) * product[2] + right * product[3];
+    *by_weight = (REAL)((1 - down) * top + down * bottom);
+    by_shift[0] = weight * (bottom - top);
+    by_shift[1] = weight * ((1 - down) * (product[1] - product[0]) + down * (product[3] - product[2]));
+}
+
 /* ---- a plane with zeros around it -------------------------------------------------------------------------------- */
 
 typedef struct {

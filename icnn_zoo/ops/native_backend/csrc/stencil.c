@@ -169,11 +169,8 @@ static void finish_kernel(const stencil_t *task, index_t kernel, const list_t *l
             index_t cell = list->cell[4 * tap + corner];
             m[corner] = cell < 0 ? 0 : list->moment[cell];
         }
-        task->grad_weight[kernel * task->taps + tap] = (REAL)((1 - down) * ((1 - right) * m[0] + right * m[1]) +
-                                                              down * ((1 - right) * m[2] + right * m[3]));
-        double *by_shift = task->grad_shift + (kernel * task->taps + tap) * 2;
-        by_shift[0] = weight[tap] * ((1 - right) * (m[2] - m[0]) + right * (m[3] - m[1]));
-        by_shift[1] = weight[tap] * ((1 - down) * (m[1] - m[0]) + down * (m[3] - m[2]));
+        index_t own = kernel * task->taps + tap;
+        finish_tap(m, down, right, weight[tap], task->grad_weight + own, task->grad_shift + 2 * own);
     }
 }
 
