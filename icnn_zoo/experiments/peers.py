@@ -126,10 +126,9 @@ def filled(conv: nn.Conv2d) -> nn.Conv2d:
     step = conv.dilation
     size = tuple((length - 1) * gap + 1 for length, gap in zip(conv.kernel_size, step, strict=True))
     geometry: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "groups": conv.groups}
+    options = {**geometry, "bias": conv.bias is not None, "device": conv.weight.device}
     # Draws no random numbers: what is drawn after it is what the regular network draws.
-    dense: nn.Conv2d = skip_init(
-        nn.Conv2d, conv.in_channels, conv.out_channels, size, bias=conv.bias is not None, **geometry
-    )
+    dense: nn.Conv2d = skip_init(nn.Conv2d, conv.in_channels, conv.out_channels, size, **options)
     with torch.no_grad():
         dense.weight.zero_()
         dense.weight[..., :: step[0], :: step[1]] = conv.weight

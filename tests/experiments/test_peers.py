@@ -89,6 +89,15 @@ def test_a_filled_head_begins_as_the_regular_one_and_draws_nothing():
     torch.testing.assert_close(model(image), before)
 
 
+@pytest.mark.parametrize("peer", ["row", "dilation", "deformable", "filled"])
+def test_peers_can_be_built_without_memory(peer):
+    """As checkpoints are loaded; DCLS's own layers take memory."""
+    with torch.device("meta"):
+        model = plain()
+        replace_layers(model, "layer1", peer)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("peer", ["row", "dcls"])
 def test_peers_for_plain_layers_refuse_dilated_ones(peer):
     with pytest.raises(ValueError, match="stride and dilation 1"):
