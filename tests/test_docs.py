@@ -235,7 +235,7 @@ def test_speeds_stand_in_the_committed_results():
     """Every ratio of this package's column, and that of the whole training steps."""
     text = TEXT["README"] + TEXT["speed"] + TEXT["reproduce"]
     results = json.loads((RESULTS / "cpu_2cores.json").read_text())
-    assert len(results["shapes"]) == 13
+    assert len(results["shapes"]) == 14
     for shape in results["shapes"]:
         ratios = [statistics.median(record["ratios"]) for record in shape["records"] if record["peer"] == "icnn_zoo"]
         assert f"| {ratios[0]:.2f} / {ratios[1]:.2f} |" in text, shape["name"]
