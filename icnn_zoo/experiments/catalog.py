@@ -172,7 +172,7 @@ def _kernel_controls(head: str) -> dict[str, Row]:
     frozen = ("--trainer.callbacks+", f"{CONTROLS}.RandomShapes", "--trainer.callbacks.spread", "0.25")
     kernel = rows["bilinear-kernel"].arguments
     return {
-        # At these sizes displacements are as long as learned ones in the mean, 0.24 px.
+        # Walking positions end as far as learned ones in the mean, 0.24 px; random ones 0.31 px.
         "kernel-walk": Row(head, arguments=(*walk, "--model.position_lr", "0.012", *kernel)),
         "kernel-frozen": Row(head, arguments=(*frozen, "--model.position_lr", "0", *kernel)),
         # The head's own dilation, 2, was chosen by the pitch of the lines.

@@ -21,9 +21,11 @@ from torch import Tensor
 
 import icnn_zoo
 from icnn_zoo.ops.native_backend import boxes
+from icnn_zoo.ops.native_backend.boxes import COLUMN_COST, PICK_COST
 
 BACKENDS = ("native", "torch", "auto")
 SPREADS = (0.0, 0.0, 0.7, 0.7, 5.0, 30.0, 1e9)
+
 # Ways to lay a tensor out in memory, all of equal value.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
@@ -195,11 +197,9 @@ def main(count: int, first: int = 0) -> None:
     kinds: collections.Counter[str] = collections.Counter()
     for seed in range(first, first + count):
         call = make_call(random.Random(seed))
-        costs = boxes.PICK_COST, boxes.COLUMN_COST
-        if seed % 2:  # full versions as small as these would hardly ever be picked
-            costs = 0.0, 0.0
+        price = 1.0 - seed % 2  # full versions as small as these would hardly ever be picked at their costs
         try:
-            with mock.patch.multiple(boxes, PICK_COST=costs[0], COLUMN_COST=costs[1]):
+            with mock.patch.multiple(boxes, PICK_COST=price * PICK_COST, COLUMN_COST=price * COLUMN_COST):
                 kinds[check(call)] += 1
         except BaseException:
             print(f"call {seed}: {call.text}", file=sys.stderr)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from icnn_zoo.ops import backends
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.native_backend import Limits, NativeBackend, boxes, build, dense
 from icnn_zoo.ops.native_backend.boxes import choose_box
+from icnn_zoo.ops.native_backend.picks import Picks
 
 if sys.platform != "linux" or shutil.which("cc") is None:
     pytest.skip("no Linux, or no C compiler", allow_module_level=True)
@@ -276,23 +278,43 @@ def test_a_tap_that_runs_away_leaves_the_others_in_their_box(shapes: str) -> Non
     torch.testing.assert_close(case.run(tensors, "native"), expected)
 
 
-FULL = [case for case in CASES if case.shapes == "kernel" and case.stride == 1 and case.batch > 0]
+FULL = [
+    case
+    for case in CASES
+    if case.shapes == "kernel" and case.stride == 1 and case.batch > 0 and case.channels[0] > case.groups
+]
 PICKED = [
     *FULL,
     Case("groups, dilation 3", shapes="kernel", groups=2, dilation=3, padding=3, spread=0.3),
     Case("columns of several images", shapes="kernel", size=(3, 5), batch=9, channels=(3, 2)),
     Case("rows of one pixel", shapes="kernel", size=(9, 1), channels=(2, 3), dilation=2, padding=2),
-    Case("a row of several columns, several ranges", shapes="kernel", size=(5, 200), channels=(1, 2), batch=1),
+    Case("a row of several columns, several ranges", shapes="kernel", size=(5, 200), channels=(2, 2), batch=1),
     Case("two taps", shapes="kernel", kernel=(1, 2), padding=(0, 1)),
-    Case("outputs of two blocks", shapes="kernel", size=(2, 3), channels=(1, 130), batch=1),
-    Case("channels of two blocks", shapes="kernel", size=(2, 3), channels=(130, 1), batch=1),
+    Case("outputs of two blocks", shapes="kernel", size=(2, 3), channels=(2, 130), batch=1),
+    Case("channels of two blocks", shapes="kernel", size=(2, 3), channels=(130, 2), batch=1),
 ]
 
 
-@pytest.mark.parametrize("case", PICKED, ids=lambda case: case.name)
-def test_picked_taps_agree_with_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boxes, "PICK_COST", 0.0)  # nothing is cheaper
+@pytest.fixture
+def always_picked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is cheaper than picking; the test must have picked, forward and backward."""
+    called: list[str] = []
+    run = Picks._run
+
+    def watched(self: Picks, what: str, *direction: int, **tensors: torch.Tensor | None) -> None:
+        called.append(what)
+        run(self, what, *direction, **tensors)
+
+    monkeypatch.setattr(boxes, "PICK_COST", 0.0)
     monkeypatch.setattr(boxes, "COLUMN_COST", 0.0)
+    monkeypatch.setattr(Picks, "_run", watched)
+    yield
+    assert set(called) == {"planes", "kernels"}
+
+
+@pytest.mark.usefixtures("always_picked")
+@pytest.mark.parametrize("case", PICKED, ids=lambda case: case.name)
+def test_picked_taps_agree_with_the_reference(case: Case) -> None:
     expected, by_tensors = oracle(case)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
         tensors = case.tensors(dtype)
@@ -303,10 +325,9 @@ def test_picked_taps_agree_with_the_reference(case: Case, monkeypatch: pytest.Mo
             torch.testing.assert_close(result.double(), truth, rtol=tolerance, atol=tolerance * scale)
 
 
-def test_moments_of_many_pixels_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(boxes, "PICK_COST", 0.0)
-    monkeypatch.setattr(boxes, "COLUMN_COST", 0.0)
-    case = Case(shapes="kernel", size=(90, 70), channels=(1, 2), batch=2, spread=0.5)
+@pytest.mark.usefixtures("always_picked")
+def test_moments_of_many_pixels_are_whole() -> None:
+    case = Case(shapes="kernel", size=(90, 70), channels=(2, 2), batch=2, spread=0.5)
     tensors = case.tensors()
     expected = gradients(case.run(tensors, "torch"), tensors)
     for result, truth in zip(gradients(case.run(tensors, "native"), tensors), expected, strict=True):

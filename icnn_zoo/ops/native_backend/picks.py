@@ -57,13 +57,7 @@ class Picks:
     def backward(
         self, grad_output: Tensor, input: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of :func:`forward` for input, weight and shifts [N, C / G, T, 2], zero for other taps.
-
-        Args:
-            grad_output: The output's gradient.
-            input: The input.
-            needs: Whether that of the input, and those of weight and shifts are wanted; None stands for the others.
-        """
+        """The gradients of :func:`forward`, as :meth:`.boxes.Box.backward` gives them."""
         by_input = by_weight = by_shift = None
         if needs[0]:
             by_input = torch.empty_like(input)

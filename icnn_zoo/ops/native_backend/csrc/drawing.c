@@ -33,14 +33,10 @@ static inline index_t positions_of(const drawing_t *task, index_t kernel) {
     return (kernel / task->members / task->sharing * task->members + kernel % task->members) * task->taps * 2;
 }
 
-static inline double coordinate(const drawing_t *task, index_t at) {
-    return task->wide ? ((const double *)task->positions)[at] : ((const float *)task->positions)[at];
-}
-
 /* The cell of a tap, relative to the box; false where one of its corners, or a position that is no number, is outside. */
 static inline int find_cell(const drawing_t *task, index_t position, index_t *cell, double *fraction) {
     for (int axis = 0; axis < 2; axis++) {
-        double whole = coordinate(task, position + axis), low = __builtin_floor(whole), place = low - task->first[axis];
+        double whole = coordinate(task->positions, task->wide, position + axis), low = __builtin_floor(whole), place = low - task->first[axis];
         if (!(place >= 0 && place <= task->size[axis] - 2)) return 0;
         cell[axis] = (index_t)place;
         fraction[axis] = whole - low;
@@ -62,8 +58,8 @@ void drawing_choose(drawing_t *task) {
     for (index_t kernel = 0; kernel < task->kernels; kernel += step, sampled++) {
         index_t position = positions_of(task, kernel);
         for (index_t tap = 0; tap < task->taps; tap++, position += 2) {
-            double row = __builtin_floor(coordinate(task, position));
-            double col = __builtin_floor(coordinate(task, position + 1));
+            double row = __builtin_floor(coordinate(task->positions, task->wide, position));
+            double col = __builtin_floor(coordinate(task->positions, task->wide, position + 1));
             if (!(row >= least[0] && row <= most[0] && col >= least[1] && col <= most[1])) continue;
             counts[0][(index_t)row + REACH]++;
             counts[1][(index_t)col + REACH]++;

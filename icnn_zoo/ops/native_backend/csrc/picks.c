@@ -127,10 +127,6 @@ static index_t kernel_of(const call_t *call, index_t group, index_t result, inde
                           : (group * call->results + result) * call->members + member;
 }
 
-static inline double coordinate(const picks_t *task, index_t at) {
-    return task->wide ? ((const double *)task->positions)[at] : ((const float *)task->positions)[at];
-}
-
 /* The taps of the kernels of a block that lie in the box, and the columns that they read: how many. */
 static index_t collect(const call_t *call, index_t group, index_t first, index_t count, index_t member, room_t *room) {
     const picks_t *task = call->task;
@@ -140,7 +136,7 @@ static index_t collect(const call_t *call, index_t group, index_t first, index_t
         index_t kernel = kernel_of(call, group, first + result, member);
         pick_t *pick = room->picks + result * taps;
         for (index_t tap = kernel * taps; tap < (kernel + 1) * taps; tap++) {
-            double row = coordinate(task, 2 * tap) - task->first[0], col = coordinate(task, 2 * tap + 1) - task->first[1];
+            double row = coordinate(task->positions, task->wide, 2 * tap) - task->first[0], col = coordinate(task->positions, task->wide, 2 * tap + 1) - task->first[1];
             double upper = __builtin_floor(row), left = __builtin_floor(col);
             if (!(upper >= 0 && upper <= height - 2 && left >= 0 && left <= width - 2)) continue;
             REAL down = (REAL)(row - upper), right = (REAL)(col - left), weight = task->weight[tap];
@@ -368,7 +364,7 @@ static void kernels_work(const void *data, index_t unit, REAL *scratch) {
         memset(task->grad_shift + 2 * start, 0, 2 * taps * sizeof(double));
         for (index_t index = 0; index < room.counts[result]; index++) {
             index_t own = room.picks[result * taps + index].tap, tap = start + own;
-            double row = coordinate(task, 2 * tap), col = coordinate(task, 2 * tap + 1), weight = task->weight[tap];
+            double row = coordinate(task->positions, task->wide, 2 * tap), col = coordinate(task->positions, task->wide, 2 * tap + 1), weight = task->weight[tap];
             finish_tap(moments + (result * taps + own) * 4, row - __builtin_floor(row), col - __builtin_floor(col), weight,
                        task->grad_weight + tap, task->grad_shift + 2 * tap);
         }

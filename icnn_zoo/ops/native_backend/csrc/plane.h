@@ -91,6 +91,11 @@ static inline void spread_unknown(REAL unknown, REAL *plane, index_t length) {
     for (index_t pixel = 0; pixel < length; pixel++) plane[pixel] += unknown;
 }
 
+/* One of the numbers of positions that are doubles, or floats. */
+static inline double coordinate(const void *positions, index_t wide, index_t at) {
+    return wide ? ((const double *)positions)[at] : ((const float *)positions)[at];
+}
+
 /* The gradients of a tap from the products of the output's gradient with each of its four cells. */
 static inline void finish_tap(const double *product, double down, double right, double weight, REAL *by_weight,
                               double *by_shift) {
