@@ -63,6 +63,11 @@ def _run_command(arguments: list[str]) -> None:
         if options.traceback:
             raise
         _stop(name, error)
+    except KeyboardInterrupt:
+        if options.traceback:
+            raise
+        print(f"icnn-zoo {name}: interrupted", file=sys.stderr)
+        sys.exit(130)  # as shells say of a program that Ctrl-C ended
 
 
 def _parser(chosen: str) -> argparse.ArgumentParser:

@@ -120,6 +120,6 @@ def _is_doubtful(header: ImageHeader, labels: Path) -> bool:
     return labels.suffix == ".mat" or read_header(labels).orientation == 1
 
 
-def progress(things: Sequence[T], description: str) -> Iterable[T]:
-    """Iterates with a progress bar."""
-    return track(things, description=description, total=len(things))
+def progress(things: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+    """Iterates with a progress bar. What has no length needs a ``total``."""
+    return track(things, description=description, total=total)

@@ -178,6 +178,7 @@ def _kernel_controls(head: str) -> dict[str, Row]:
         # The head's own dilation, 2, was chosen by the pitch of the lines.
         **{f"head-dilation-{step}": Row(arguments=("--model.head_dilation", str(step))) for step in (1, 3, 4)},
         "kernel-dilation-1": Row(head, arguments=(*kernel, "--model.head_dilation", "1"), baseline="head-dilation-1"),
+        "channel-dilation-1": Row(head, arguments=("--model.head_dilation", "1"), baseline="head-dilation-1"),
         # 36,864 weights more, where positions of a shape per kernel are 41,472.
         "head-filled": Row(peer=("filled", head)),
     }

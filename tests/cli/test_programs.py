@@ -46,6 +46,14 @@ def test_a_fault_of_the_package_keeps_its_traceback(monkeypatch):
         programs.zoo_main(["plan"])
 
 
+def test_an_interrupt_is_one_line_and_the_code_that_shells_know(monkeypatch, capsys):
+    give(monkeypatch, KeyboardInterrupt())
+    with pytest.raises(SystemExit) as stopped:
+        programs.zoo_main(["plan"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "icnn-zoo plan: interrupted\n"
+
+
 @pytest.mark.parametrize("name", programs.COMMANDS)
 def test_every_command_has_help_of_its_own(name, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ OPTIONS = {
     "any_number": Option("accept numbers of images that are not the official ones"),
     "pdfs": Option("folder of your own PDFs (default: fetch Debian's packages of TeX documentation)", user_path),
     "pages": Option("pages to prepare in all (default: 24000)", int),
+    "workers": Option("processes that label pages (default: one for each processor)", int),
 }
 
 
@@ -60,10 +62,15 @@ def _vgg16(root: Path) -> Path:
     return prepare_vgg16(root)
 
 
-def _documents(root: Path, pdfs: Path | None = None, pages: int | None = None) -> str:
+def _documents(root: Path, pdfs: Path | None = None, pages: int | None = None, workers: int | None = None) -> str:
     from icnn_zoo.data.preparation.documents import PAGES, prepare_documents
 
-    return prepare_documents(root, pdfs=pdfs, pages=PAGES if pages is None else pages)
+    return prepare_documents(
+        root,
+        pdfs=pdfs,
+        pages=PAGES if pages is None else pages,
+        workers=(os.cpu_count() or 1) if workers is None else workers,
+    )
 
 
 def _voc2012(root: Path, download: bool = False, any_number: bool = False) -> str:
@@ -86,7 +93,7 @@ def _cityscapes(root: Path, train_ids: bool = False, any_number: bool = False) -
 
 DATASETS: dict[str, Preparation] = {
     "cityscapes": Preparation(_cityscapes, ("train_ids", "any_number")),
-    "documents": Preparation(_documents, ("pdfs", "pages")),
+    "documents": Preparation(_documents, ("pdfs", "pages", "workers")),
     "drawn-voc": Preparation(_drawn_voc),
     "efficientnet-lite0": Preparation(_efficientnet_lite0),
     "pascal-context": Preparation(_pascal_context, ("download", "any_number")),

@@ -5,8 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import multiprocessing
+import signal
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +40,7 @@ _PLAN, _PROGRESS = "plan.json", "progress.jsonl"
 _COLUMNS = ("split", "name", "document", "package", "group", "page", "height", "width")
 
 
-def prepare_documents(root: Path, *, pdfs: Path | None = None, pages: int = PAGES) -> str:
+def prepare_documents(root: Path, *, pdfs: Path | None = None, pages: int = PAGES, workers: int = 1) -> str:
     """Renders and labels pages of PDFs.
 
     The folder ``documents`` below ``root`` is a dataset once it has its ``manifest.json``, which is written last; an
@@ -47,6 +53,8 @@ def prepare_documents(root: Path, *, pdfs: Path | None = None, pages: int = PAGE
         pdfs: Folder of PDFs; None fetches Debian's packages of TeX documentation (1.3 GB), of which PDFs and licenses
             are kept.
         pages: Pages to prepare in all, if there are so many. Documents are done whole.
+        workers: Processes that label documents, which decides nothing but the time; 1 labels in this process. More are
+            started anew (``spawn``), so a script that asks for them needs ``if __name__ == "__main__":``.
 
     Returns:
         A report: where the pages are, how many of each split, and what was skipped why.
@@ -54,10 +62,12 @@ def prepare_documents(root: Path, *, pdfs: Path | None = None, pages: int = PAGE
     Raises:
         FileNotFoundError: A folder without PDFs, or no apt-get.
         ImportError: The extra ``documents`` is not installed.
-        RuntimeError: The packages cannot be fetched, or another process is at work in the folder.
+        RuntimeError: The packages cannot be fetched, another process is at work in the folder, or a worker was killed.
         ValueError: The folder was begun from other PDFs or by another version, ``pages`` are fewer than those of test
-            and validation, no PDF can be used, or they are of too few packages to split.
+            and validation, no PDF can be used, they are of too few packages to split, or there are no ``workers``.
     """
+    if workers < 1:
+        raise ValueError(f"`workers` must be at least 1; got {workers}.")
     import pypdfium2  # noqa: F401  fails before anything is fetched
 
     folder = root / FOLDER
@@ -67,28 +77,25 @@ def prepare_documents(root: Path, *, pdfs: Path | None = None, pages: int = PAGE
         with filelock.FileLock(folder / ".lock", timeout=0):
             if sources is None:
                 sources = debian_sources(folder / "sources")
-            return _prepare(folder, sources, pages)
+            return _prepare(folder, sources, pages, workers)
     except filelock.Timeout:
         raise RuntimeError(f"another process prepares documents in {str(folder)!r} at this moment.") from None
 
 
-def _prepare(folder: Path, sources: Sequence[Source], pages: int) -> str:
+def _prepare(folder: Path, sources: Sequence[Source], pages: int, workers: int) -> str:
     splits, unread = _plan(folder, sources)
     fixed = sum(len(entry.pages) for split in ("test", "val") for entry in splits[split])
     if pages <= fixed:
         raise ValueError(f"`pages` must be more than the {fixed} that testing and validation get; got {pages}.")
     done = _read_progress(folder)
-    total = 0
-    with (folder / _PROGRESS).open("a", encoding="utf-8") as log:
-        todo = [(name, document) for name in ("test", "val", "train") for document in splits[name]]
-        for split, document in progress(todo, "Labeling pages"):
-            if split == "train" and total >= pages:
-                break
-            if document.name not in done:
-                done[document.name] = _write_pages(folder, split, document)
-                log.write(json.dumps(done[document.name]) + "\n")
+    todo = [(name, document) for name in ("test", "val", "train") for document in splits[name]]
+    labeled = _label(folder, todo, done, pages, workers)
+    with (folder / _PROGRESS).open("a", encoding="utf-8") as log, closing(labeled):
+        for entry in progress(labeled, "Labeling pages", total=len(todo)):
+            if entry["document"] not in done:
+                done[entry["document"]] = entry
+                log.write(json.dumps(entry) + "\n")
                 log.flush()
-            total += len(done[document.name]["pages"])
     entries = {
         split: [(entry, done[entry.name]) for entry in members if entry.name in done]
         for split, members in splits.items()
@@ -151,6 +158,57 @@ def _read_progress(folder: Path) -> dict[str, dict[str, Any]]:
             entry = json.loads(line)
             done[entry["document"]] = entry
     return done
+
+
+def _label(
+    folder: Path,
+    todo: Sequence[tuple[str, Document]],
+    done: Mapping[str, dict[str, Any]],
+    pages: int,
+    workers: int,
+) -> Generator[dict[str, Any], None, None]:
+    """Yields the line of progress of every document in order, until there are ``pages``.
+
+    At work at once are only those that are needed however many pages of the others are skipped: so that no file is
+    written that does not belong to the dataset.
+    """
+    total = end = 0
+    with _mapper(workers) as apply:
+        while end < len(todo) and (todo[end][0] != "train" or total < pages):
+            begin, most = end, total
+            while end < len(todo) and (todo[end][0] != "train" or most < pages):
+                most += len(todo[end][1].pages)
+                end += 1
+            new = [pair for pair in todo[begin:end] if pair[1].name not in done]
+            labeled = iter(apply(partial(_write_pages, folder), *zip(*new, strict=True))) if new else iter(())
+            for _, document in todo[begin:end]:
+                entry = done[document.name] if document.name in done else next(labeled)
+                total += len(entry["pages"])
+                yield entry
+
+
+@contextmanager
+def _mapper(workers: int) -> Iterator[Any]:
+    """``map``, in processes of their own if there are several; what was not begun is dropped at an error."""
+    if workers == 1:
+        yield map
+        return
+    # Not forked: this process has threads of PyTorch and OpenCV.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
+        yield pool.map
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a process that labels documents was killed, as for want of memory. What was done is kept; go on with "
+            f"fewer `workers` than {workers}."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to stop
+    cv2.setNumThreads(1)
 
 
 def _write_pages(folder: Path, split: str, document: Document) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Preparing documents: splits without common authors, the same files from the same PDFs, and bad input by name."""
 
 import json
+import os
+import signal
 import subprocess
 
 import numpy as np
@@ -22,6 +24,10 @@ def files(root):
         for path in sorted(root.rglob("*"))
         if path.is_file() and path.name != ".lock"
     }
+
+
+def killed(folder, split, document):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture
@@ -81,6 +87,26 @@ def test_more_pages_add_to_those_that_are_there(library, tmp_path):
     assert few["val"] == many["val"]
     assert many["train"][: len(few["train"])] == few["train"]
     assert len(many["train"]) > len(few["train"])
+
+
+def test_several_workers_write_what_one_writes(library, tmp_path):
+    write_pdf(
+        library / "package3" / "bare.pdf", [article(3), ""]
+    )  # the second page is skipped: more documents are needed
+    for name, workers in (("one", 1), ("several", 3)):
+        prepare_documents(tmp_path / name, pdfs=library, pages=17, workers=workers)
+    assert files(tmp_path / "one") == files(tmp_path / "several")
+
+
+def test_a_worker_that_is_killed_leaves_what_was_done(library, tmp_path, monkeypatch):
+    prepare_documents(tmp_path / "whole", pdfs=library)
+    with monkeypatch.context() as patched:
+        patched.setattr(preparation, "_write_pages", killed)
+        with pytest.raises(RuntimeError, match=r"was killed.*go on with fewer `workers` than 2"):
+            prepare_documents(tmp_path / "parts", pdfs=library, workers=2)
+    assert not (tmp_path / "parts" / "documents" / "manifest.json").exists()
+    prepare_documents(tmp_path / "parts", pdfs=library, workers=2)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
 def test_fewer_pages_than_evaluation_needs_are_refused(library, tmp_path):
