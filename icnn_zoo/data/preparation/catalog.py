@@ -40,7 +40,7 @@ OPTIONS = {
     "any_number": Option("accept numbers of images that are not the official ones"),
     "pdfs": Option("folder of your own PDFs (default: fetch Debian's packages of TeX documentation)", user_path),
     "pages": Option("pages to prepare in all (default: 24000)", int),
-    "workers": Option("processes that label pages (default: one for each processor)", int),
+    "workers": Option("processes that label pages, at most (default: one for each processor)", int),
 }
 
 

@@ -36,6 +36,7 @@ from icnn_zoo.io.files import write_whole
 from icnn_zoo.io.label_pictures import palette_picture
 
 PAGES = 24000
+_PAGES_A_WORKER = 250  # at least: starting one takes as long as a hundred pages
 _PLAN, _PROGRESS = "plan.json", "progress.jsonl"
 _COLUMNS = ("split", "name", "document", "package", "group", "page", "height", "width")
 
@@ -53,8 +54,9 @@ def prepare_documents(root: Path, *, pdfs: Path | None = None, pages: int = PAGE
         pdfs: Folder of PDFs; None fetches Debian's packages of TeX documentation (1.3 GB), of which PDFs and licenses
             are kept.
         pages: Pages to prepare in all, if there are so many. Documents are done whole.
-        workers: Processes that label documents, which decides nothing but the time; 1 labels in this process. More are
-            started anew (``spawn``), so a script that asks for them needs ``if __name__ == "__main__":``.
+        workers: Processes that label documents at most, which decides nothing but the time; there is one more for every
+            250 pages. 1 labels in this process. More are started anew (``spawn``), so a script that asks for them needs
+            ``if __name__ == "__main__":``.
 
     Returns:
         A report: where the pages are, how many of each split, and what was skipped why.
@@ -89,7 +91,8 @@ def _prepare(folder: Path, sources: Sequence[Source], pages: int, workers: int) 
         raise ValueError(f"`pages` must be more than the {fixed} that testing and validation get; got {pages}.")
     done = _read_progress(folder)
     todo = [(name, document) for name in ("test", "val", "train") for document in splits[name]]
-    labeled = _label(folder, todo, done, pages, workers)
+    left = sum(len(document.pages) for _, document in todo if document.name not in done)
+    labeled = _label(folder, todo, done, pages, min(workers, 1 + min(left, pages) // _PAGES_A_WORKER))
     with (folder / _PROGRESS).open("a", encoding="utf-8") as log, closing(labeled):
         for entry in progress(labeled, "Labeling pages", total=len(todo)):
             if entry["document"] not in done:

@@ -89,7 +89,8 @@ def test_more_pages_add_to_those_that_are_there(library, tmp_path):
     assert len(many["train"]) > len(few["train"])
 
 
-def test_several_workers_write_what_one_writes(library, tmp_path):
+def test_several_workers_write_what_one_writes(library, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "_PAGES_A_WORKER", 1)
     write_pdf(
         library / "package3" / "bare.pdf", [article(3), ""]
     )  # the second page is skipped: more documents are needed
@@ -99,6 +100,7 @@ def test_several_workers_write_what_one_writes(library, tmp_path):
 
 
 def test_a_worker_that_is_killed_leaves_what_was_done(library, tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "_PAGES_A_WORKER", 1)
     prepare_documents(tmp_path / "whole", pdfs=library)
     with monkeypatch.context() as patched:
         patched.setattr(preparation, "_write_pages", killed)
