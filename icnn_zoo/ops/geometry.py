@@ -95,6 +95,8 @@ def pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
         TypeError: Neither an int nor a sequence.
         ValueError: Not one or two ints, less than ``minimum``, or beyond 64 bits.
     """
+    if type(value) is int and minimum <= value < 2**63:  # as nearly always: what follows takes longer
+        return value, value
     try:
         values = (value, value) if isinstance(value, int) or not isinstance(value, Iterable) else tuple(value)
         values = tuple(item if isinstance(item, int) else operator.index(item) for item in values)

@@ -18,7 +18,7 @@ def address_of(name: str, tensor: Tensor, dtype: torch.dtype, length: int) -> in
     Raises:
         ValueError: It is something else.
     """
-    plain = tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_neg()
+    plain = tensor.is_cpu and tensor.is_contiguous() and not tensor.is_neg()
     if tensor.dtype != dtype or tensor.numel() != length or not plain:
         raise ValueError(
             f"`{name}` must be {length} contiguous numbers of {dtype} on a CPU for the native backend; got "

@@ -160,7 +160,7 @@ def choose_box(weight: Tensor, positions: Tensor, geometry: Geometry) -> Box | N
     choose = build.load()[0][weight.dtype].drawing_choose
     choose(ctypes.byref(task))
     picked = False
-    if per_kernel and geometry.stride == (1, 1):
+    if per_kernel and geometry.stride == (1, 1) and task.cost > PICK_COST * taps:
         picks = _Drawing.from_buffer_copy(task)
         picks.skips, picks.cell_cost = 1, COLUMN_COST / min(per_group, members, BLOCK)
         choose(ctypes.byref(picks))

@@ -103,28 +103,33 @@ void drawing_choose(drawing_t *task) {
     task->outside = (sampled * task->taps - count + lost_best) * task->kernels / sampled;
 }
 
-/* What the taps of an output, wherever they are, give to four cells of their boxes: [4, taps] and the first of the cells. */
-static inline __attribute__((always_inline)) void weigh_taps(const drawing_t *task, index_t position, const REAL *weight,
-                                                             index_t count, const int wide, uint8_t *drawn,
-                                                             int32_t *restrict cell, REAL *restrict parts) {
-    const double *doubles = (const double *)task->positions + position;
-    const float *floats = (const float *)task->positions + position;
-    double row_first = task->first[0], col_first = task->first[1], row_last = task->size[0] - 2, col_last = task->size[1] - 2;
-    double width = task->size[1];
-    for (index_t tap = 0; tap < count; tap++) {
-        double row = wide ? doubles[2 * tap] : floats[2 * tap], col = wide ? doubles[2 * tap + 1] : floats[2 * tap + 1];
-        double low = __builtin_floor(row), left = __builtin_floor(col);
-        REAL down = (REAL)(row - low), right = (REAL)(col - left);
-        double top = low - row_first, side = left - col_first;
-        int inside = (top >= 0) & (top <= row_last) & (side >= 0) & (side <= col_last);
-        cell[tap] = (int32_t)(inside ? top * width + side : -1);
-        parts[tap] = (1 - down) * (1 - right) * weight[tap];
-        parts[count + tap] = (1 - down) * right * weight[tap];
-        parts[2 * count + tap] = down * (1 - right) * weight[tap];
-        parts[3 * count + tap] = down * right * weight[tap];
+/* What the taps of an output, wherever they are, give to four cells of their boxes: [4, taps] and the first of the cells.
+ * In the type of the numbers where positions are floats: what is left of one beyond its cell is then the same. */
+#define WEIGH_TAPS(name, stored, number)                                                                                \
+    static void name(const drawing_t *task, index_t position, const REAL *restrict weight, index_t count,              \
+                     uint8_t *restrict drawn, int32_t *restrict cell, REAL *restrict parts) {                          \
+        const stored *positions = (const stored *)task->positions + position;                                         \
+        number row_first = task->first[0], col_first = task->first[1], width = task->size[1];                         \
+        number row_last = task->size[0] - 2, col_last = task->size[1] - 2;                                            \
+        for (index_t tap = 0; tap < count; tap++) {                                                                   \
+            number row = positions[2 * tap], col = positions[2 * tap + 1], low = FLOOR(row), left = FLOOR(col);        \
+            number top = low - row_first, side = left - col_first;                                                    \
+            REAL down = (REAL)(row - low), right = (REAL)(col - left);                                                 \
+            REAL lower = down * weight[tap], upper = (1 - down) * weight[tap];                                         \
+            int inside = (top >= 0) & (top <= row_last) & (side >= 0) & (side <= col_last);                           \
+            cell[tap] = (int32_t)(inside ? top * width + side : -1);                                                  \
+            parts[tap] = upper * (1 - right);                                                                         \
+            parts[count + tap] = upper * right;                                                                       \
+            parts[2 * count + tap] = lower * (1 - right);                                                             \
+            parts[3 * count + tap] = lower * right;                                                                   \
+        }                                                                                                             \
+        for (index_t tap = 0; tap < count; tap++) drawn[tap] = cell[tap] >= 0;                                        \
     }
-    for (index_t tap = 0; tap < count; tap++) drawn[tap] = cell[tap] >= 0;
-}
+#define FLOOR(number) (sizeof(number) == 4 ? __builtin_floorf((float)(number)) : __builtin_floor(number))
+WEIGH_TAPS(weigh_doubles, double, double)
+WEIGH_TAPS(weigh_floats, float, REAL)
+#undef FLOOR
+#undef WEIGH_TAPS
 
 /* The kernels of one output. */
 static void draw_work(const void *data, index_t output, REAL *scratch) {
@@ -134,11 +139,7 @@ static void draw_work(const void *data, index_t output, REAL *scratch) {
     REAL *parts = scratch, *cells = task->cells + output * task->members * area;
     int32_t *cell = (int32_t *)(parts + 4 * count);
     index_t position = positions_of(task, output * task->members);
-    if (task->wide) {
-        weigh_taps(task, position, weight, count, 1, task->drawn + output * count, cell, parts);
-    } else {
-        weigh_taps(task, position, weight, count, 0, task->drawn + output * count, cell, parts);
-    }
+    (task->wide ? weigh_doubles : weigh_floats)(task, position, weight, count, task->drawn + output * count, cell, parts);
     memset(cells, 0, task->members * area * sizeof(REAL));
     for (index_t first = 0; first < count; first += taps, cells += area) {
         for (index_t tap = first; tap < first + taps; tap++) {
