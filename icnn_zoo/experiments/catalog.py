@@ -160,6 +160,7 @@ def _documents() -> dict[str, Row]:
         "learned-2400": Row(first, arguments=steps, baseline="regular-2400"),
         "classifier-2400": Row("classifier", arguments=steps, baseline="regular-2400"),
         f"{last}-2400": Row(last, arguments=steps, baseline="regular-2400"),
+        "head-dilation-1-2400": Row(arguments=("--model.head_dilation", "1", *steps), baseline="regular-2400"),
         **geometries,
         **_kernel_controls("classifier"),
     }
