@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from icnn_zoo.io.files import user_path
 
+_WORKERS = 8  # unless asked for: each holds about a GB
+
 
 class Preparation(NamedTuple):
     """A thing to prepare.
@@ -40,7 +42,7 @@ OPTIONS = {
     "any_number": Option("accept numbers of images that are not the official ones"),
     "pdfs": Option("folder of your own PDFs (default: fetch Debian's packages of TeX documentation)", user_path),
     "pages": Option("pages to prepare in all (default: 24000)", int),
-    "workers": Option("processes that label pages, at most (default: one for each processor)", int),
+    "workers": Option("processes that label pages, at most (default: one for each processor, up to 8)", int),
 }
 
 
@@ -69,7 +71,7 @@ def _documents(root: Path, pdfs: Path | None = None, pages: int | None = None, w
         root,
         pdfs=pdfs,
         pages=PAGES if pages is None else pages,
-        workers=(os.cpu_count() or 1) if workers is None else workers,
+        workers=min(os.cpu_count() or 1, _WORKERS) if workers is None else workers,
     )
 
 

@@ -36,7 +36,7 @@ from icnn_zoo.io.files import write_whole
 from icnn_zoo.io.label_pictures import palette_picture
 
 PAGES = 24000
-_PAGES_A_WORKER = 250  # at least: starting one takes as long as a hundred pages
+_PAGES_A_WORKER = 250  # at least: starting one takes about as long as labeling so many
 _PLAN, _PROGRESS = "plan.json", "progress.jsonl"
 _COLUMNS = ("split", "name", "document", "package", "group", "page", "height", "width")
 

@@ -91,9 +91,7 @@ def test_more_pages_add_to_those_that_are_there(library, tmp_path):
 
 def test_several_workers_write_what_one_writes(library, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "_PAGES_A_WORKER", 1)
-    write_pdf(
-        library / "package3" / "bare.pdf", [article(3), ""]
-    )  # the second page is skipped: more documents are needed
+    write_pdf(library / "package3" / "bare.pdf", [article(3), ""])  # a page is skipped: more documents are needed
     for name, workers in (("one", 1), ("several", 3)):
         prepare_documents(tmp_path / name, pdfs=library, pages=17, workers=workers)
     assert files(tmp_path / "one") == files(tmp_path / "several")
@@ -109,6 +107,12 @@ def test_a_worker_that_is_killed_leaves_what_was_done(library, tmp_path, monkeyp
     assert not (tmp_path / "parts" / "documents" / "manifest.json").exists()
     prepare_documents(tmp_path / "parts", pdfs=library, workers=2)
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_no_workers_are_refused_before_anything_is_written(library, tmp_path):
+    with pytest.raises(ValueError, match="`workers` must be at least 1; got 0"):
+        prepare_documents(tmp_path / "data", pdfs=library, workers=0)
+    assert not (tmp_path / "data").exists()
 
 
 def test_fewer_pages_than_evaluation_needs_are_refused(library, tmp_path):
