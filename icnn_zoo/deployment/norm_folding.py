@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
 from icnn_zoo.nn.references import unregistered_uses
@@ -99,11 +100,10 @@ def _norm_types() -> tuple[type[nn.Module], ...]:
 
 def fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution (float64, CPU) that computes what it and the norm after it do in eval mode."""
-    scale = (norm.running_var.cpu().double() + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight.cpu().double()
-    shift = -norm.running_mean.cpu().double() * scale
-    shift = shift if norm.bias is None else shift + norm.bias.cpu().double()
-    return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
+    numbers = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    mean, variance, scale, shift = (None if each is None else each.cpu().double() for each in numbers)
+    folded = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
+    return folded[0].detach(), folded[1].detach()
 
 
 def without_norm(norm: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from icnn_zoo import convert, deploy, irregular_layers
+from icnn_zoo import IrregularConv2d, convert, deploy, irregular_layers
 from icnn_zoo.deployment.rewriting import rewrite
 
 
@@ -50,6 +50,15 @@ def test_blocks_of_a_network_that_cannot_be_traced_are_folded_one_by_one(waken):
     model = convert(waken(Untraceable(Block(), Block())).eval(), "", epsilon=0.3)
     result = rewrite(model, image())
     assert [layer.folded for layer in result.layers] == ["blocks.0.bn", "blocks.1.bn"]
+    assert result.difference < 1e-5
+
+
+@pytest.mark.parametrize("shapes", ["layer", "channel", "kernel"])
+def test_a_norm_is_folded_into_a_layer_of_free_taps(shapes, waken):
+    layer = IrregularConv2d(4, 4, 5, padding=2, taps=6, groups=2, shapes=shapes, bias=False)
+    model = waken(Untraceable(Block(layer))).eval()
+    result = rewrite(model, image())
+    assert [layer.folded for layer in result.layers] == ["blocks.0.bn"]
     assert result.difference < 1e-5
 
 
