@@ -6,7 +6,7 @@ prints which, no speed at all, and exits with status 1.
 
 Then everything is timed once in turn in each round, and ratios are taken within a round, so that drift of the machine
 cancels: PyTorch's to conv2d in PyTorch, onnxruntime's to conv2d in onnxruntime. Printed are the median over rounds and
-min..max, and beside them the form that was chosen and its modelled cost: the ratio on which the choice rests. Float32
+min..max, and beside them the form that was chosen and its modeled cost: the ratio on which the choice rests. Float32
 on a CPU, without gradients, all with the same number of threads; a measurement repeats a quick call for 50 ms.
 """
 
@@ -152,10 +152,10 @@ def run_layer(layer: Layer, calls: dict[tuple[str, str], Run], args: argparse.Na
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Lines of one layer: the form and its modelled cost, then one line for each time."""
+    """Lines of one layer: the form and its modeled cost, then one line for each time."""
     deployed = result["deployed"]
     box = "x".join(map(str, deployed["box"]))
-    form = f"{deployed['form']}, box {box}, {deployed['outliers']} outliers, modelled cost {deployed['cost']:.2f}"
+    form = f"{deployed['form']}, box {box}, {deployed['outliers']} outliers, modeled cost {deployed['cost']:.2f}"
     lines = [f"{result['name']}: {result['text']}", f"  {form}"]
     for record in result["records"]:
         ratios = record["ratios"]

@@ -1,4 +1,4 @@
-"""How the native backend's work divides among threads: counted, modelled for up to 128, measured on the cores at hand.
+"""How the native backend's work divides among threads: counted, modeled for up to 128, measured on the cores at hand.
 
 A call's work is a few phases, each cut into units that free threads take one by one. For every number of threads the
 program makes the call with a stand-in for PyTorch's pool that runs the units one after the other and times each. The
@@ -125,7 +125,7 @@ def calls(shape: Shape) -> dict[str, Callable[[], Any]]:
 
 
 def model(call: Callable[[], Any], overhead: float, repeats: int) -> list[dict[str, Any]]:
-    """Units, imbalance and modelled speed-up for every number of threads."""
+    """Units, imbalance and modeled speed-up for every number of threads."""
     rows: list[dict[str, Any]] = []
     for threads in THREADS[1:]:
         runs, serial = [], math.inf
@@ -151,7 +151,7 @@ def model(call: Callable[[], Any], overhead: float, repeats: int) -> list[dict[s
                 "seconds": seconds,
                 "serial_seconds": serial,  # of it phases that are worth one thread only
                 "imbalance": sum(longest) / ideal if ideal else 1.0,
-                "modelled_speed_up": (serial + sum(seconds)) / (serial + sum(longest)),
+                "modeled_speed_up": (serial + sum(seconds)) / (serial + sum(longest)),
             }
         )
     return rows
@@ -210,13 +210,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         for direction, call in calls(shape).items():
             seconds = measured_seconds(call, counts, repeats)
             rows = model(call, overhead, repeats)
-            record = {"name": name, "text": str(shape), "direction": direction, "seconds": seconds, "modelled": rows}
+            record = {"name": name, "text": str(shape), "direction": direction, "seconds": seconds, "modeled": rows}
             report["layers"].append(record)
             print(f"{name}, {direction}, {seconds[1] * 1e3:.3g} ms with one thread")
             longest = [max(zip(row["seconds"], row["units"], strict=True))[1] if row["units"] else 1 for row in rows]
             print(f"{'units of the longest phase':>42} " + "".join(f"{units:>7}" for units in longest))
             print(f"{'imbalance':>42} " + "".join(f"{row['imbalance']:>7.2f}" for row in rows))
-            print(f"{'speed-up, modelled':>42} " + "".join(f"{row['modelled_speed_up']:>7.2f}" for row in rows))
+            print(f"{'speed-up, modeled':>42} " + "".join(f"{row['modeled_speed_up']:>7.2f}" for row in rows))
             speed_ups = "".join(f"{seconds[1] / seconds[count]:>7.2f}" for count in counts[1:])
             print(f"{'measured':>42} {speed_ups}", flush=True)
             if args.json:

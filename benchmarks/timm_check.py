@@ -154,7 +154,7 @@ def _takes(model: nn.Module, name: str, size: tuple[int, int]) -> bool:
 
 
 def wake(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Randomises constant parameters and statistics (zero-initialised norms hide the layers before them), in place."""
+    """Randomises constant parameters and statistics (zero-initialized norms hide the layers before them), in place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -164,14 +164,14 @@ def table(results: Row) -> str:
     counts = Counter(row["status"] for row in rows.values())
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
-        "# Every timm architecture, converted",
+        "# timm's architectures: planned, and checked",
         "",
         "Made by `python benchmarks/timm_sweep.py`; the numbers of every architecture are in `timm_sweep.json`.",
         f"{results['machine']}; {versions}; float64, seed 0, two images of 97x131 px where an architecture takes them.",
         "",
         "Passed means: converted from the first convolution at epsilon 0, the output equals the regular network's in "
         f"eval and in train mode to {results['tolerance']:.0e} of its largest number, every constant parameter "
-        "randomised before; moving every tap by 0.2 to 0.6 px changes it by at least "
+        "randomized before; moving every tap by 0.2 to 0.6 px changes it by at least "
         f"{results['least_change']:.0e}; every displacement gets a finite gradient and every layer one that is not "
         "zero; the deployed network gives the moved network's output to the same tolerance.",
         "",

@@ -1,4 +1,4 @@
-"""Training a network with irregular layers: parameter groups, the poly policy and the bound of Eq. 7.
+"""Training a network with irregular layers: parameter groups, the poly policy, the positions' rule, Eq. 7's bound.
 
 Everything here works in any training loop. An exponential or stochastic weight average of displacements needs no bound
 of its own: an average of positions lies between them. What Eq. 7 limits is one optimizer step, not the average.
@@ -34,8 +34,9 @@ def parameter_groups(
     Args:
         model: The network, already converted.
         lr: Rate of the backbone's weights.
-        position_lr: Rate of the positions, in pixels per unit of gradient. The paper uses 50 000 times ``lr``; sweep
-            it.
+        position_lr: Rate of the positions. With :func:`move_positions` the most that a step moves a tap, in pixels
+            (0.1); with :func:`bound_positions` and SGD pixels per unit of gradient (the paper: 50, 50 000 times
+            ``lr``), with Adam about pixels a step (0.01 to 0.03).
         weight_decay: Decay of weights with two or more dimensions. Positions, biases and norm parameters have none.
         head: Name of the submodule with the raised rates, or its only ending ("fc" is also found behind DDP and
             torch.compile); None for no such submodule. Its displacement belongs to the positions like any other.

@@ -27,9 +27,9 @@ def input_gradient(
     does it, so a pixel has the same coordinates in image and output.
 
     Args:
-        network: Takes images [B, 3, H, W] and gives scores [B, classes, H', W']. It runs in eval mode, as batch
+        network: Takes images [B, C, H, W] and gives scores [B, classes, H', W']. It runs in eval mode, as batch
             statistics would tie every pixel to every other; its mode is put back.
-        image: RGB image [3, H, W], in the range that the network takes (0 to 255 for a SegmentationTask).
+        image: Image [C, H, W], in the range that the network takes (0 to 255 for a SegmentationTask).
         pixels: P output pixels (row, col).
         class_indices: For each pixel the class whose score is derived; None, for one or for all, sums over classes.
 
@@ -81,7 +81,7 @@ def heatmap(
 
     Args:
         network: See :func:`input_gradient`, as for the other arguments.
-        image: RGB image [3, H, W].
+        image: Image [C, H, W].
         pixels: P output pixels (row, col).
         class_indices: For each pixel the class, None for the sum over classes.
 

@@ -70,7 +70,7 @@ def effective_receptive_field(
 
     Args:
         network: See :func:`icnn_zoo.analysis.input_gradient`.
-        images: RGB images [3, H, W] in the range that the network takes.
+        images: Images [C, H, W] in the range that the network takes.
         pixel: The output pixel (row, col), None for the middle of each image.
         class_index: The class whose score is derived, None for the sum over classes.
 

@@ -9,7 +9,7 @@ from icnn_zoo.io.files import user_path
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Input: RGB images [B, 3, H, W] in 0..255; output: logits at the output stride."
+    parser.epilog = "Input: images [B, C, H, W] in 0..255; output: logits at the output stride."
     parser.add_argument("source", help=NETWORK)
     parser.add_argument("--to", type=user_path, required=True, help="file to write, such as model.onnx")
     parser.add_argument(

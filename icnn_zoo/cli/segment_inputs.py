@@ -121,24 +121,12 @@ def check_input(path: Path, options: argparse.Namespace) -> None:
 def load_network(options: argparse.Namespace) -> Network:
     """The network that ``options.name`` means: of the zoo, of a run, or of a checkpoint."""
     from icnn_zoo.training.network_sources import find_source, load_task
-    from icnn_zoo.zoo.networks import load_checkpoint
 
-    where = named_where(options)
-    source = find_source(options.name, **where)
-    if source.published is not None and not Path(options.name).exists():
-        model = load_checkpoint(options.name, device=options.device, **where)
-        network = Network(model, model.classes, model.palette, Evaluation())
-    else:
-        task = load_task(source)
-        card = source.card()
-        palette = color_map(len(task.class_names))
-        if card is not None:
-            palette = np.array([tuple(bytes.fromhex(color[1:])) for color in card.palette], np.uint8)
-        network = Network(task.model.to(options.device), task.class_names, palette, task.evaluation)
-    if options.window is None:
-        return network
-    way = Evaluation("sliding", options.window, options.batch)
-    return Network(network.model, network.classes, network.palette, way)
+    source = find_source(options.name, **named_where(options))
+    task, card = load_task(source), source.card()
+    palette = color_map(len(task.class_names)) if card is None else np.array(card.colors, np.uint8)
+    way = task.evaluation if options.window is None else Evaluation("sliding", options.window, options.batch)
+    return Network(task.model.to(options.device), task.class_names, palette, way)
 
 
 def pages_of(path: Path, options: argparse.Namespace, channels: int = 3) -> Iterator[np.ndarray]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,7 @@ import cv2
 import numpy as np
 
 from icnn_zoo.data.datamodule import SegmentationDataModule, Split
-from icnn_zoo.data.folders import files_in
+from icnn_zoo.data.folders import files_in, read_manifest
 from icnn_zoo.data.label_files import class_table, read_classes
 from icnn_zoo.data.samples import Sample
 from icnn_zoo.data.transforms import Size, size_pair
@@ -276,15 +275,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         ValueError: It has another format than this version of the package makes.
     """
     command = f"icnn-zoo prepare {FOLDER} --root {folder.parent}"
-    file = folder / "manifest.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no prepared dataset in {str(folder)!r}. Make it with: {command}")
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{str(folder)!r} has format {manifest.get('format')}, this version of icnn_zoo reads {FORMAT}. "
-            f"Remove the folder and run: {command}"
-        )
+    manifest = read_manifest(folder, FORMAT, command)
     listed = {split: {page.name for page in pages} for split, pages in read_pages(folder).items()}
     numbers = Counter({split: len(names) for split, names in listed.items()})
     if dict(numbers) != manifest["pages"]:

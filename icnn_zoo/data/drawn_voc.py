@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import cv2
 import numpy as np
 
 from icnn_zoo.data.datamodule import SegmentationDataModule, Split
-from icnn_zoo.data.folders import files_in
+from icnn_zoo.data.folders import files_in, read_manifest
 from icnn_zoo.data.samples import Sample
 from icnn_zoo.data.scenes import (
     SPLIT_SEEDS,
@@ -24,7 +23,7 @@ from icnn_zoo.data.scenes import (
 )
 from icnn_zoo.data.transforms import Size, size_pair
 from icnn_zoo.data.voc_classes import VOC_CLASSES
-from icnn_zoo.io.files import read_text, user_path
+from icnn_zoo.io.files import user_path
 
 FOLDER = "drawn-voc"
 FORMAT = 1
@@ -184,18 +183,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         ValueError: It has another format than this version of the package makes.
     """
     command = f"icnn-zoo prepare {FOLDER} --root {folder.parent}"
-    file = folder / "manifest.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no prepared dataset in {str(folder)!r}. Make it with: {command}")
-    try:
-        manifest: dict[str, Any] = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(file)!r} is damaged ({error}). Remove {str(folder)!r} and run: {command}") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{str(folder)!r} has format {manifest.get('format')}, this version of icnn_zoo reads {FORMAT}. "
-            f"Remove the folder and run: {command}"
-        )
+    manifest = read_manifest(folder, FORMAT, command)
     wanted = {f"icons/{split}/{name}": n for split, counts in manifest["icons"].items() for name, n in counts.items()}
     wanted |= {f"backgrounds/{split}": number for split, number in manifest["backgrounds"].items()}
     for part, number in wanted.items():

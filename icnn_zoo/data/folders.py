@@ -1,10 +1,12 @@
-"""Where the files of a dataset are: lists of images, folders that a dataset may lie in, files that are missing."""
+"""Where the files of a dataset are: lists, manifests, folders that a dataset may lie in, files that are missing."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from icnn_zoo.io.files import read_text
 
@@ -40,6 +42,33 @@ def read_list(path: Path, advice: str = "") -> list[tuple[str, str | None]]:
     if not entries:
         raise ValueError(f"the list {str(path)!r} is empty.")
     return list(entries.items())
+
+
+def read_manifest(folder: Path, format: int, command: str) -> dict[str, Any]:
+    """The ``manifest.json`` of a prepared dataset.
+
+    Args:
+        folder: Where it was prepared.
+        format: The format that is read.
+        command: What prepares it, for the errors.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged, or of another format.
+    """
+    file = folder / "manifest.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no prepared dataset in {str(folder)!r}. Make it with: {command}")
+    again = f"Remove {str(folder)!r} and run: {command}"
+    try:
+        manifest: dict[str, Any] = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(file)!r} is damaged ({error}). {again}") from error
+    if manifest.get("format") != format:
+        raise ValueError(
+            f"{str(folder)!r} has format {manifest.get('format')}, this version of icnn_zoo reads {format}. {again}"
+        )
+    return manifest
 
 
 def files_below(folder: Path, endings: Sequence[str]) -> list[Path]:

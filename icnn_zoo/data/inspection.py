@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from rich.progress import track
@@ -16,7 +15,6 @@ from icnn_zoo.io.images import ImageHeader, read_header, require_white_level
 from icnn_zoo.io.rasters import read_measured
 from icnn_zoo.io.tables import text_table
 
-T = TypeVar("T")
 SHOWN_PROBLEMS = 20  # on the screen; the report file has all
 
 
@@ -80,7 +78,7 @@ def survey(
     several: list[Path] = []
     for split, items in splits.items():
         counts = np.zeros(256, dtype=np.int64)
-        for item in progress(items, f"Checking {split}"):
+        for item in track(items, f"Checking {split}"):
             try:
                 if channels is not None:
                     size = read_measured(item.image, channels, white_level).shape[:2]
@@ -118,8 +116,3 @@ def _is_doubtful(header: ImageHeader, labels: Path) -> bool:
     if header.orientation == 1 or (header.orientation > 4 and header.size[0] != header.size[1]):
         return False
     return labels.suffix == ".mat" or read_header(labels).orientation == 1
-
-
-def progress(things: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-    """Iterates with a progress bar. What has no length needs a ``total``."""
-    return track(things, description=description, total=total)

@@ -100,8 +100,8 @@ def _norm_types() -> tuple[type[nn.Module], ...]:
 
 def fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution (float64, CPU) that computes what it and the norm after it do in eval mode."""
-    numbers = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    mean, variance, scale, shift = (None if each is None else each.cpu().double() for each in numbers)
+    mean, variance = norm.running_mean.cpu().double(), norm.running_var.cpu().double()
+    scale, shift = (None if each is None else each.cpu().double() for each in (norm.weight, norm.bias))
     folded = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)
     return folded[0].detach(), folded[1].detach()
 

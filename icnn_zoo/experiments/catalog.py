@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-CONTROLS = "icnn_zoo.training.callbacks.position_controls"
+_CONTROLS = "icnn_zoo.training.callbacks.position_controls"
+# By the optimizer alone: the rule "layer" does not follow gradients that disagree, so that nothing would walk.
+_WALK = ("--trainer.callbacks+", f"{_CONTROLS}.RandomWalk", "--model.position_rule", "optimizer")
+_RANDOM = ("--trainer.callbacks+", f"{_CONTROLS}.RandomShapes")
+_NEVER_MOVED = ("--model.position_lr", "0")
 
 
 @dataclass(frozen=True)
@@ -88,16 +92,10 @@ def _lines() -> dict[str, Row]:
         "regular": regular,
         **{f"dilation-{step}": _dilated(first, step) for step in (2, 3, 4)},
         "learned": learned,
-        # By AdamW alone: the rule "layer" does not follow gradients that disagree, so that nothing would walk.
-        "walk": Row(
-            first,
-            arguments=("--trainer.callbacks+", f"{CONTROLS}.RandomWalk", "--model.position_rule", "optimizer"),
-        ),
-        "frozen": Row(
-            first, arguments=("--trainer.callbacks+", f"{CONTROLS}.RandomShapes", "--model.position_lr", "0")
-        ),
+        "walk": Row(first, arguments=_WALK),
+        "frozen": Row(first, arguments=(*_RANDOM, *_NEVER_MOVED)),
         "oracle-1x9": Row(peer=("row", first)),
-        "dcls": Row(peer=("dcls", first), seeds=(0, 1, 2)),  # ten minutes of a core each
+        "dcls": Row(peer=("dcls", first), seeds=(0, 1, 2)),  # ten to fifteen minutes of a core each
         "deformable": Row(peer=("deformable", first), seeds=(0, 1, 2)),
     }
     # How anisotropic the task is: pages turned by up to so many degrees; by up to 90 no direction is preferred.
@@ -105,9 +103,7 @@ def _lines() -> dict[str, Row]:
         turned = ("--data.init_args.rotation", f"[-{degrees}, {degrees}]")
         suffix = f"-turned-{degrees}"
         for name, row in {"regular": regular, "dilation-2": rows["dilation-2"], "learned": learned}.items():
-            rows[name + suffix] = Row(
-                row.start, row.peer, (*row.arguments, *turned), baseline="regular" + suffix, seeds=(0, 1, 2)
-            )
+            rows[name + suffix] = Row(row.start, row.peer, (*row.arguments, *turned), baseline="regular" + suffix)
     return rows
 
 
@@ -133,7 +129,6 @@ def _documents() -> dict[str, Row]:
     last = "layer4.0.conv2"  # the layers whose displacements several trainings agree on by half
     geometries = _geometries("classifier")  # where all of the gain can be had; a shape per kernel is dear elsewhere
     del geometries["bilinear-channel"]  # the row "classifier"
-    walk = ("--trainer.callbacks+", f"{CONTROLS}.RandomWalk", "--model.position_rule", "optimizer")
     return {
         **_starts("classifier", "layer4"),
         "learned": Row(first),
@@ -141,10 +136,8 @@ def _documents() -> dict[str, Row]:
         last: Row(last),
         **{f"dilation-{step}": _dilated(first, step) for step in (2, 3)},
         # By AdamW, as on the lines; at this rate positions come about as far as learned ones, 0.4 px in the mean.
-        "walk": Row(first, arguments=(*walk, "--model.position_lr", "0.02")),
-        "frozen": Row(
-            first, arguments=("--trainer.callbacks+", f"{CONTROLS}.RandomShapes", "--model.position_lr", "0")
-        ),
+        "walk": Row(first, arguments=(*_WALK, "--model.position_lr", "0.02")),
+        "frozen": Row(first, arguments=(*_RANDOM, *_NEVER_MOVED)),
         # Equal time: a learned step takes nearly half as long again. Equal parameters: 1.27 million, as learned.
         "longer": Row(arguments=("--trainer.max_steps", "1200")),
         "wider": Row(
@@ -158,7 +151,7 @@ def _documents() -> dict[str, Row]:
         "head-dilation-1-2400": Row(arguments=("--model.head_dilation", "1", *steps), baseline="regular-2400"),
         # As far as learned positions come in these layers in so many steps, 0.9 px and 0.6 px in the mean.
         f"{last}-walk-2400": Row(
-            last, arguments=(*walk, "--model.position_lr", "0.017", *steps), baseline="regular-2400"
+            last, arguments=(*_WALK, "--model.position_lr", "0.017", *steps), baseline="regular-2400"
         ),
         # Equal time: a step that learns shapes there takes 1.24 times as long.
         "regular-2976": Row(arguments=("--trainer.max_steps", "2976"), baseline="regular-2400"),
@@ -170,13 +163,11 @@ def _documents() -> dict[str, Row]:
 def _kernel_controls(head: str) -> dict[str, Row]:
     """What a shape per kernel in the head is compared with."""
     rows = _geometries(head)
-    walk = ("--trainer.callbacks+", f"{CONTROLS}.RandomWalk", "--model.position_rule", "optimizer")
-    frozen = ("--trainer.callbacks+", f"{CONTROLS}.RandomShapes", "--trainer.callbacks.spread", "0.25")
     kernel = rows["bilinear-kernel"].arguments
     return {
         # Walking positions end as far as learned ones in the mean, 0.24 px; random ones 0.31 px.
-        "kernel-walk": Row(head, arguments=(*walk, "--model.position_lr", "0.012", *kernel)),
-        "kernel-frozen": Row(head, arguments=(*frozen, "--model.position_lr", "0", *kernel)),
+        "kernel-walk": Row(head, arguments=(*_WALK, "--model.position_lr", "0.012", *kernel)),
+        "kernel-frozen": Row(head, arguments=(*_RANDOM, "--trainer.callbacks.spread", "0.25", *_NEVER_MOVED, *kernel)),
         # The head's own dilation, 2, was chosen by the pitch of the lines.
         **{f"head-dilation-{step}": Row(arguments=("--model.head_dilation", str(step))) for step in (1, 3, 4)},
         "kernel-dilation-1": Row(head, arguments=(*kernel, "--model.head_dilation", "1"), baseline="head-dilation-1"),

@@ -28,7 +28,7 @@ from icnn_zoo.zoo.networks import load_checkpoint
 from icnn_zoo.zoo.segmenter import Segmenter
 
 STORED = Path(__file__).parent / "stored"
-_SHOWN = ("regular", "dilation-2", "dilation-3")
+_SHOWN = ("regular", "dilation-2", "dilation-3", "dilation-4")
 _ANY = ("seed", "num_workers", "eval_batch_size", "num_test")  # of data: without a part in the result
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from icnn_zoo.io.files import require_file
+
 if TYPE_CHECKING:
     from pypdfium2 import PdfDocument, PdfPage
 
@@ -24,8 +26,7 @@ def open_pdf(path: Path) -> PdfDocument:
         ImportError: pypdfium2 is not installed; the message names the extra.
         ValueError: It is encrypted, broken or without pages.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(path)!r}.")
+    require_file(path)
     try:
         import pypdfium2
     except ImportError as error:

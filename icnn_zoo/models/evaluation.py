@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Network = Callable[[Tensor], Tensor]  # images [B, 3, H, W] to logits [B, num_classes, H, W] at the same size
+Network = Callable[[Tensor], Tensor]  # images [B, C, H, W] to logits [B, num_classes, H, W] at the same size
 
 
 def window_starts(extent: int, window: int) -> list[int]:
@@ -35,8 +35,8 @@ def whole_logits(network: Network, images: Tensor, *, flip: bool = False) -> Ten
     """Logits of images in one forward; with ``flip`` the mean of those and of the mirrored images' mirrored back.
 
     Args:
-        network: Images [B, 3, H, W] to logits [B, num_classes, H, W].
-        images: Normalized, [B, 3, H, W].
+        network: Images [B, C, H, W] to logits [B, num_classes, H, W].
+        images: Normalized, [B, C, H, W].
         flip: Whether to run the mirrored images too.
 
     Returns:
@@ -60,8 +60,8 @@ def sliding_logits(
     windows are added in place.
 
     Args:
-        network: Images [B, 3, window, window] to logits [B, num_classes, window, window].
-        images: Normalized, [B, 3, H, W]. Where they are smaller than the window they are padded to it at the right and
+        network: Images [B, C, window, window] to logits [B, num_classes, window, window].
+        images: Normalized, [B, C, H, W]. Where they are smaller than the window they are padded to it at the right and
             bottom with 0, which is the mean color, and the padding's logits are cut off.
         window: Pixels of the window's side.
         flip: Whether each window is run mirrored too.
@@ -97,8 +97,8 @@ def multi_scale(logits: Network, images: Tensor, scales: Sequence[float]) -> Ten
     scales. Means over windows and mirror images are taken of logits, before, as in PSPNet and mmsegmentation.
 
     Args:
-        logits: Images [B, 3, h, w] of any size to logits [B, num_classes, h, w].
-        images: Normalized, [B, 3, H, W].
+        logits: Images [B, C, h, w] of any size to logits [B, num_classes, h, w].
+        images: Normalized, [B, C, H, W].
         scales: Positive factors.
 
     Returns:
@@ -144,7 +144,7 @@ class Evaluation:
         check_evaluation(self.evaluation, self.window, self.scales, self.window_batch)
 
     def scores(self, network: Network, images: Tensor) -> Tensor:
-        """Class scores [B, num_classes, H, W] of normalized images [B, 3, H, W]; see :func:`multi_scale`."""
+        """Class scores [B, num_classes, H, W] of normalized images [B, C, H, W]; see :func:`multi_scale`."""
         if self.evaluation == "sliding":
             options = {"window": self.window, "window_batch": self.window_batch, "flip": self.flip}
             logits: Network = partial(sliding_logits, network, **options)  # type: ignore[arg-type]

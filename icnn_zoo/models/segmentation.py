@@ -237,7 +237,7 @@ class SegmentationModel(nn.Module):
         """Computes logits.
 
         Args:
-            images: Normalized images [B, 3, H, W].
+            images: Normalized images [B, C, H, W].
             further: Whether to give the further outputs of another network too.
 
         Returns:
@@ -294,7 +294,7 @@ class SegmentationModel(nn.Module):
         return int(getattr(self.network, "size_multiple", 32))
 
     def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Bilinear logits at image size. Sizes of 8k + 1 have a logit on every 8th pixel, hence align corners."""
+        """Bilinear logits at image size. Sizes of output_stride * k + 1 have a logit on their corners: align them."""
         if self.output_stride == 1:
             return logits
         aligned = all((extent - 1) % self.output_stride == 0 for extent in size)
@@ -307,7 +307,7 @@ class SegmentationModel(nn.Module):
         logit lies on every ``output_stride``-th pixel as in training.
 
         Args:
-            images: What ``network`` takes, [B, 3, H, W].
+            images: What ``network`` takes, [B, C, H, W].
             network: Computes logits at the output stride from images; None for this network.
 
         Returns:
@@ -329,7 +329,7 @@ class SegmentationModel(nn.Module):
 
 
 class PixelsToLogits(nn.Module):
-    """A segmentation network with its normalization in front: RGB images [B, 3, H, W] in 0..255 to logits.
+    """A segmentation network with its normalization in front: images [B, C, H, W] in 0..255 to logits.
 
     Args:
         model: The network.

@@ -1,26 +1,9 @@
-"""Taps that no regular grid tells: how many, and where they start."""
+"""Taps that no regular grid tells: where they start."""
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import Tensor
-
-
-def count_taps(taps: int) -> int:
-    """The number of taps.
-
-    Raises:
-        ValueError: It is not an int of at least 1.
-    """
-    try:
-        number = operator.index(taps)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"`taps` must be an int of at least 1; got {taps!r}.")
-    return number
 
 
 @torch.no_grad()

@@ -9,15 +9,16 @@ from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from icnn_zoo.nn.conv_rules import ConvRules, find_rules, plain_weight, reason_to_refuse, static_padding
-from icnn_zoo.nn.free_taps import count_taps, scatter_taps
+from icnn_zoo.nn.free_taps import scatter_taps
 from icnn_zoo.nn.layer_reading import TapReading
 from icnn_zoo.nn.spreads import Interpolation, SpreadPer, initial_spread, spread_shape
 from icnn_zoo.nn.step_watch import StepWatch
 from icnn_zoo.nn.tap_restriction import Axes, Limit, restrict
 from icnn_zoo.ops.functional import irregular_conv2d
-from icnn_zoo.ops.geometry import pad_with_mode, pair
+from icnn_zoo.ops.geometry import at_least_one, pair
 from icnn_zoo.ops.sharing import Shapes, rename_per_kernel, shape_owners
 from icnn_zoo.ops.wide_interpolation import NARROWEST
 
@@ -138,7 +139,7 @@ class IrregularConv2d(TapReading, nn.Module):
             dtype=dtype,
         )
         self._adopt(regular, ConvRules(), epsilon, shapes, interpolation, spread, spread_per)
-        shape = regular.weight.shape if taps is None else (*regular.weight.shape[:2], count_taps(taps))
+        shape = regular.weight.shape if taps is None else (*regular.weight.shape[:2], at_least_one("taps", taps))
         self.weight = nn.Parameter(regular.weight.new_empty(shape, device=device))
         self.bias = None if regular.bias is None else nn.Parameter(torch.empty_like(regular.bias, device=device))
         self._add_displacement(self.weight)
@@ -308,7 +309,8 @@ class IrregularConv2d(TapReading, nn.Module):
         padding: int | Sequence[int] | str = self.padding
         if self.padding_rule is not static_padding or self.padding_mode != "zeros":
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            input = pad_with_mode(input, self.padding_rule(self, input), mode)
+            top, bottom, left, right = self.padding_rule(self, input)
+            input = F.pad(input, (left, right, top, bottom), mode=mode)
             padding = 0
         return irregular_conv2d(
             input,

@@ -67,11 +67,3 @@ def tie_by_name(model: nn.Module, tied: Iterable[Sequence[str]]) -> None:
     for group in tied:
         names = [find_name(name, list(layers), argument="tied", what="irregular layer") for name in group]
         tie_shapes(layers[name] for name in names)
-
-
-def tied_names(model: nn.Module) -> list[list[str]]:
-    """The groups of layers that share a displacement, by name."""
-    groups: dict[int, list[str]] = {}
-    for name, layer in irregular_layers(model).items():
-        groups.setdefault(id(layer.displacement), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -114,21 +113,6 @@ def check_spread(spread: Tensor, interpolation: str, largest: float) -> None:
             f"`spread` must be {least} to {largest:g} pixels for {interpolation} interpolation (no more than the "
             f"map's longer side); got {low:g} to {high:g}."
         )
-
-
-def check_groups(groups: int) -> int:
-    """The number of groups as an int; integers of other libraries are ints too.
-
-    Raises:
-        ValueError: It is not an integer, or less than 1.
-    """
-    try:
-        number = operator.index(groups)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"`groups` must be an int of at least 1; got {groups!r}.")
-    return number
 
 
 def check_output_size(

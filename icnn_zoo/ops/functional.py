@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from icnn_zoo.ops import backends, checks, formula, operators, reference
-from icnn_zoo.ops.geometry import Geometry, pair, resolve_padding
+from icnn_zoo.ops.geometry import Geometry, at_least_one, pair, resolve_padding
 from icnn_zoo.ops.sharing import expand_shapes
 
 
@@ -42,7 +42,7 @@ def irregular_conv2d(
         input: Images [B, C, H, W] or [C, H, W]; any strides.
         weight: Weights [N, C / groups, kh, kw] in the dtype of ``input``, or [N, C / groups, T] of free taps, so many
             of them anywhere; padding and output size are then those of a kernel of the size ``extent``.
-        positions: Absolute tap positions (row, col) in input pixels, origin at the kernel's centre tap
+        positions: Absolute tap positions (row, col) in input pixels, origin at the kernel's center tap
             ``((kh - 1) // 2, (kw - 1) // 2)``: [C, kh * kw, 2], one shape per input channel shared by all kernels;
             [1, kh * kw, 2], one of the layer; [groups, kh * kw, 2], one per group; or [N, C / groups, kh * kw, 2], the
             full version with one shape per kernel. float32 or float64, whatever the dtype of ``input``; autocast leaves
@@ -105,7 +105,7 @@ def irregular_conv2d(
     known = ("auto", *backends.names(), "reference")
     if backend not in known:
         raise ValueError(f"`backend` must be one of {', '.join(known)}; got {backend!r}.")
-    groups = checks.check_groups(groups)
+    groups = at_least_one("groups", groups)
     stride, dilation = pair("stride", stride, 1), pair("dilation", dilation, 1)
     checks.check_tensors(input, weight, positions, bias, groups, has_extent=extent is not None)
     if isinstance(spread, (int, float)):

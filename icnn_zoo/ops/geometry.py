@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from icnn_zoo.ops.tap_reading import BILINEAR, Reading
@@ -107,6 +106,21 @@ def pair(name: str, value: Any, minimum: int) -> tuple[int, int]:
     return values[0], values[1]
 
 
+def at_least_one(name: str, value: Any) -> int:
+    """Reads a number of things as an int; integers of other libraries are ints too.
+
+    Raises:
+        ValueError: It is not an integer, or less than 1.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"`{name}` must be an int of at least 1; got {value!r}.")
+    return number
+
+
 def resolve_padding(
     padding: int | Sequence[int] | str,
     kernel_size: tuple[int, ...],
@@ -129,9 +143,3 @@ def resolve_padding(
         return rows // 2, rows - rows // 2, cols // 2, cols - cols // 2
     rows, cols = pair("padding", padding, 0)
     return rows, rows, cols, cols
-
-
-def pad_with_mode(input: Tensor, padding: tuple[int, int, int, int], mode: str) -> Tensor:
-    """Pads by (top, bottom, left, right) with one of ``nn.Conv2d``'s modes other than "zeros"."""
-    top, bottom, left, right = padding
-    return F.pad(input, (left, right, top, bottom), mode=mode)

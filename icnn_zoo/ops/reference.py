@@ -17,7 +17,7 @@ Where the exact derivative differs from Eq. 6 as it is printed in the paper:
 
 - The printed sums run over ``0 < r_or`` and so drop the first row and the first column of the output. Here
   every output pixel counts.
-- At an integer the hat ``g`` has a kink. The printed slope there gives both neighbours the same sign. Here
+- At an integer the hat ``g`` has a kink. The printed slope there gives both neighbors the same sign. Here
   the position belongs to the cell to its right (below), the one that ``floor`` names, and the slope is that
   inside this cell: -1 for the pixel itself, +1 for the next one.
 
@@ -81,7 +81,7 @@ def irregular_conv2d_forward(
     Args:
         input: [batch, in_channels, height, width].
         weight: [out_channels, in_channels / groups, kernel_height, kernel_width].
-        positions: Absolute (row, col) of each tap in input pixels, origin at the centre tap:
+        positions: Absolute (row, col) of each tap in input pixels, origin at the center tap:
             [in_channels, taps, 2], or one shape per kernel: [out_channels, in_channels / groups, taps, 2]. The
             spreads (row, col) of a triangle or gaussian follow them: [..., taps, 4].
         bias: [out_channels], or None for zero.
@@ -192,7 +192,7 @@ class _Geometry:
         out_height = (self.height + top + bottom - dilation[0] * (kernel_height - 1) - 1) // stride[0] + 1
         out_width = (self.width + left + right - dilation[1] * (kernel_width - 1) - 1) // stride[1] + 1
         self.output_shape = (batch, self.out_channels, out_height, out_width)
-        # Where the kernel's centre, the origin of the positions, lies for the first output pixel.
+        # Where the kernel's center, the origin of the positions, lies for the first output pixel.
         self.origin = (
             dilation[0] * ((kernel_height - 1) // 2) - top,
             dilation[1] * ((kernel_width - 1) // 2) - left,
@@ -234,11 +234,11 @@ class _Geometry:
                     for slope in (by_row * g_col, g_row * by_col)
                 ),
             )
-            for q_row, g_row, row_slopes in self._neighbours(row, tap, 0)
-            for q_col, g_col, col_slopes in self._neighbours(col, tap, 1)
+            for q_row, g_row, row_slopes in self._neighbors(row, tap, 0)
+            for q_col, g_col, col_slopes in self._neighbors(col, tap, 1)
         ]
 
-    def _neighbours(self, origin: int, tap: list[float], axis: int) -> list[tuple[int, float, tuple[float, ...]]]:
+    def _neighbors(self, origin: int, tap: list[float], axis: int) -> list[tuple[int, float, tuple[float, ...]]]:
         """List the pixels of the input along an axis that a tap reads, with their weight and its slopes."""
         if self.kind == "bilinear":
             read = literal_weights.bilinear(tap[axis])

@@ -101,7 +101,7 @@ def find_palette(source: Source, task: SegmentationTask) -> np.ndarray:
     """Colors by class, uint8 [classes, 3]: those of the card, else of the run's data, else PASCAL VOC's."""
     card = source.card()
     if card is not None:
-        return np.array([tuple(bytes.fromhex(color[1:])) for color in card.palette], dtype=np.uint8)
+        return np.array(card.colors, dtype=np.uint8)
     data = find_data(source)
     if data is not None and len(data.classes) == len(task.class_names):
         return np.asarray(data.palette, dtype=np.uint8)

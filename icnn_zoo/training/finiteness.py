@@ -46,7 +46,7 @@ def find_nonfinite(network: nn.Module, images: Tensor) -> str:
 
     Args:
         network: The network, as it is.
-        images: What to run it on, [B, 3, H, W].
+        images: What to run it on, [B, C, H, W].
 
     Returns:
         Such as "the weight of backbone.layer3.0.conv1 is not finite".

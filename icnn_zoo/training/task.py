@@ -92,9 +92,10 @@ class SegmentationTask(pl.LightningModule):
         class_weights: One number for each class, or "auto" for the median of their pixels over those of each.
         aux_weight: Weight of the loss of each further output of a ``network``, such as torchvision's "aux"; 0.4 as in
             PSPNet (torchvision's references have 0.5), 0 for none.
-        loss_resolution: "logits" shrinks labels to the logit grid (image sizes of 8k + 1), "image" upsamples logits.
+        loss_resolution: "logits" shrinks labels to the logit grid (image sizes of output_stride * k + 1), "image"
+            upsamples logits.
         evaluation: "whole" runs an image in one forward, "sliding" in overlapping windows.
-        window: Side of the windows in pixels, 8k + 1. They lie two thirds of it apart.
+        window: Side of the windows in pixels, output_stride * k + 1. They lie two thirds of it apart.
         window_batch: Windows that the network gets at once; more is faster where memory allows.
         flip: Averages the logits with those of the mirrored image.
         scales: Factors of image size in evaluation, probabilities averaged; [1.0] for none.
@@ -311,7 +312,7 @@ class SegmentationTask(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def forward(self, images: Tensor) -> Tensor:
-        """RGB images [B, 3, H, W] in 0..255 to logits at the output stride."""
+        """Images [B, C, H, W] in 0..255 to logits at the output stride."""
         return self._outputs(self.model.preprocess(images))
 
     def _outputs(self, images: Tensor, further: bool = False) -> Any:
@@ -352,7 +353,7 @@ class SegmentationTask(pl.LightningModule):
         """Predicts label maps.
 
         Args:
-            batch: "image" [B, 3, H, W] and perhaps "name", list of str, and "size", the (height, width) of each image
+            batch: "image" [B, C, H, W] and perhaps "name", list of str, and "size", the (height, width) of each image
                 before it was padded at the right and bottom.
             batch_idx: Unused.
 

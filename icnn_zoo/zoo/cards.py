@@ -182,6 +182,11 @@ class Card(Record):
         return self.network.get("network")
 
     @property
+    def colors(self) -> list[tuple[int, int, int]]:
+        """The palette as numbers: red, green and blue in 0..255 of each class."""
+        return [(color[0], color[1], color[2]) for color in (bytes.fromhex(text[1:]) for text in self.palette)]
+
+    @property
     def architecture(self) -> str:
         """The backbone's timm name, or the network's class path."""
         return str(self.network.get("backbone") if self.spec is None else self.spec["class_path"])

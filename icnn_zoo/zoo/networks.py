@@ -166,7 +166,7 @@ def assemble(card: Card, tensors: Mapping[str, Tensor], allow: Sequence[str] | N
             model = create_model(
                 num_classes=len(card.classes),
                 classes=card.classes,
-                palette=[tuple(bytes.fromhex(color[1:])) for color in card.palette],
+                palette=card.colors,
                 mean=card.mean,
                 std=card.std,
                 **{"backbone": None, **card.network},

@@ -11,6 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from icnn_zoo.io.files import require_file
+
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # under which training programs keep the tensors
 
 
@@ -36,9 +38,7 @@ def read_file(file: str | Path) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
         ValueError: It cannot be read as tensors and plain values, or holds no names.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {str(file)!r}.")
+    path = require_file(file)
     if path.suffix == ".safetensors":
         return parse_weights(path.read_bytes(), str(path))
     try:

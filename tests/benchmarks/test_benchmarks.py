@@ -122,7 +122,7 @@ def test_deploy_prints_ratios_and_modelled_costs_and_writes_json(deploy, monkeyp
     expected = [("PyTorch", "conv2d"), ("PyTorch", "icnn_zoo"), ("PyTorch", "deployed")]
     expected += [("onnxruntime", "conv2d"), ("onnxruntime", "deployed")] if onnx else []
     for result in report["layers"]:
-        assert f"modelled cost {result['deployed']['cost']:.2f}" in printed
+        assert f"modeled cost {result['deployed']['cost']:.2f}" in printed
         assert [(record["runtime"], record["name"]) for record in result["records"]] == expected
         for record in result["records"]:
             assert len(record["times_ms"]) == len(record["ratios"]) == 2
@@ -161,10 +161,10 @@ def test_threads_counts_units_and_models_what_it_measures(tmp_path, capsys):
     assert [result["direction"] for result in report["layers"]] == ["forward", "backward"]
     for result in report["layers"]:
         assert f"{result['name']}, {result['direction']}, " in printed
-        assert [row["threads"] for row in result["modelled"]] == [2, 4, 8, 16, 32, 64, 128]
-        for row in result["modelled"]:
+        assert [row["threads"] for row in result["modeled"]] == [2, 4, 8, 16, 32, 64, 128]
+        for row in result["modeled"]:
             assert row["imbalance"] > 0.99
-            assert 0.99 < row["modelled_speed_up"] <= row["threads"]
+            assert 0.99 < row["modeled_speed_up"] <= row["threads"]
 
 
 @pytest.mark.parametrize("name", ["irregular_conv2d", "deploy"])

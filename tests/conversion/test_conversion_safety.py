@@ -142,11 +142,11 @@ def test_an_optimizer_made_before_converting_is_detected():
         icnn_zoo.bound_positions(optimizer, model)
 
 
-REPARAMETERISED = ("repvgg_a0", "mobileone_s0", "fastvit_t8", "ghostnetv3_050", "repghostnet_050", "lcnetv2_small")
+REPARAMETERIZED = ("repvgg_a0", "mobileone_s0", "fastvit_t8", "ghostnetv3_050", "repghostnet_050", "lcnetv2_small")
 FUSED = ("repvit_m0_9", "levit_128s", "tiny_vit_5m_224", "efficientvit_m0", "efficientvim_m1", "shvit_s1", "iformer_t")
 
 
-@pytest.mark.parametrize("name", [*REPARAMETERISED, *FUSED])
+@pytest.mark.parametrize("name", [*REPARAMETERIZED, *FUSED])
 def test_reparameterising_a_converted_network_raises_and_says_what_to_do(name):
     model = timm.create_model(name)
     convert(model, "")

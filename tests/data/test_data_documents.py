@@ -122,6 +122,9 @@ def test_an_incomplete_folder_is_refused(documents_root, tmp_path):
     (folder / "manifest.json").write_text(json.dumps({**manifest, "pages": {"train": 1}}))
     with pytest.raises(ValueError, match="do not agree"):
         documents(tmp_path).prepare_data()
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest.json' is damaged .* and run: icnn-zoo prepare documents"):
+        documents(tmp_path).prepare_data()
     (folder / "manifest.json").write_text('{"format": 0}')
     with pytest.raises(ValueError, match="has format 0, this version of icnn_zoo reads"):
         documents(tmp_path).prepare_data()

@@ -37,7 +37,7 @@ def test_pngs_of_either_order_are_the_same_classes(tmp_path, order):
 
 
 @pytest.mark.parametrize("order", ["official", "alphabetical"])
-def test_the_order_is_recognised_from_vocs_own_labels_or_a_note(tmp_path, order):
+def test_the_order_is_recognized_from_vocs_own_labels_or_a_note(tmp_path, order):
     voc = miniature.write_pascal_context(tmp_path / "voc", order, voc_labels=True)
     assert_labels(context(tmp_path / "voc"))
     voc = miniature.write_pascal_context(tmp_path / "note", order)

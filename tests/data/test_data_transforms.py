@@ -72,7 +72,7 @@ def test_uniform_scales_lie_between_the_ends():
 
 
 def resized(values: np.ndarray, height: int, width: int, nearest: bool) -> np.ndarray:
-    """Pixels as squares, centres at halves: bilinear between the four nearest centres, or the square one is in."""
+    """Pixels as squares, centers at halves: bilinear between the four nearest centers, or the square one is in."""
     result = np.zeros((height, width, *values.shape[2:]))
     for row in range(height):
         for col in range(width):
@@ -81,9 +81,9 @@ def resized(values: np.ndarray, height: int, width: int, nearest: bool) -> np.nd
                 if nearest:
                     places.append([(int(place * old / size), 1.0)])
                     continue
-                centre = min(max((place + 0.5) * old / size - 0.5, 0), old - 1)
-                low = int(centre)
-                places.append([(low, low + 1 - centre), (min(low + 1, old - 1), centre - low)])
+                center = min(max((place + 0.5) * old / size - 0.5, 0), old - 1)
+                low = int(center)
+                places.append([(low, low + 1 - center), (min(low + 1, old - 1), center - low)])
             for i, weight_i in places[0]:
                 for j, weight_j in places[1]:
                     result[row, col] += weight_i * weight_j * values[i, j]

@@ -63,7 +63,7 @@ def compare(run: SimpleNamespace, task: SegmentationTask) -> Comparison:
 def test_the_stored_results_are_of_the_quickstarts_configuration():
     stored = json.loads((module.STORED / "lines.json").read_text(encoding="utf-8"))
     assert differences(stored["config"], CONFIG) == []
-    for row in ("regular", "dilation-2", "dilation-3"):
+    for row in ("regular", "dilation-2", "dilation-3", "dilation-4"):
         assert stored["rows"][row]["val/pixel_accuracy"]["values"]
 
 
@@ -86,7 +86,7 @@ def test_a_run_of_the_same_configuration_gets_a_table_and_a_picture(tmp_path, ca
     output = capsys.readouterr().out
     assert "learned" in output
     assert "98.7" in output
-    assert "icnn-zoo reproduce lines --rows regular dilation-2 dilation-3" in output
+    assert "icnn-zoo reproduce lines --rows regular dilation-2 dilation-3 dilation-4" in output
     assert (tmp_path / "run" / "version_0" / "comparison.png").stat().st_size > 10_000
     assert task.training
 

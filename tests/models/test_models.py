@@ -85,7 +85,7 @@ def test_caffes_rule_holds_for_other_families_and_keeps_the_centre(backbone):
         assert (before.dilation, after.dilation) == ((1, 1), (2, 2))
         image = torch.randn(1, after.in_channels, 9, 9)
         with torch.no_grad():
-            for layer in (before, after):  # the centre tap alone: the layer must leave the image where it is
+            for layer in (before, after):  # the center tap alone: the layer must leave the image where it is
                 layer.weight.zero_()
                 layer.weight[:, :, after.kernel_size[0] // 2, after.kernel_size[1] // 2] = 1
             torch.testing.assert_close(before(image), after(image))

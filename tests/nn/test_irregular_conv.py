@@ -126,7 +126,7 @@ def test_is_not_a_conv2d() -> None:
 
 def test_positions_are_the_regular_grid_plus_the_displacement() -> None:
     layer = make(kernel_size=(2, 3), dilation=(2, 3))
-    grid = [[0, -3], [0, 0], [0, 3], [2, -3], [2, 0], [2, 3]]  # row, col; an even kernel's centre is tap 0
+    grid = [[0, -3], [0, 0], [0, 3], [2, -3], [2, 0], [2, 3]]  # row, col; an even kernel's center is tap 0
     assert layer.regular_grid.tolist() == grid
     assert torch.equal(layer.displacement, torch.full((4, 6, 2), 1e-3))
     assert torch.equal(layer.positions, layer.regular_grid + layer.displacement)

@@ -9,7 +9,7 @@ from torch import nn
 
 import icnn_zoo
 from icnn_zoo import IrregularConv2d
-from icnn_zoo.nn.tying import tie_by_name, tied_names
+from icnn_zoo.nn.tying import tie_by_name
 
 
 def network() -> nn.Sequential:
@@ -17,6 +17,13 @@ def network() -> nn.Sequential:
     model = nn.Sequential(*(IrregularConv2d(3, 3, 3, padding=1, epsilon=0.3) for _ in range(3)))
     icnn_zoo.tie_shapes(model)
     return model
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    groups = {}
+    for name, layer in icnn_zoo.irregular_layers(model).items():
+        groups.setdefault(id(layer.displacement), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def run(model: nn.Module) -> torch.Tensor:

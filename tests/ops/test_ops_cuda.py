@@ -128,7 +128,7 @@ def test_two_runs_are_equal_bit_for_bit(case: Case, dtype: torch.dtype, layout: 
     case = replace(case, dtype=dtype, layout=layout)
     tensors = on_gpu(case)
     first = case.run(tensors)
-    occupied = torch.randn(2**24, device="cuda")  # other memory, other neighbours
+    occupied = torch.randn(2**24, device="cuda")  # other memory, other neighbors
     for result, again in zip(first, case.run(tensors), strict=True):
         assert torch.equal(result, again)
     del occupied

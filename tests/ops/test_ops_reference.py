@@ -45,7 +45,7 @@ def forward(
 def test_one_tap_between_four_pixels_by_hand() -> None:
     input, weight, positions = one_tap([[1.0, 2.0], [4.0, 8.0]], 0.25, 0.75)
     output = forward(input, weight, positions, torch.tensor([100.0]))
-    # Rows weigh 0.75 and 0.25, columns 0.25 and 0.75; neighbours outside are zero.
+    # Rows weigh 0.75 and 0.25, columns 0.25 and 0.75; neighbors outside are zero.
     top_left = 100 + 2 * (0.75 * (0.25 * 1 + 0.75 * 2) + 0.25 * (0.25 * 4 + 0.75 * 8))
     top_right = 100 + 2 * (0.75 * 0.25 * 2 + 0.25 * 0.25 * 8)
     bottom_left = 100 + 2 * 0.75 * (0.25 * 4 + 0.75 * 8)

@@ -45,7 +45,7 @@ EACH_CASE = [(case, form) for number, case in enumerate(CASES) for form in FORMS
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Fills memory that was not initialised with NaN."""
+    """Fills memory that was not initialized with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

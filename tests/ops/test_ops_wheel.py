@@ -27,7 +27,7 @@ def test_setup_makes_the_kernels_that_the_package_looks_for(monkeypatch: pytest.
     monkeypatch.setattr(setuptools, "setup", lambda **kwargs: None)
     monkeypatch.chdir(ROOT)
     setup = runpy.run_path("setup.py")
-    assert {Path(source).name for source in setup["SOURCES"]} == {source.name for source in build._SOURCES}
+    assert {Path(source).name for source in setup["SOURCES"]} == {source.name for source in build.SOURCES}
     kinds = setup["KINDS"]
     assert {machine: set(names) for machine, names in kinds.items()} == {
         machine: set(names) for machine, names in wheel.KINDS.items()

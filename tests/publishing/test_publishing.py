@@ -15,7 +15,7 @@ from zoo_cases import ABOUT, NAME, files, interpreter
 import icnn_zoo
 from icnn_zoo import irregular_layers
 from icnn_zoo.cli.programs import lightning_main, zoo_main
-from icnn_zoo.nn.tying import tie_by_name, tied_names
+from icnn_zoo.nn.tying import tie_by_name
 from icnn_zoo.publishing import publisher
 from icnn_zoo.publishing.publisher import _plain_tensors, publish
 from icnn_zoo.training.network_sources import load_task
@@ -253,7 +253,8 @@ def test_tied_shapes_are_published_and_come_back_tied(zoo_folder):
         "weights": card.weights.model_copy(update={"parameters": sum(it.numel() for it in model.parameters())}),
     }
     loaded = assemble(card.model_copy(update=update), tensors)
-    assert tied_names(loaded) == tied_names(model) == [names]
+    for network in (model, loaded):
+        assert len({id(irregular_layers(network)[name].displacement) for name in names}) == 1
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 

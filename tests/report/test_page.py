@@ -174,7 +174,7 @@ def test_shapes_turn_by_drag_and_key_and_follow_the_layer(browser, page_file, ta
 
 
 def test_along_the_channels_every_cloud_is_where_its_tap_lies(browser, page_file, task):
-    """The centre of each color's points on the canvas, against the mean position."""
+    """The center of each color's points on the canvas, against the mean position."""
     shapes = layer_shapes(task.model)[0]
     payload = shapes_payload(shapes)
     with Opened(browser, page_file) as opened:

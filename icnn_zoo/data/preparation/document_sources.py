@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from rich.progress import track
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from icnn_zoo.data.folders import files_below
-from icnn_zoo.data.inspection import progress
 from icnn_zoo.io.pdf import open_pdf
 
 # Debian packages of free documentation by thousands of authors: theses, articles, slides, manuals.
@@ -169,7 +169,7 @@ def read_documents(sources: Iterable[Source]) -> tuple[list[Document], dict[str,
     documents: list[Document] = []
     skipped: dict[str, str] = {}
     seen: dict[str, Source] = {}
-    for source in progress(list(sources), "Reading PDFs"):
+    for source in track(list(sources), "Reading PDFs"):
         digest = hashlib.sha256(source.path.read_bytes()).hexdigest()
         if digest in seen:
             skipped[source.key] = f"the same as {seen[digest].key}"

@@ -20,9 +20,9 @@ import cv2
 import filelock
 import numpy as np
 from PIL import Image
+from rich.progress import track
 
 from icnn_zoo.data.documents import DOCUMENT_CLASSES, FOLDER, FORMAT, PALETTE, check_folder
-from icnn_zoo.data.inspection import progress
 from icnn_zoo.data.preparation.document_pages import LONGEST_SIDE, LabeledPage, label_document
 from icnn_zoo.data.preparation.document_sources import (
     Document,
@@ -94,7 +94,7 @@ def _prepare(folder: Path, sources: Sequence[Source], pages: int, workers: int) 
     left = sum(len(document.pages) for _, document in todo if document.name not in done)
     labeled = _label(folder, todo, done, pages, min(workers, 1 + min(left, pages) // _PAGES_A_WORKER))
     with (folder / _PROGRESS).open("a", encoding="utf-8") as log, closing(labeled):
-        for entry in progress(labeled, "Labeling pages", total=len(todo)):
+        for entry in track(labeled, "Labeling pages", total=len(todo)):
             if entry["document"] not in done:
                 done[entry["document"]] = entry
                 log.write(json.dumps(entry) + "\n")

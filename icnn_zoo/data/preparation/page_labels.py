@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -89,12 +88,6 @@ def label_pages(pages: Sequence[PageStructure]) -> list[np.ndarray]:
     layouts = [_Layout(page, size * max(page.height, page.width)) for page in pages]
     _mark_margins(layouts)
     return [layout.paint() for layout in layouts]
-
-
-@dataclass
-class _Cluster:
-    box: Box
-    drawings: list[Drawing]
 
 
 class _Layout:

@@ -7,21 +7,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.progress import track
 
 from icnn_zoo.data.datamodule import Split
 from icnn_zoo.data.file_datamodule import FileDataModule, Item
-from icnn_zoo.data.inspection import SHOWN_PROBLEMS, progress, survey
+from icnn_zoo.data.inspection import SHOWN_PROBLEMS, survey
 from icnn_zoo.data.label_files import ColorTable, read_classes
 from icnn_zoo.io.files import write_whole
 from icnn_zoo.io.images import write_picture
 from icnn_zoo.io.label_pictures import palette_picture
 
-_LABELLED: tuple[Split, ...] = ("train", "val")
+_LABELED: tuple[Split, ...] = ("train", "val")
 
 
 def all_items(data: FileDataModule) -> list[Item]:
     """The labeled items of a dataset."""
-    return [item for split in _LABELLED for item in data.items(split)]
+    return [item for split in _LABELED for item in data.items(split)]
 
 
 def convert_labels(
@@ -37,7 +38,7 @@ def convert_labels(
     """
     partial = folder.with_name(f"{folder.name}.partial")
     problems = []
-    for name, (path, table) in progress(list(files.items()), f"Converting to {folder.name}"):
+    for name, (path, table) in track(list(files.items()), f"Converting to {folder.name}"):
         target = partial / f"{name}.png"
         if not target.exists():
             try:
@@ -57,7 +58,7 @@ def check_and_report(name: str, root: Path, data: FileDataModule, any_number: bo
     Raises:
         ValueError: There are problems; its message is the report.
     """
-    splits = {split: data.items(split) for split in _LABELLED}
+    splits = {split: data.items(split) for split in _LABELED}
     problems = []
     for split, items in splits.items():
         try:

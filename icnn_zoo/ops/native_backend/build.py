@@ -33,12 +33,7 @@ FLAGS = ("-O3", "-fno-trapping-math", "-std=gnu11", "-fPIC", "-shared", "-pthrea
 _TUNED = ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",)
 SYSTEMS = ("linux", "darwin")
 _FOLDER = Path(__file__).with_name("csrc")
-_HEADERS = [_FOLDER / name for name in ("plane.h", "columns.h", "wide.h", "stencil.h", "dense.h")]
-_NAMES = (
-    *("columns_forward.c", "columns_backward.c", "few.c", "stencil.c", "drawing.c"),
-    *("dense_planes.c", "dense_cells.c", "picks.c"),
-)
-_SOURCES = [_FOLDER / name for name in _NAMES]
+_HEADERS, SOURCES = (sorted(_FOLDER.glob(pattern)) for pattern in ("*.h", "*.c"))
 _DIGEST_LENGTH = 64
 _STALE_SECONDS = 3600
 
@@ -125,7 +120,7 @@ def _run(compiler: list[str], *options: str) -> str:
 
 def _load_anywhere(compiler: list[str]) -> wheel.Libraries:
     """Loads the libraries of the user's cache, or of a temporary folder."""
-    texts = [source.read_text() for source in (*_HEADERS, *_SOURCES)]
+    texts = [source.read_text() for source in (*_HEADERS, *SOURCES)]
     parts = [*texts, *FLAGS, *_TUNED, *compiler, _run(compiler, "--version"), _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     try:
@@ -189,7 +184,7 @@ def _compile(compiler: list[str], real: str, target: Path) -> None:
         if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
             leftover.unlink(missing_ok=True)
     with replacing(target) as partial:
-        task = (*FLAGS, f"-DREAL={real}", *map(str, _SOURCES), "-o", str(partial))
+        task = (*FLAGS, f"-DREAL={real}", *map(str, SOURCES), "-o", str(partial))
         try:
             _run(compiler, *_TUNED, *task)
         except RuntimeError:

@@ -229,7 +229,7 @@ def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
 
 
 def _add(total: Tensor, value: Tensor, images: slice, part: _Part) -> Tensor:
-    """The total after adding what a part of a chunk of images gives; at first its memory is not initialised.
+    """The total after adding what a part of a chunk of images gives; at first its memory is not initialized.
 
     Args:
         total: By channel [C, ...], or by group, output and channel [G, N / G, C / G, ...].

@@ -35,7 +35,7 @@ def _dot(left, right, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def _read_corners(source, row, col, height, width, stride_row, stride_col):
-    """Reads the four neighbours of samples in float32, zero outside of the image; ``source`` is where it begins."""
+    """Reads the four neighbors of samples in float32, zero outside of the image; ``source`` is where it begins."""
     top = (row >= 0) & (row < height)
     bottom = (row >= -1) & (row < height - 1)
     left = (col >= 0) & (col < width)

@@ -61,7 +61,7 @@ def number_pixels(block, length, image_size, width, BLOCK: tl.constexpr):
 
 @triton.jit
 def read_corners(base, start, flat, column, row_shift, col_shift, height, width, pitch, last_free_shift):
-    """Reads the four neighbours of every sample in float32: top left, top right, bottom left, bottom right.
+    """Reads the four neighbors of every sample in float32: top left, top right, bottom left, bottom right.
 
     Args:
         base: Pointer to the pixel (0, 0) of the plane in the first image.

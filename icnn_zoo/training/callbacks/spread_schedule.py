@@ -16,7 +16,7 @@ class NarrowSpreads(Callback):
     Wide at first, gradients of positions reach far; narrow in the end, the network reads as sharply as a regular one.
     With ``--model.spread 2`` for the start::
 
-        --trainer.callbacks+ icnn_zoo.training.callbacks.NarrowSpreads --trainer.callbacks.share 0.01
+        --trainer.callbacks+=icnn_zoo.training.callbacks.NarrowSpreads --trainer.callbacks.share 0.01
 
     Args:
         share: What is left at the end of the run of what a spread had over the narrowest, were it not learned; the same

@@ -94,7 +94,7 @@ static inline void multiply(index_t rows, index_t columns, index_t depth, const 
 
 /* ---- columns ----------------------------------------------------------------------------------------------------- */
 
-/* Outputs [first, last) whose two neighbours lie within one row or column of zeros around the input. */
+/* Outputs [first, last) whose two neighbors lie within one row or column of zeros around the input. */
 static inline void live_range(index_t shift, index_t stride, index_t size, index_t outputs, index_t *first, index_t *last) {
     *first = smallest(largest(floor_div(-1 - shift + stride - 1, stride), 0), outputs);
     *last = largest(smallest(floor_div(size - 1 - shift, stride) + 1, outputs), *first);
@@ -355,7 +355,7 @@ static inline index_t column_pitch(index_t pixels) {
     return ((round_up(pixels, LANES) / LANES + 1) | 1) * LANES;
 }
 
-/* The weighted mean of what two neighbours read. */
+/* The weighted mean of what two neighbors read. */
 static inline vector blend(const REAL *left, const REAL *right, vector near, vector far) {
     return near * load(left) + far * load(right);
 }
@@ -367,7 +367,7 @@ static inline void make_column(const call_t *call, const REAL *plane, index_t in
     index_t width = task->sizes.out_width, live = tap->col_last - tap->col_first;
     index_t row_first = smallest(largest(first, tap->row_first), last);
     index_t row_last = largest(smallest(last, tap->row_last), row_first), rows = row_last - row_first;
-    int next = tap->row_step == tap->below; /* a row's lower neighbours are the next one's upper */
+    int next = tap->row_step == tap->below; /* a row's lower neighbors are the next one's upper */
     vector down = all(tap->down), up = all(1 - tap->down), right = all(tap->right), left = all(1 - tap->right);
     REAL unknown = (tap->down + tap->right) * 0; /* NaN where a position is, else 0 */
     REAL *start = out + (row_first - first) * width;

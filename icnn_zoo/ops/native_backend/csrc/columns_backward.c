@@ -109,7 +109,7 @@ static inline void spread_column(const call_t *call, const tap_t *tap, index_t f
     vector down = all(tap->down), up = all(1 - tap->down), right = all(tap->right), left = all(1 - tap->right);
     REAL *to = total + tap->top_left + first * tap->row_step, *other = to + (tap->top_right - tap->top_left);
     if (sizes->stride_row == 1 && sizes->stride_col == 1) {
-        /* The four neighbours are next to each other: what a pixel gets is added at once, the last row to that below it. */
+        /* The four neighbors are next to each other: what a pixel gets is added at once, the last row to that below it. */
         for (index_t col = 0; col <= count; col += LANES) {
             const REAL *here = padded + LANES + col;
             REAL *pixel = to + col;
@@ -156,7 +156,7 @@ static void scatter_column(const call_t *call, const REAL *plane, index_t index,
     if (total != NULL) spread_column(call, tap, row_first, rows, padded, total);
     if (by_shift == NULL) return;
     vector down = all(tap->down), right = all(tap->right), sum_down = all(0), sum_right = all(0);
-    int next = tap->row_step == tap->below; /* a row's lower neighbours are the next one's upper */
+    int next = tap->row_step == tap->below; /* a row's lower neighbors are the next one's upper */
     for (index_t col = 0; col < count; col += LANES) {
         const REAL *left = plane + tap->top_left + row_first * tap->row_step + col, *values = padded + LANES + col;
         const REAL *other = left + (tap->top_right - tap->top_left);

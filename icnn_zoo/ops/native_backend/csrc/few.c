@@ -23,7 +23,7 @@ typedef struct {
 } few_t;
 
 typedef struct {
-    index_t left, right; /* addresses of the upper neighbours in the frames of a group, for output (0, 0) of a band */
+    index_t left, right; /* addresses of the upper neighbors in the frames of a group, for output (0, 0) of a band */
     REAL corner[4];
 } few_tap_t;
 

@@ -157,7 +157,7 @@ static index_t collect(const call_t *call, index_t group, index_t first, index_t
             room->offsets[columns++] = down + (call->backward ? width - 1 - col : col);
         }
     }
-    /* The columns of neighbours in a row of the box are neighbours. */
+    /* The columns of neighbors in a row of the box are neighbors. */
     for (index_t result = 0; result < count; result++) {
         for (pick_t *pick = room->picks + result * taps; pick < room->picks + result * taps + room->counts[result]; pick++) {
             int32_t cell = pick->upper;

@@ -6,7 +6,7 @@
  * number of threads.
  *
  * Planes are copied into a frame with zeros around, its columns sorted by their remainder modulo the stride ("phases"),
- * so that neighbouring outputs always read neighbouring addresses.
+ * so that neighboring outputs always read neighboring addresses.
  */
 
 #include <pthread.h>

@@ -51,7 +51,7 @@ static index_t owner_of(const stencil_t *task, index_t output, index_t member) {
     return output / (task->outputs / task->groups) * group_channels + member;
 }
 
-/* Collects the cells of one kernel; neighbouring taps share cells, which are merged. False if others computed all that read anything. */
+/* Collects the cells of one kernel; neighboring taps share cells, which are merged. False if others computed all that read anything. */
 static int fill_list(const stencil_t *task, index_t output, index_t member, list_t *list) {
     const sizes_t *sizes = &task->sizes;
     index_t owner = owner_of(task, output, member), taps = task->taps;

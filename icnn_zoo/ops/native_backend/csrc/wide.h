@@ -157,7 +157,7 @@ static inline void filter_lines(const call_t *call, index_t index, index_t rows,
         return;
     }
     for (index_t row = 0; row < rows; row++, lines += pitch, out += width)
-        for (index_t read = 0; read < task->reads_col; read++) /* neighbouring reads are in other phases */
+        for (index_t read = 0; read < task->reads_col; read++) /* neighboring reads are in other phases */
             filter(cols + read, 1, 1, (rows_t){lines + read_at(call, index, read), 0}, 0, out, 0, 1, width, read > 0);
 }
 
