@@ -42,25 +42,43 @@ class FilePatterns:
 
     def find(self, split: str) -> tuple[dict[str, Path], dict[str, Path]]:
         """Images and masks of a split by stem; of all for "."."""
+        if split == "." and "{split}" in Path(self.images).name:
+            raise ValueError(
+                f"`images`={self.images!r} has {{split}} in the file's name, and train.txt says what splits are of: "
+                "leave one of them out, or put {split} into a folder's name."
+            )
         pattern = self.images.replace("{split}", "*" if split == "." else split)
         before, after = Path(pattern).name.split("*")
-        images: dict[str, Path] = {}
-        masks: dict[str, Path] = {}
-        for text in sorted(glob.glob(str(self.root / pattern), recursive=True)):
+        pairs: list[tuple[str, Path, Path]] = []
+        for text in sorted(glob.glob(str(Path(glob.escape(str(self.root))) / pattern), recursive=True)):
             path = Path(text)
             stem = path.name[len(before) : len(path.name) - len(after)]
-            place = path.parent.name if split == "." else split
+            place = self._split_of(path) if split == "." else split
             mask = self.masks.replace("{stem}", stem).replace("{split}", place)
             found = path.parent / mask if "/" not in mask else self.root / mask
-            if found == path:  # the pattern of images finds masks too
+            pairs.append((stem, path, found))
+        images: dict[str, Path] = {}
+        masks: dict[str, Path] = {}
+        taken = {mask for _, _, mask in pairs}
+        for stem, path, mask in pairs:
+            if path in taken:  # the pattern of images finds masks too
                 continue
             folder = path.parent.relative_to(self.root).as_posix()
             name = stem if stem not in images else f"{folder}/{stem}"
             images[name] = path
-            if found.is_file():
-                masks[name] = found
-        taken = set(masks.values())
-        return {name: path for name, path in images.items() if path not in taken}, masks
+            if mask.is_file():
+                masks[name] = mask
+        return images, masks
+
+    def _split_of(self, path: Path) -> str:
+        """What stands in the place of {split} in an image's path; its folder's name where nothing does."""
+        parts = Path(self.images).parts
+        index = next((index for index, part in enumerate(parts) if "{split}" in part), None)
+        if index is None:
+            return path.parent.name
+        before, _, after = parts[index].partition("{split}")
+        found = path.relative_to(self.root).parts[index - len(parts) if "**" in parts[:index] else index]
+        return found[len(before) : len(found) - len(after)]
 
 
 def read_colors(colors: Sequence[str | Sequence[int]], classes: Sequence[str]) -> Mapping[tuple[int, int, int], int]:

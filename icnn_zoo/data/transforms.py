@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,8 @@ class TrainTransform:
         mirror: Mirrors left to right with probability 0.5.
         fill: Value of each channel, 0 to 255, of padded pixels. The default is the ImageNet mean.
         ignore_index: Label of padded pixels.
-        augmentations: A file of albumentations' own (``A.save``, JSON or YAML) to apply first; None for none.
+        augmentations: A file of albumentations' own (``A.save``, JSON or YAML) to apply first; None for none. Float
+            images are given to them in 0 to 1, beyond which many of them cut off.
 
     Attributes:
         fill: As given.
@@ -87,9 +89,9 @@ class TrainTransform:
         if not len(fill) or min(fill) < 0 or max(fill) > 255:
             raise ValueError(f"`fill` must be one number for each channel, 0 to 255; got {tuple(fill)}.")
         self.fill = tuple(fill)
+        self._own = A.Compose([] if augmentations is None else [read_augmentations(augmentations)])
         self._compose = A.Compose(
             [
-                *([] if augmentations is None else [read_augmentations(augmentations)]),
                 _scale(scales) if scale_mode == "uniform" else A.OneOf([_scale((s, s)) for s in scales], p=1.0),
                 _padding((height, width), tuple(fill), ignore_index),
                 A.RandomCrop(height, width),
@@ -101,16 +103,27 @@ class TrainTransform:
         """Augments one sample.
 
         Args:
-            image: uint8 or float32 [H, W, C].
+            image: uint8 or float32 [H, W, C], 0 to 255.
             mask: uint8 [H, W], class indices.
             seed: Decides everything that is random; at least 0 and below 2**32.
 
         Returns:
             Image [crop height, crop width, C] and mask [crop height, crop width].
         """
-        self._compose.set_random_seed(seed)
-        result = self._compose(image=image, mask=mask)
-        return result["image"], result["mask"]
+        # One generator for all: set_random_seed would give each augmentation its own, all from this one seed, so that
+        # a crop in the upper half would always be mirrored.
+        generators = np.random.default_rng(seed), random.Random(seed)
+        sample = {"image": image, "mask": mask}
+        if self._own.transforms:
+            # Albumentations takes floats to be in 0 to 1.
+            scale = np.float32(255) if image.dtype == np.float32 else None
+            self._own.set_random_state(*generators)
+            sample = self._own(image=image if scale is None else image / scale, mask=mask)
+            if scale is not None:
+                sample["image"] = sample["image"] * scale
+        self._compose.set_random_state(*generators)
+        sample = self._compose(**sample)
+        return sample["image"], sample["mask"]
 
 
 def read_augmentations(path: str | Path) -> A.BasicTransform | A.BaseCompose:

@@ -294,11 +294,22 @@ class SegmentationModel(nn.Module):
         return int(getattr(self.network, "size_multiple", 32))
 
     def upsample(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Bilinear logits at image size. Sizes of output_stride * k + 1 have a logit on their corners: align them."""
-        if self.output_stride == 1:
+        """Bilinear logits at image size: one lies on every ``output_stride``-th pixel, beyond the last it is repeated.
+
+        Where a network has another number of them they are spread evenly.
+        """
+        stride = self.output_stride
+        if stride == 1:
             return logits
-        aligned = all((extent - 1) % self.output_stride == 0 for extent in size)
-        return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=aligned)
+        if list(logits.shape[-2:]) != [-(-extent // stride) for extent in size]:
+            aligned = all((extent - 1) % stride == 0 for extent in size)
+            return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=aligned)
+        for axis, extent in zip((-2, -1), size, strict=True):
+            if (extent - 1) % stride:
+                logits = torch.cat([logits, logits.narrow(axis, logits.shape[axis] - 1, 1)], dim=axis)
+        whole = [(number - 1) * stride + 1 for number in logits.shape[-2:]]
+        logits = F.interpolate(logits, size=whole, mode="bilinear", align_corners=True)
+        return logits[..., : size[0], : size[1]]
 
     def full_logits(self, images: Tensor, network: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits of photographs of any size at their own size.

@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, WeightAveraging
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -184,6 +184,11 @@ class ZooCLI(LightningCLI):
         for name, value in rename_per_kernel({"per_kernel": model.pop("per_kernel")}).items():
             model[name] = value  # a config of version 0.1; what the run writes says `shapes`
         check_source(section.get("ckpt_path"))
+        if self.subcommand == "fit" and section.get("ckpt_path") in ("best", "last"):
+            raise ValueError(
+                f"`ckpt_path`={section['ckpt_path']!r} names no run: name the file, such as "
+                "runs/NAME/version_0/checkpoints/last.ckpt."
+            )
         if self.subcommand in ("validate", "test", "predict"):
             configs = [str(file) for file in section.get("config") or []]
             check_trained(self.subcommand, section.get("ckpt_path"), model["pretrained"], configs)
@@ -211,7 +216,13 @@ class ZooCLI(LightningCLI):
         elif isinstance(logger, list):
             # The run folder is that of the first: it has the metrics, where there is a logger that writes them there.
             logger = sorted(logger, key=lambda it: not isinstance(it, CSVLogger))
-        return super().instantiate_trainer(**{**kwargs, "callbacks": callbacks, "plugins": plugins, "logger": logger})
+        trainer = super().instantiate_trainer(
+            **{**kwargs, "callbacks": callbacks, "plugins": plugins, "logger": logger}
+        )
+        # After a validation averages leave the network's place last but for checkpoints: what is drawn is what was
+        # validated.
+        trainer.callbacks.sort(key=lambda it: 2 * isinstance(it, Checkpoint) + isinstance(it, WeightAveraging))  # type: ignore[attr-defined]
+        return trainer
 
     def fit(self, model: SegmentationTask, **kwargs: Any) -> None:
         """Trains."""

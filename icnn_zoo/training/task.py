@@ -228,17 +228,20 @@ class SegmentationTask(pl.LightningModule):
         if self.compile_network:
             self.model.compile()
 
-    def on_fit_start(self) -> None:
-        """Loads pretrained weights, unless a checkpoint was restored, which holds all weights."""
-        # Not in setup: there Lightning does not yet say whether it resumes.
-        if self.trainer.ckpt_path is None:
+    def _load_start(self) -> None:
+        """Measures "auto" statistics and loads pretrained weights, unless the task has weights already."""
+        if self.trainer.ckpt_path is None and not self._has_weights:
+            if "auto" in (self.hparams["mean"], self.hparams["std"]):
+                self._set_statistics(*self.trainer.datamodule.measure_channels())  # type: ignore[attr-defined]
             if self.pretrained:
                 self.load_pretrained()
             elif self.model.spec is not None and (asked := asked_weights("network", self.model.spec)):
                 raise ValueError(f"`network` asks for weights, {asked}: set model.pretrained true, or leave them out.")
-            if "auto" in (self.hparams["mean"], self.hparams["std"]):
-                self._set_statistics(*self.trainer.datamodule.measure_channels())  # type: ignore[attr-defined]
         self._has_weights = True
+
+    def on_fit_start(self) -> None:
+        """Loads the start where the command line's optimizer took the place of ours, and weighs classes."""
+        self._load_start()
         if self.hparams["class_weights"] == "auto":
             weights = balanced_weights(self.trainer.datamodule.count_pixels())  # type: ignore[attr-defined]
             rank_zero_info(f"Class weights: {', '.join(f'{weight:.4g}' for weight in weights)}")
@@ -301,6 +304,8 @@ class SegmentationTask(pl.LightningModule):
             self._has_weights = True
 
     def configure_optimizers(self) -> Any:
+        # The first hook after a checkpoint was restored, and before callbacks begin, which may train or draw shapes.
+        self._load_start()
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("The poly policy needs the run's length: set trainer.max_steps or trainer.max_epochs.")
@@ -381,7 +386,7 @@ class SegmentationTask(pl.LightningModule):
         return values.argmax(dim=1)
 
     def _full_logits(self, images: Tensor) -> Tensor:
-        return self.model.upsample(self._outputs(images).float(), images.shape[-2:])
+        return self.model.full_logits(images, self._outputs).float()
 
     def _evaluate(self, batch: Batch) -> None:
         self.confusion.update(self._predict(batch["image"]), batch["mask"])

@@ -245,3 +245,23 @@ def test_a_turned_photograph_with_a_mask_that_is_not_turned_is_told(root, orient
     else:
         with pytest.warns(UserWarning, match=r"Of 1 photographs the camera was turned, such as .*a.jpg'"):
             folder(root).prepare_data()
+
+
+@pytest.mark.parametrize("images", ["{split}/images/*.png", "set_{split}/*.png", "{split}/**/*.png"])
+def test_patterns_with_lists_find_masks_by_the_split_of_the_folder(tmp_path, images):
+    root = tmp_path / "b[1]"
+    for split, stem in (("train", "a"), ("val", "b")):
+        place = root / images.replace("{split}", split).replace("**", "deep")
+        for file in (place.with_name(f"{stem}.png"), root / f"masks_{split}" / f"{stem}.png"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (20, 20), 1).convert("RGB" if file.parent == place.parent else "L").save(file)
+        (root / f"{split}.txt").write_text(f"{stem}\n")
+    data = folder(root, images=images, masks="masks_{split}/{stem}.png")
+    data.prepare_data()
+    assert [len(names_of(data, split)) for split in ("train", "val")] == [1, 1]
+
+
+def test_a_split_in_the_files_name_beside_lists_is_refused(tmp_path):
+    (tmp_path / "train.txt").write_text("a\n")
+    with pytest.raises(ValueError, match=r"`images`='\{split\}_\*\.png' has \{split\} in the file's name"):
+        folder(tmp_path, images="{split}_*.png", masks="{stem}_mask.png").prepare_data()

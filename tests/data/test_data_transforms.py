@@ -1,5 +1,6 @@
 """The training augmentation does what the protocol says, and the same for the same seed."""
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -138,3 +139,31 @@ def test_scale_pad_crop_and_mirror_are_a_literal_description(size, scale):
 def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         TrainTransform(**arguments)
+
+
+@pytest.mark.parametrize(("scales", "mode"), [((1.0,), "choice"), ((1.0, 2.0), "uniform")])
+def test_what_is_drawn_for_one_sample_is_independent(scales, mode):
+    """Crop, mirror and scale once came from one number: crops of the upper half were the mirrored ones."""
+    transform = TrainTransform(20, scales=scales, scale_mode=mode)
+    rows, cols = np.mgrid[0:60, 0:60].astype(np.uint8)
+    drawn = []
+    for seed in range(300):
+        image, _ = transform(np.stack([rows, cols, cols], axis=-1), rows, seed=seed)
+        steps = np.diff(image[10, :, 1].astype(float))
+        drawn.append((image[0, 0, 0], steps.mean() > 0, abs(steps.mean()), image[:, :, 1].min()))
+    values = np.array(drawn, dtype=float)
+    values = values[:, values.std(axis=0) > 1e-6]
+    between = np.corrcoef(values.T)[np.triu_indices(values.shape[1], 1)]
+    # The last is where a crop lies, which a larger scale gives more room for: no more than that.
+    assert np.abs(between).max() < (0.2 if mode == "choice" else 0.35)
+
+
+def test_own_augmentations_see_float_images_as_they_see_bytes(tmp_path):
+    file = tmp_path / "own.yaml"
+    A.save(A.Compose([A.RandomBrightnessContrast(brightness_limit=(0.1, 0.1), contrast_limit=0, p=1)]), file, "yaml")
+    transform = TrainTransform(20, scales=(1.0,), mirror=False, augmentations=file)
+    pixels = np.random.default_rng(0).integers(0, 200, (30, 30, 3), dtype=np.uint8)
+    mask = np.zeros((30, 30), np.uint8)
+    of_bytes, of_floats = (transform(image, mask, seed=1)[0] for image in (pixels, pixels.astype(np.float32)))
+    assert of_floats.dtype == np.float32
+    assert np.abs(of_floats - of_bytes).max() <= 1

@@ -339,3 +339,72 @@ def test_a_run_without_a_length_and_wrong_choices_are_refused(tmp_path):
         make_task(loss_resolution="full")
     with pytest.raises(ValueError, match="`class_names`"):
         make_task(class_names=["a"])
+
+
+def test_a_task_that_has_weights_keeps_them_when_it_is_trained(tmp_path):
+    torch.save(make_task(start=None).model.state_dict(), tmp_path / "start.pth")
+    options = {"pretrained": str(tmp_path / "start.pth"), "lr": 0.0, "position_lr": 0.0, "freeze_norm": True}
+    task = make_task(**options)
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.normal_(std=0.1)
+    task.load_state_dict(task.state_dict())
+    held = {name: tensor.clone() for name, tensor in task.model.named_parameters()}
+    make_trainer(tmp_path, max_steps=1).fit(task, make_data())
+    assert all(torch.equal(tensor, held[name]) for name, tensor in task.model.named_parameters())
+
+
+def test_callbacks_begin_with_the_weights_that_training_begins_with(tmp_path):
+    start = make_task()
+    with torch.no_grad():
+        for layer in irregular_layers(start).values():
+            layer.displacement.fill_(0.3)
+    torch.save(start.model.state_dict(), tmp_path / "start.pth")
+
+    class First(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            self.found = [layer.displacement.detach().unique() for layer in irregular_layers(pl_module).values()]
+
+    first = First()
+    task = make_task(pretrained=str(tmp_path / "start.pth"))
+    make_trainer(tmp_path, first, max_steps=1).fit(task, make_data())
+    assert all(torch.equal(values, torch.tensor([0.3])) for values in first.found)
+
+
+@pytest.mark.parametrize("size", [97, 100, 103, 104])
+def test_labels_lie_where_the_image_says_at_any_size(size):
+    task = make_task(output_stride=8, mean=[0.5] * 3, std=[0.5] * 3, num_classes=2)
+    task.model.forward = lambda images, further=False: torch.cat([-images[:, :1, ::8, ::8], images[:, :1, ::8, ::8]], 1)
+    for edge in (9, 40, size - 12):
+        image = (127.5 + 10 * (torch.arange(size) + 0.5 - edge)).clamp(0, 255).expand(1, 3, size, size)
+        assert (task._predict(image)[0, 0] == 0).sum() == edge
+        pixels = task.model.preprocess(image)
+        logits = task.model.upsample(task.model.forward(pixels), (size, size))  # as the loss has them
+        assert (logits.argmax(1)[0, 0] == 0).sum() == edge
+
+
+def test_nothing_is_saved_while_gradients_are_accumulated_and_the_next_step_is(tmp_path):
+    """A validation within an accumulated batch: what is saved after it resumes bit for bit."""
+    kept = {}
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            last = RunFolder.of(trainer).last
+            if last.is_file() and not kept:
+                kept["bytes"], kept["step"] = last.read_bytes(), trainer.global_step
+
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 3, "check_val_every_n_epoch": None}
+    # After LastCheckpoint, which Lightning has last: hence a step later.
+    whole = make_task()
+    make_trainer(tmp_path, Keep(), LastCheckpoint(), **options).fit(whole, make_data())
+    (tmp_path / "middle.ckpt").write_bytes(kept["bytes"])
+    assert torch.load(tmp_path / "middle.ckpt", weights_only=True)["global_step"] == 2
+    resumed = make_task()
+    make_trainer(tmp_path, **options).fit(
+        resumed, make_data(), ckpt_path=str(tmp_path / "middle.ckpt"), weights_only=True
+    )
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in resumed.state_dict().items())
+    with pytest.raises(ValueError, match="accumulate_grad_batches=2, this run has 4: resume with as many"):
+        make_trainer(tmp_path, accumulate_grad_batches=4, max_steps=9).fit(
+            make_task(), make_data(), ckpt_path=str(tmp_path / "middle.ckpt"), weights_only=True
+        )

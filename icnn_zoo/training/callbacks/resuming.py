@@ -23,7 +23,8 @@ class LastCheckpoint(Checkpoint):
     together with a better checkpoint: a run without a better score would lose everything since then.
 
     Told to end (SIGTERM), a run of one process saves the step it has just finished. With several, whose steps would
-    have to be made to agree while they end, the last validation's checkpoint stays.
+    have to be made to agree while they end, the last validation's checkpoint stays. Nothing is saved while gradients
+    are accumulated, which no checkpoint holds: after a validation there, the step that they end in is.
     """
 
     best_model_path = ""  # Lightning asks the first Checkpoint callback for it
@@ -31,6 +32,7 @@ class LastCheckpoint(Checkpoint):
     def __init__(self) -> None:
         self._beside: list[ModelCheckpoint] = []
         self._alone = False
+        self._is_due = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         others = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
@@ -43,11 +45,14 @@ class LastCheckpoint(Checkpoint):
         # Checkpoint callbacks come last, those of the configuration first: the best score of this validation is in.
         # Not at the end, where the step has been saved: Lightning resumes wrongly after a validation out of turn.
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not is_last_step(trainer):
-            self._save(trainer)
+            self._is_due = _is_accumulating(trainer)
+            if not self._is_due:
+                self._save(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         # Not when training ends: by then Lightning counts the epoch as over, and resuming would begin the next one.
-        if is_last_step(trainer):
+        if is_last_step(trainer) or (self._is_due and not _is_accumulating(trainer)):
+            self._is_due = False
             self._save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -55,7 +60,8 @@ class LastCheckpoint(Checkpoint):
             return
         # A worker that was told to end too can interrupt a step halfway; that is not a state to resume from.
         done = trainer.fit_loop.epoch_loop.batch_progress.current
-        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0 and done.ready == done.completed:
+        whole = done.ready == done.completed and not _is_accumulating(trainer)
+        if trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0 and whole:
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
@@ -83,26 +89,47 @@ def is_last_step(trainer: pl.Trainer) -> bool:
     return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
 
 
+def _is_accumulating(trainer: pl.Trainer) -> bool:
+    """Whether the batch that was last is one whose gradients wait for those of the next."""
+    ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return ready % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch
+
+
 class GeneratorStates(Callback):
     """Saves every process's random generator states in checkpoints, so that a resumed run draws what the other had."""
 
     def __init__(self) -> None:
         self._restored: list[Any] | None = None
+        self._trainer: pl.Trainer | None = None
+        self._shares: int | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
         states: list[Any] = [_generator_states()]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, _generator_states())
-        return {"states": states}
+        shares = None if self._trainer is None else self._trainer.accumulate_grad_batches
+        return {"states": states, "accumulate_grad_batches": shares}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["states"]
+        self._shares = state_dict.get("accumulate_grad_batches")
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         # As late as possible: building loaders and sanity checks may draw from the generators.
         if self._restored is None:
             return
+        # Lightning counts an epoch's batches, and with other shares of a step they are others.
+        if batch_idx > 0 and self._shares not in (None, trainer.accumulate_grad_batches):
+            raise ValueError(
+                f"the checkpoint is from within an epoch of accumulate_grad_batches={self._shares}, this run has "
+                f"{trainer.accumulate_grad_batches}: resume with as many, or start a new run from its weights."
+            )
         if len(self._restored) != trainer.world_size:
             raise ValueError(
                 f"the checkpoint holds generator states of {len(self._restored)} processes, this run has "
