@@ -231,6 +231,37 @@ def test_the_strides_of_a_bias_count(name: str) -> None:
     assert output.flatten().tolist() == bias.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((3, 8), {}),
+        ((16, 16), {"groups": 4}),
+        ((16, 16), {"groups": 4, "shapes": "group"}),
+        ((6, 12), {"shapes": "kernel"}),
+        ((6, 12), {"shapes": "kernel", "dilation": 3}),
+        ((6, 12), {"shapes": "kernel", "interpolation": "gaussian"}),
+        ((12, 12), {"groups": 12}),
+        ((6, 24), {}),
+    ],
+)
+def test_gradients_are_right_where_the_input_needs_none(sizes, options, dtype) -> None:
+    """As in first layers and heads on frozen backbones; some taps are outside of the box the others are drawn into."""
+    layer = icnn_zoo.IrregularConv2d(*sizes, 3, padding=2, bias=False, dtype=dtype, **options)
+    layer.displacement.data += torch.rand_like(layer.displacement) * 0.9
+    layer.displacement.data[0, ..., :2, :] += 6.0
+    input = torch.randn(2, sizes[0], 14, 14, dtype=dtype)
+    found = {}
+    for backend in ("reference", "native"):
+        layer.backend = backend
+        rubbish = [torch.ones(layer.weight.numel() * size, dtype=torch.uint8) for size in (1, 1, 1, 4, 8, 16)]
+        del rubbish  # what is not written shows
+        found[backend] = torch.autograd.grad(layer(input).square().sum(), [layer.weight, layer.displacement])
+    for by_native, by_reference in zip(found["native"], found["reference"], strict=True):
+        difference = (by_native - by_reference).abs().max() / by_reference.abs().max()
+        assert difference < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
 def test_lengths_of_more_than_32_bits_come_back_whole() -> None:
     sizes = {"height": 2**10, "width": 2**10, "out_height": 2**10, "out_width": 2**10, "stride_row": 1, "stride_col": 1}
     task = dense.Task(**sizes, images=1, channels=2**12, outputs=8, groups=1, rows=3, cols=3)

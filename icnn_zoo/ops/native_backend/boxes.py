@@ -102,6 +102,8 @@ class Box:
             by_input = dense.input_gradient(grad_output, self._draw(), self._origin, self.geometry)
         if not needs[1]:
             return by_input, None, None
+        if not needs[0]:
+            self._run("mark")  # as drawing does: which taps are drawn, and how many are not
         by_cells = dense.cells_gradient(grad_output, input, self.size, self._origin, self.geometry)
         by_weight = torch.empty_like(self.weight)
         by_shift = torch.empty(*self.weight.shape, 2, dtype=torch.float64)
