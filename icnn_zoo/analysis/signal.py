@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from icnn_zoo.nn.irregular_conv import irregular_layers
+from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
+from icnn_zoo.nn.tap_restriction import LEARNED
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,15 @@ def signal_share(
     return SignalShare(float(common.sum() / own.sum()), float(low), float(high), float(chance))
 
 
-def signal_shares(models: Sequence[nn.Module], **kwargs: Any) -> dict[str, SignalShare]:
+def signal_shares(
+    models: Sequence[nn.Module], *, start: nn.Module | None = None, **kwargs: Any
+) -> dict[str, SignalShare]:
     """The signal share of every irregular layer of several trainings of one network.
 
     Args:
-        models: The trained networks, which started from the same weights with displacements of ``layer.epsilon``.
+        models: The trained networks, which started from the same weights.
+        start: The network that they started from; None where every displacement was ``layer.epsilon``, as after
+            ``convert``. Coordinates that are frozen (``axes``) do not count.
         **kwargs: Those of :func:`signal_share`.
 
     Returns:
@@ -107,9 +112,12 @@ def signal_shares(models: Sequence[nn.Module], **kwargs: Any) -> dict[str, Signa
 
     Raises:
         ValueError: The networks have different irregular layers or none, two of them equal shapes, a layer never moved,
-            or as :func:`signal_share`.
+            a layer with free taps has no ``start``, or as :func:`signal_share`.
     """
     layers = [irregular_layers(model) for model in models]
+    begun = None if start is None else irregular_layers(start)
+    if begun is not None and layers and begun.keys() != layers[0].keys():
+        raise ValueError("`start` must be a network with the irregular layers of `models`.")
     if not layers or not layers[0] or any(found.keys() != layers[0].keys() for found in layers):
         raise ValueError("`models` must be several trainings of one network with irregular layers.")
     for first, second in itertools.combinations(range(len(layers)), 2):
@@ -118,12 +126,22 @@ def signal_shares(models: Sequence[nn.Module], **kwargs: Any) -> dict[str, Signa
                 f"`models` {first} and {second} have equal shapes: one training twice, or two that saw the same data "
                 "in the same order. Train with other seeds of the data (data.init_args.seed), from the same weights."
             )
-    return {
-        name: signal_share(
-            [found[name].displacement.detach().cpu().double() - found[name].epsilon for found in layers], **kwargs
-        )
-        for name in layers[0]
-    }
+    shares = {}
+    for name, layer in layers[0].items():
+        if begun is None and layer.has_free_taps:
+            raise ValueError(f"`start` is needed: the taps of {name!r} are free, and began nowhere in particular.")
+        origin = layer.epsilon if begun is None else _numbers(begun[name])
+        moved = [_numbers(found[name]) - origin for found in layers]
+        for displacement in moved:
+            frozen = torch.ones(2, dtype=torch.bool)
+            frozen[LEARNED[layer.axes]] = False
+            displacement[..., frozen] = 0
+        shares[name] = signal_share(moved, **kwargs)
+    return shares
+
+
+def _numbers(layer: IrregularConv2d) -> Tensor:
+    return layer.displacement.detach().cpu().double()
 
 
 def _products(displacements: Sequence[Any]) -> np.ndarray:

@@ -93,6 +93,7 @@ def shape_statistics(
     input_sizes: Mapping[str, tuple[int, int]] | None = None,
     layers: Sequence[str] | None = None,
     repeats: Sequence[nn.Module] = (),
+    start: nn.Module | None = None,
 ) -> list[ShapeStatistics]:
     """Describes the shapes of every irregular layer by numbers.
 
@@ -103,6 +104,8 @@ def shape_statistics(
         layers: Names of the layers, None for all.
         repeats: Other trainings of the network, which began with the same weights and saw other data: they tell how
             much of the displacement is signal, see :func:`icnn_zoo.analysis.signal_share`.
+        start: What they began with, where that was not ``epsilon`` everywhere; see
+            :func:`icnn_zoo.analysis.signal_shares`.
 
     Returns:
         One entry per layer, in the order of registration.
@@ -121,7 +124,7 @@ def shape_statistics(
     """
     sizes = input_sizes or {}
     modules = {"": model} if isinstance(model, IrregularConv2d) else irregular_layers(model)
-    signals = signal_shares([model, *repeats]) if repeats else {}
+    signals = signal_shares([model, *repeats], start=start) if repeats else {}
     result = []
     for shapes in layer_shapes(model, layers):
         size = sizes.get(shapes.name)

@@ -66,13 +66,19 @@ def _shapes(options: argparse.Namespace) -> None:
     _check_html(options)
 
     from icnn_zoo.analysis import depth_trends, plot_shapes, plot_shapes_3d, shape_statistics, statistics_table
-    from icnn_zoo.training.network_sources import find_source, load_task
+    from icnn_zoo.training.network_sources import find_source, load_start_of, load_task
 
     source, tasks = _load_all(options)
     task = next(iter(tasks.values()))
     others = [load_task(find_source(name, **named_where(options))) for name in options.repeats]
+    start = load_start_of(source) if others else None
     # Fails early where there is no irregular layer.
-    statistics = shape_statistics(task.model, layers=options.layers, repeats=[other.model for other in others])
+    statistics = shape_statistics(
+        task.model,
+        layers=options.layers,
+        repeats=[other.model for other in others],
+        start=None if start is None else start.model,
+    )
     if options.json:
         data = [entry.to_dict() for entry in statistics]
         print(json.dumps({"layers": data, "trends": depth_trends(statistics)}, indent=2))
@@ -83,7 +89,7 @@ def _shapes(options: argparse.Namespace) -> None:
     if options.to is not None:
         figure = (plot_shapes_3d if options.three_d else plot_shapes)(task.model, options.layers)
         _save(figure, options.to, quiet=options.json)
-    _write_html(options, source, tasks, options.images, others)
+    _write_html(options, source, tasks, options.images, others, start)
 
 
 def _heatmap_options(parser: argparse.ArgumentParser) -> None:
@@ -105,11 +111,16 @@ def _heatmap(options: argparse.Namespace) -> None:
 
     from icnn_zoo.analysis.heatmaps import check_pixel, plot_heatmaps
     from icnn_zoo.analysis.heatmaps import heatmap as compute
-    from icnn_zoo.io.images import read_image
+    from icnn_zoo.io.files import require_file
+    from icnn_zoo.io.rasters import read_pixels, visible
 
-    image, pixel = read_image(options.image, white_level=options.white_level), tuple(options.pixel)
-    check_pixel(pixel, image.shape[:2])
+    require_file(options.image)
     source, tasks = _load_all(options)
+    channels = {task.model.in_channels for task in tasks.values()}
+    if len(channels) > 1:
+        raise ValueError(f"both networks must take images of as many channels; got {sorted(channels)}.")
+    image, pixel = read_pixels(options.image, channels.pop(), options.white_level), tuple(options.pixel)
+    check_pixel(pixel, image.shape[:2])
     classes = {name: class_index(task, options.class_name) for name, task in tasks.items()}
     if options.to is not None:
         of_class = f", {options.class_name}" if options.class_name else ""
@@ -117,7 +128,7 @@ def _heatmap(options: argparse.Namespace) -> None:
             f"{name}{of_class}": compute(task, as_tensor(image), [pixel], [classes[name]])[0]
             for name, task in tasks.items()
         }
-        _save(plot_heatmaps(image, maps, pixel), options.to)
+        _save(plot_heatmaps(visible(image), maps, pixel), options.to)
     _write_html(options, source, tasks, [options.image])
 
 
@@ -164,7 +175,7 @@ def _erf(options: argparse.Namespace) -> None:
 
 
 def as_tensor(image: np.ndarray) -> Any:
-    """RGB uint8 [H, W, 3] to a tensor [3, H, W]."""
+    """Pixels [H, W, C] to a tensor [C, H, W]."""
     import torch
 
     return torch.from_numpy(image.copy()).permute(2, 0, 1)
@@ -234,6 +245,7 @@ def _write_html(
     tasks: Mapping[str, SegmentationTask],
     images: Sequence[Path],
     repeats: Sequence[SegmentationTask] = (),
+    start: SegmentationTask | None = None,
 ) -> None:
     if options.html is None:
         return
@@ -241,7 +253,7 @@ def _write_html(
     from icnn_zoo.report.samples import find_samples
 
     samples = find_samples(source, next(iter(tasks.values())), images, white_level=options.white_level)
-    write_page(tasks, options.html, samples, source=source, repeats=repeats)
+    write_page(tasks, options.html, samples, source=source, repeats=repeats, start=start)
     if not getattr(options, "json", False):
         print(f"Written: {options.html}")
 

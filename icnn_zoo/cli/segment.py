@@ -62,8 +62,9 @@ def _segment(options: argparse.Namespace) -> None:
 
     from icnn_zoo.cli.segment_inputs import find_inputs
 
-    single = len(options.images) == 1 and options.to.suffix and not user_path(options.images[0]).is_dir()
-    inputs = find_inputs(options.images)
+    single = len(options.images) == 1 and options.to.suffix and not options.to.is_dir()
+    single = single and not user_path(options.images[0]).is_dir()
+    inputs = find_inputs(options.images, options.to)
     if single and len(inputs) == 1:
         _one(inputs[0].path, options)
     else:
@@ -75,6 +76,8 @@ def _one(image: Path, options: argparse.Namespace) -> None:
     check_output(options.to, options.force, (".pdf",) if is_pdf else _PICTURES)
     if options.labels is not None:  # formats that keep indices
         check_output(options.labels, options.force, (".tif", ".tiff") if is_pdf else (".png",))
+        if options.labels.resolve() == options.to.resolve():
+            raise ValueError(f"--labels and --to must be two files; both are {str(options.to)!r}.")
     if options.pictures or options.probabilities:
         raise ValueError(f"--pictures and --probabilities are for a folder: --to {options.to.with_suffix('')}.")
 
@@ -92,7 +95,7 @@ def _one(image: Path, options: argparse.Namespace) -> None:
     pages = pages_of(image, options)
     first = next(pages) if ready else None  # before the network is fetched
     network = load_network(options)
-    if first is None:
+    if first is None or network.model.in_channels != 3:
         pages = pages_of(image, options, network.model.in_channels)
         first = next(pages)
     pictures, maps = [], []
@@ -117,11 +120,12 @@ def _many(inputs: Any, options: argparse.Namespace) -> None:
     if options.labels is not None:
         raise ValueError("--labels is for one image; into a folder label maps are written anyway.")
 
-    from icnn_zoo.cli.segment_inputs import check_folder, check_input, load_network, write_all
+    from icnn_zoo.cli.segment_inputs import check_folder, check_input, check_outputs, load_network, write_all
 
     check_folder(inputs, options)
     for each in inputs:
         check_input(each.path, options)
+    check_outputs(inputs, options)
     written = write_all(load_network(options), inputs, options)
     print(f"Written: {written} label maps in {options.to}")
 

@@ -16,11 +16,11 @@ from rich.progress import track
 
 from icnn_zoo.cli.options import named_where
 from icnn_zoo.io.files import check_writable, replacing, require_file, user_path, write_whole
-from icnn_zoo.io.images import read_header, read_image
+from icnn_zoo.io.images import read_header
 from icnn_zoo.io.label_pictures import color_map, palette_picture, segmentation_picture
 from icnn_zoo.io.overviews import Overview
 from icnn_zoo.io.png import LabelWriter
-from icnn_zoo.io.rasters import TIFF_ENDINGS, MeasuredRaster, Raster, read_measured, visible
+from icnn_zoo.io.rasters import TIFF_ENDINGS, MeasuredRaster, Raster, read_pixels, visible
 from icnn_zoo.models.evaluation import Evaluation
 from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.zoo.segmenting import Segmented, label_bands, segment_images
@@ -52,8 +52,12 @@ class Network:
         return next(segment_images(self.model, [pixels], evaluation=self.evaluation, longest_side=longest_side))
 
 
-def find_inputs(named: Sequence[str]) -> list[Input]:
+def find_inputs(named: Sequence[str], to: Path) -> list[Input]:
     """The files that a person named: themselves, those in folders and below, or those that a pattern matches.
+
+    Args:
+        named: As they were named.
+        to: Where results go. What lies in such a folder is taken only where it is named itself.
 
     Raises:
         FileNotFoundError: There is no such file, or none in a folder.
@@ -61,9 +65,13 @@ def find_inputs(named: Sequence[str]) -> list[Input]:
     """
     found: list[Input] = []
     for text in named:
+        if not text:
+            raise ValueError("an image's name is empty; a shell's variable may not be set.")
         path = user_path(text)
         if path.is_dir():
             inside = sorted(each for each in path.rglob("*") if each.suffix.lower() in _ENDINGS and _shown(each, path))
+            if to.resolve() != path.resolve():
+                inside = [each for each in inside if to not in each.parents]
             if not inside:
                 raise FileNotFoundError(f"the folder {text!r} holds no image ({', '.join(_ENDINGS)}).")
             found += [Input(each, str(each.relative_to(path).with_suffix(""))) for each in inside]
@@ -88,17 +96,46 @@ def check_folder(inputs: Sequence[Input], options: argparse.Namespace) -> None:
     """Checks that results can be written into the folder ``--to``.
 
     Raises:
-        ValueError: It is a file, cannot be written, or would replace files without ``--force``.
+        ValueError: It is a file, or cannot be written.
     """
     if options.to.exists() and not options.to.is_dir():
         raise ValueError(f"--to must be a folder for {len(inputs)} images; {str(options.to)!r} is a file.")
     if options.to.suffix and not options.to.is_dir():
         raise ValueError(f"--to must be a folder for more than one image, such as {options.to.with_suffix('')}.")
     check_writable("--to", options.to)
+
+
+def check_outputs(inputs: Sequence[Input], options: argparse.Namespace) -> None:
+    """Checks what would be written for each input, all of which can be read.
+
+    Raises:
+        ValueError: Two would be written under one name, or files be replaced without ``--force``.
+    """
+    owners: dict[str, Input] = {}
     for each in inputs:
-        there = [*options.to.glob(f"{glob.escape(each.name)}_page*.png"), options.to / f"{each.name}.png"]
-        if (taken := [path for path in there if path.exists()]) and not options.force:
-            raise ValueError(f"{str(taken[0])!r} exists; choose another folder, or --force.")
+        for name in _outputs(each, options):
+            if (other := owners.setdefault(name, each)) is not each:
+                raise ValueError(
+                    f"{str(other.path)!r} and {str(each.path)!r} would both be written as {name!r}: rename one."
+                )
+            if (options.to / name).exists() and not options.force:
+                raise ValueError(f"{str(options.to / name)!r} exists; choose another folder, or --force.")
+
+
+def _outputs(each: Input, options: argparse.Namespace) -> list[str]:
+    names = [each.name]
+    if each.path.suffix.lower() == ".pdf":
+        from icnn_zoo.io.pdf import open_pdf
+
+        document = open_pdf(each.path)
+        names = [f"{each.name}_page{number}" for number in range(1, len(document) + 1)]
+        document.close()
+    endings = [".png"]
+    if options.pictures:
+        endings.append("_picture.png")
+    if options.probabilities:
+        endings.append("_probabilities.npz")
+    return [name + ending for name in names for ending in endings]
 
 
 def check_input(path: Path, options: argparse.Namespace) -> None:
@@ -132,11 +169,10 @@ def load_network(options: argparse.Namespace) -> Network:
 def pages_of(path: Path, options: argparse.Namespace, channels: int = 3) -> Iterator[np.ndarray]:
     """The image, or the rendered pages of a PDF; errors name the page. What is not a photograph has ``channels``."""
     if path.suffix.lower() != ".pdf":
-        if channels != 3:
-            yield read_measured(path, channels, options.white_level)
-            return
-        yield read_image(path, white_level=options.white_level)
+        yield read_pixels(path, channels, options.white_level)
         return
+    if channels != 3:
+        raise ValueError(f"{str(path)!r} is rendered in three colors; the network takes {channels} channels.")
     from icnn_zoo.io.pdf import open_pdf, render_page
 
     document = open_pdf(path)
@@ -155,7 +191,7 @@ def write_all(network: Network, inputs: Sequence[Input], options: argparse.Names
     plain = [each for each in inputs if not is_large(each.path, options)]
     large = [each for each in inputs if each not in plain]
     for each in large:
-        if each.path.suffix.lower() in TIFF_ENDINGS:
+        if _in_bands(each.path, network.model.in_channels):
             with MeasuredRaster(each.path, network.model.in_channels, options.white_level):
                 pass  # channels and depth fit
     waiting: list[tuple[str, np.ndarray]] = []
@@ -231,12 +267,18 @@ def is_large(path: Path, options: argparse.Namespace) -> bool:
     """Whether an image is seen in windows and its labels are written in bands: unless it is scaled down first."""
     if path.suffix.lower() == ".pdf":
         return False
-    if path.suffix.lower() in TIFF_ENDINGS:
-        with Raster(path) as raster:
-            height, width, _ = raster.shape
-    else:
-        height, width = read_header(path).size
+    height, width = _size(path)
     return height * width > BIG and options.longest_side is None
+
+
+def _size(path: Path) -> tuple[int, int]:
+    if path.suffix.lower() in TIFF_ENDINGS:
+        try:
+            with Raster(path) as raster:
+                return raster.shape[0], raster.shape[1]
+        except ValueError:
+            pass  # a photograph of several pages, the first of which is read
+    return read_header(path).size
 
 
 class _Decoded(NamedTuple):
@@ -254,9 +296,20 @@ class _Decoded(NamedTuple):
 
 def _rows(network: Network, path: Path, options: argparse.Namespace) -> AbstractContextManager[Any]:
     channels = network.model.in_channels
-    if path.suffix.lower() in TIFF_ENDINGS:
+    if _in_bands(path, channels):
         return MeasuredRaster(path, channels, options.white_level)
     return nullcontext(_Decoded(next(pages_of(path, options, channels))))
+
+
+def _in_bands(path: Path, channels: int) -> bool:
+    """Whether rows can be taken from the file itself: of photographs those that need no turning or mixing of colors."""
+    if path.suffix.lower() not in TIFF_ENDINGS or channels != 3:
+        return path.suffix.lower() in TIFF_ENDINGS
+    try:
+        with Raster(path) as raster:
+            return raster.is_photograph
+    except ValueError:
+        return False
 
 
 def _shown(path: Path, folder: Path) -> bool:

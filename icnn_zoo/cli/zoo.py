@@ -120,7 +120,9 @@ def _verify(options: argparse.Namespace) -> None:
             if options.metrics:
                 from icnn_zoo.publishing.card_metrics import check_metrics
 
-                root = [] if options.data_root is None else [f"--data.init_args.root={options.data_root}"]
+                # Of all checkpoints some may be of data that are drawn, which have no folder.
+                takes_root = options.names or "root" in card.training.config.get("data", {}).get("init_args", {})
+                root = [f"--data.init_args.root={options.data_root}"] if options.data_root and takes_root else []
                 measured = check_metrics(model, card, root)
                 print("".join(f"  {key}: {value:.4f}, as its card says\n" for key, value in measured.items()), end="")
         except (OSError, ValueError, RuntimeError, MemoryError) as error:

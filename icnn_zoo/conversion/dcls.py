@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
-from icnn_zoo.nn.modules import replace_modules
+from icnn_zoo.nn.modules import attached_hooks, replace_modules
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.torch_backend.dense import Box, draw_kernels
 from icnn_zoo.ops.wide_interpolation import NARROWEST
@@ -34,18 +34,25 @@ def from_dcls(module: nn.Module) -> nn.Module:
         The same network; where it is itself a ``Dcls2d``, the new layer.
 
     Raises:
-        ValueError: There is no ``Dcls2d``; one has a version other than v1, max and gauss; a layer has one or three
-            dimensions; taps are too far outside of the box (``clamp_parameters()`` was not called), so that what
-            DCLS makes of them is not interpolation.
+        ValueError: There is no ``Dcls2d``; one has forward hooks; one has a version other than v1, max and gauss; a
+            layer has one or three dimensions; taps are too far outside of the box (``clamp_parameters()`` was not
+            called), so that what DCLS makes of them is not interpolation.
     """
     layers: dict[nn.Module, nn.Module] = {}
+    shared: dict[Any, IrregularConv2d] = {}
     for name, each in module.named_modules():
         kind = type(each)
         if kind.__module__ != _PACKAGE or not hasattr(each, "dilated_kernel_size") or not hasattr(each, "weight"):
             continue
         if kind.__name__ != "Dcls2d":
             raise ValueError(f"`module`: {name!r} is a {kind.__name__}; known is Dcls2d, with two dimensions.")
-        layers[each] = _convert(each, name)
+        if hooks := attached_hooks(each):
+            raise ValueError(f"`module`: {name!r} has {', '.join(hooks)}, which its new layer would lose; remove them.")
+        layers[each] = layer = _convert(each, name)
+        # Positions and spreads that layers share stay shared.
+        layer.displacement = shared.setdefault(id(each.P), layer).displacement
+        if layer.widening is not None:
+            layer.widening = shared.setdefault(id(each.SIG), layer).widening
     if not layers:
         raise ValueError(f"`module` must have a Dcls2d of DCLS 0.1.1; {type(module).__name__} has none.")
     return replace_modules(module, layers)

@@ -60,14 +60,14 @@ class FilePatterns:
         images: dict[str, Path] = {}
         masks: dict[str, Path] = {}
         taken = {mask for _, _, mask in pairs}
-        for stem, path, mask in pairs:
+        for stem, path, found in pairs:
             if path in taken:  # the pattern of images finds masks too
                 continue
             folder = path.parent.relative_to(self.root).as_posix()
             name = stem if stem not in images else f"{folder}/{stem}"
             images[name] = path
-            if mask.is_file():
-                masks[name] = mask
+            if found.is_file():
+                masks[name] = found
         return images, masks
 
     def _split_of(self, path: Path) -> str:

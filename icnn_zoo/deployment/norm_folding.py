@@ -11,14 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from icnn_zoo.nn.irregular_conv import IrregularConv2d
+from icnn_zoo.nn.modules import attached_hooks
 from icnn_zoo.nn.references import unregistered_uses
-
-
-def attached_hooks(module: nn.Module) -> list[str]:
-    """Kinds of forward hooks that a module carries, which a module in its place would lose."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks")
-    return [kind.strip("_") for kind in kinds if getattr(module, kind)]
-
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

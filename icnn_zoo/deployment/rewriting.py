@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from icnn_zoo.conversion.rewrite_guards import unguard
-from icnn_zoo.deployment.norm_folding import attached_hooks, fold, foldable_norms, without_norm
+from icnn_zoo.deployment.norm_folding import fold, foldable_norms, without_norm
 from icnn_zoo.deployment.standard_forms import has_standard_form, standard_form
 from icnn_zoo.deployment.tensor_call import named_outputs, relative_difference
 from icnn_zoo.io.tables import text_table
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
-from icnn_zoo.nn.modules import ExampleInput, call, evaluating, replace_modules
+from icnn_zoo.nn.modules import ExampleInput, attached_hooks, call, evaluating, replace_modules
 from icnn_zoo.nn.references import unregistered
 
 # Largest allowed difference for an example, over the largest number of an output; of integers none.
@@ -142,9 +142,10 @@ def rewrite(model: nn.Module, example_input: ExampleInput | None = None) -> Depl
 
 
 def _compare(model: nn.Module, deployed: nn.Module, example_input: ExampleInput) -> float:
+    # Networks may change their input in place: each has its own.
     with evaluating(model):
-        expected = named_outputs(call(model, example_input))
-    found = named_outputs(call(deployed, example_input))
+        expected = named_outputs(call(model, copy.deepcopy(example_input)))
+    found = named_outputs(call(deployed, copy.deepcopy(example_input)))
     worst = 0.0
     for name, tensor in expected.items():
         allowed = TOLERANCES.get(tensor.dtype, 0.0)

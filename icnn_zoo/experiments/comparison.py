@@ -14,12 +14,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from icnn_zoo.analysis.kernel_shapes import LayerShapes, layer_shapes
 from icnn_zoo.analysis.shape_figures import draw_layer, reach
 from icnn_zoo.experiments.catalog import EXPERIMENTS
+from icnn_zoo.io.console import print_table
 from icnn_zoo.io.files import replacing
 from icnn_zoo.io.label_pictures import colored
 from icnn_zoo.nn.irregular_conv import irregular_layers
@@ -76,7 +76,7 @@ class Comparison(Callback):
         if self._differences:
             print(f"Not compared with stored results, as this run differs in {', '.join(self._differences)}.")
             return
-        Console().print(self._table(key, float(trainer.callback_metrics[key]), bool(irregular_layers(pl_module))))
+        print_table(self._table(key, float(trainer.callback_metrics[key]), bool(irregular_layers(pl_module))))
         print(f"The stored rows again: icnn-zoo reproduce {self.experiment} --rows {' '.join(_SHOWN)}")
         if self._regular is not None:
             path = RunFolder.of(trainer).path / "comparison.png"

@@ -5,14 +5,18 @@ from __future__ import annotations
 import sys
 
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 
 
 def print_table(table: RenderableType) -> None:
-    """Prints a table, with ``?`` for characters that the terminal's encoding lacks, as a Windows console's may.
+    """Prints a table, whole, with ``?`` for characters that the terminal's encoding lacks, as a Windows console's may.
 
     Cells with names that people chose must be :class:`rich.text.Text`: in a string, brackets would be markup.
     """
     console = Console()
+    # Rich would cut what is too narrow, a number like any text: a terminal breaks the line, and loses nothing.
+    needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
+    console.width = max(console.width, needed)
     with console.capture() as captured:
         console.print(table)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

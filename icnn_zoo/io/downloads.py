@@ -283,16 +283,19 @@ def _bar(name: str, url: str, size: int | None, start: int, progress: bool) -> I
 
 
 def _repeat(action: Callable[[], Result], progress: Callable[[], int], deadline: Deadline) -> Result:
-    """Calls ``action`` until it does not fail, or failed five times in a row while ``progress`` stayed the same."""
-    idle, last, failures = 0, progress(), list[str]()
+    """Calls ``action`` until it does not fail, or failed five times in a row without more ``progress`` than ever.
+
+    Not than the time before: a server that begins anew and cuts off elsewhere each time would be asked for ever.
+    """
+    idle, most, failures = 0, progress(), list[str]()
     patience = deadline.patience
 
     def stop(state: RetryCallState) -> bool:
-        nonlocal idle, last
+        nonlocal idle, most
         if state.outcome is not None:
             failures.append(str(state.outcome.exception()))
-        idle = idle + 1 if progress() == last else 1
-        last = progress()
+        idle = idle + 1 if progress() <= most else 1
+        most = max(most, progress())
         return idle >= patience.attempts or not deadline.left()
 
     wait = wait_exponential(multiplier=patience.first_wait, max=patience.longest_wait)

@@ -49,8 +49,15 @@ def check_writable(argument: str, folder: Path) -> None:
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """A path as a person gives it, ``~`` being their home: shells do not expand it in YAML, nor after ``--root=``."""
-    return Path(path).expanduser()
+    """A path as a person gives it, ``~`` being their home: shells do not expand it in YAML, nor after ``--root=``.
+
+    Raises:
+        ValueError: It begins with the home of a user that there is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
 
 
 def require_file(path: str | Path) -> Path:
@@ -94,7 +101,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     ``open()`` would give; it is removed after an error. A kill leaves it behind and ``path`` as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem[:100]}-{secrets.token_hex(4)}{path.suffix}")
+    stem = path.stem.encode(errors="surrogateescape")[:100].decode(errors="ignore")  # names are limited in bytes
+    temporary = path.with_name(f".{stem}-{secrets.token_hex(4)}{path.suffix}")
     # As open() makes a file, by the user's mask; to ask for the mask would change it for all threads for a moment.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:

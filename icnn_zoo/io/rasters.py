@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from icnn_zoo.io.files import require_file
+from icnn_zoo.io.images import read_image
 
 TIFF_ENDINGS = (".tif", ".tiff")
 
@@ -37,9 +38,9 @@ class Raster:
         self.path = require_file(path)
         try:
             self._file = tifffile.TiffFile(self.path)
+            series: Any = self._file.series[0]
         except Exception as error:  # of many kinds, whatever the bytes lead to
             raise ValueError(f"{str(path)!r} is not a readable TIFF: {error}") from error
-        series: Any = self._file.series[0]
         axes, shape = series.axes, series.shape
         kept = [place for place, extent in enumerate(shape) if extent > 1 or axes[place] in "YX"]
         self._axes = "".join(axes[place] for place in kept)
@@ -54,6 +55,20 @@ class Raster:
         self._banded = self._axes in ("YX", "YXS") and len(series.pages) == 1
         self._whole: np.ndarray | None = None
         self._series = series
+
+    @property
+    def is_photograph(self) -> bool:
+        """Whether its rows are what a person sees: red, green and blue of 8 or 16 bits, upright, and decodable."""
+        orientation = self._page.tags.get("Orientation")
+        if not (self._banded and self.shape[2] == 3 and self.dtype in (np.uint8, np.uint16)):
+            return False
+        if int(self._page.photometric) != 2 or (orientation is not None and orientation.value != 1):
+            return False
+        try:
+            self.rows(0, 1)
+        except ValueError:  # of a compression that needs imagecodecs
+            return False
+        return True
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
         """Rows ``top`` to ``bottom``, [n, W, C].
@@ -124,7 +139,8 @@ def read_measured(path: str | Path, channels: int, white_level: float | None) ->
     Args:
         path: A TIFF, or what else OpenCV reads (PNG of 8 and 16 bits).
         channels: How many it must have.
-        white_level: The value that becomes 255: 4095 for 12 bits, 1.0 for floats in 0 to 1. None is for 8 bits.
+        white_level: The value that becomes 255: 4095 for 12 bits, 1.0 for floats in 0 to 1. Images of 8 bits do not
+            need it and stay as they are.
 
     Returns:
         float32 [H, W, C].
@@ -140,13 +156,25 @@ def read_measured(path: str | Path, channels: int, white_level: float | None) ->
     return _scaled(path, values, white_level)
 
 
+def read_pixels(path: str | Path, channels: int, white_level: float | None) -> np.ndarray:
+    """An image as a network of so many channels takes it: a photograph by :func:`read_image`, else as it is stored.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: As :func:`read_image` for three channels, else as :func:`read_measured`.
+    """
+    if channels != 3:
+        return read_measured(path, channels, white_level)
+    return read_image(path, white_level=None if white_level is None else int(white_level))
+
+
 class MeasuredRaster(Raster):
     """A TIFF whose rows are read as :func:`read_measured` reads the whole, white 255: float32, or uint8 as stored.
 
     Args:
         path: The file.
         channels: How many it must have.
-        white_level: The value that becomes 255; None is for 8 bits.
+        white_level: The value that becomes 255; 8 bits stay as they are.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -164,16 +192,14 @@ class MeasuredRaster(Raster):
 
     def rows(self, top: int, bottom: int) -> np.ndarray:
         values = super().rows(top, bottom)
-        return (
-            values
-            if self.dtype == np.uint8 and self._white_level is None
-            else _scaled(self.path, values, self._white_level)
-        )
+        return values if self.dtype == np.uint8 else _scaled(self.path, values, self._white_level)
 
 
 def _check_measured(path: Path, stored: int, dtype: np.dtype[Any], channels: int, white_level: float | None) -> None:
     if stored != channels:
         raise ValueError(f"{str(path)!r} has {stored} channels; the network (`channels`) takes {channels}.")
+    if white_level is not None and not white_level > 0:
+        raise ValueError(f"`white_level` must be positive; got {white_level}.")
     if dtype != np.uint8 and white_level is None:
         raise ValueError(
             f"{str(path)!r} holds {dtype}, and nothing says which value is white: set `white_level` (4095 for "
@@ -182,7 +208,8 @@ def _check_measured(path: Path, stored: int, dtype: np.dtype[Any], channels: int
 
 
 def _scaled(path: Path, values: np.ndarray, white_level: float | None) -> np.ndarray:
-    image = values.astype(np.float32) * np.float32(255 / (white_level or 255))
+    white = 255 if values.dtype == np.uint8 or white_level is None else white_level
+    image = values.astype(np.float32) * np.float32(255 / white)
     if not np.isfinite(image).all():
         raise ValueError(f"{str(path)!r} holds numbers that are not finite.")
     return image

@@ -138,6 +138,13 @@ class IrregularConv2d(TapReading, nn.Module):
             device="meta",
             dtype=dtype,
         )
+        if taps is not None and interpolation != "bilinear" and regular.dilation != (1, 1):
+            pairs = zip(regular.kernel_size, regular.dilation, strict=True)
+            size = tuple(step * (extent - 1) + 1 for extent, step in pairs)
+            raise ValueError(
+                f"`dilation` must be 1 for free taps with {interpolation} interpolation, which read within "
+                f"`kernel_size`; got {regular.dilation}. Take kernel_size={size}, in which taps may start anywhere."
+            )
         self._adopt(regular, ConvRules(), epsilon, shapes, interpolation, spread, spread_per)
         shape = regular.weight.shape if taps is None else (*regular.weight.shape[:2], at_least_one("taps", taps))
         self.weight = nn.Parameter(regular.weight.new_empty(shape, device=device))

@@ -71,6 +71,12 @@ def call(model: nn.Module, example_input: ExampleInput) -> Any:
     return model(*example_input) if isinstance(example_input, tuple) else model(example_input)
 
 
+def attached_hooks(module: nn.Module) -> list[str]:
+    """Kinds of forward hooks that a module carries, which a module in its place would lose."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    return [kind.strip("_") for kind in kinds if getattr(module, kind)]
+
+
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Puts modules in the place of others, under all their names and wherever else they are held.
 

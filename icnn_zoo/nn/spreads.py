@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, SupportsFloat, get_args
+from typing import Any, Literal, SupportsFloat, get_args
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,11 @@ def narrow_spreads(model: nn.Module, factor: float) -> None:
     """
     if not (math.isfinite(factor) and factor >= 0):
         raise ValueError(f"`factor` must be a number of at least 0; got {factor!r}.")
-    found = [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "widening"]
-    if not found:
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(getattr(layer, "widening", None), Tensor)]
+    if not layers:
         raise ValueError("`model` must have layers with triangle or gaussian interpolation; none has spreads.")
-    for widening in found:
-        widening.mul_(factor)
+    for layer in layers:
+        if isinstance(layer.widening, nn.Parameter):
+            layer.widening.mul_(factor)
+        else:
+            layer.widening = layer.widening * factor  # by the parametrization's right inverse

@@ -142,8 +142,9 @@ class StepHooks:
 
     @torch.no_grad()
     def remember(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if self.running is not None and self.running is not optimizer:
-            return  # a step within a wrapper's
+        # A step within a wrapper's. Another's can still be here where it raised an error.
+        if self.running is not optimizer and self.running is not None and optimizer in with_wrapped(self.running):
+            return
         self.running = optimizer
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         tied: dict[tuple[int, ...], list[IrregularConv2d]] = {}  # layers that share one displacement are bounded once
@@ -171,7 +172,7 @@ def _bounded_with(layer: IrregularConv2d) -> Any:
     if layer.interpolation == "gaussian" or layer.limit is not None or not isinstance(layer.displacement, nn.Parameter):
         return id(layer)
     local = local_part(layer.displacement)
-    return local.device, local.dtype, local.shape[-2]
+    return local.device, local.dtype, local.shape[-2], layer.axes
 
 
 class _Group:
@@ -196,11 +197,17 @@ class _Group:
             now = self.displacement - _join(rule(optimizer, [layer.displacement for layer in self.layers]))
         layer = self.layers[0]
         low, high = layer.smooth_interval(self.positions)
+        for other in self.tied[0][1:]:  # gaussians that share a shape may have spreads of their own
+            theirs = other.smooth_interval(self.positions)
+            low, high = torch.maximum(low, theirs[0]), torch.minimum(high, theirs[1])
         moved = self.grid + now
         bounded = moved.clamp(low - epsilon, high + epsilon)
         if layer.limit is not None:
             bounded = bounded.clamp(*pixel_limits(layer, layer.limit))
         bounded = torch.where(bounded == moved, now, bounded - self.grid)
+        if layer.axes != "both":  # decay, momentum and penalties do not know of it
+            frozen = 1 if layer.axes == "rows" else 0
+            bounded[..., frozen] = self.displacement[..., frozen]
         results = _split(bounded, locals_)
         if isinstance(layer.displacement, nn.Parameter):
             torch._foreach_copy_(locals_, results)

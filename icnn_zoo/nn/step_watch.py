@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,10 @@ class StepWatch:
     """The displacement when it was last known to be right; None for whatever comes next."""
     version: int = -1
     """Torch's count of in-place changes at that time."""
+
+    def __deepcopy__(self, memo: Any) -> StepWatch:
+        """A watch that knows nothing: what a copy is for, such as an average, may set its positions otherwise."""
+        return StepWatch(self.name)
 
     def see(self, displacement: Tensor, copy: Tensor | None = None) -> None:
         """Takes the displacement as right; ``copy``, where there is one already, is kept."""

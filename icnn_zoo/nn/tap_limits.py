@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
-from icnn_zoo.nn.tap_restriction import Axes, Limit, pixel_limits
+from icnn_zoo.nn.tap_restriction import LEARNED, Axes, Limit, pixel_limits
 
 Start = Literal["normal", "uniform", "grid"]
 
@@ -63,7 +63,10 @@ def place_taps(
 
 
 def _set(layer: IrregularConv2d, displacement: Tensor) -> None:
-    layer.displacement.copy_(displacement)
+    if isinstance(layer.displacement, nn.Parameter):
+        layer.displacement.copy_(displacement)
+    else:
+        layer.displacement = displacement  # by the parametrization's right inverse
     if layer.step_watch is not None:
         layer.step_watch.forget()
 
@@ -95,7 +98,7 @@ def _even_grid(taps: int, low: Tensor, high: Tensor) -> Tensor:
     axes = []
     for axis, count in enumerate((rows, cols)):
         first, last = float(low[axis]), float(high[axis])
-        steps = torch.linspace(first, last, count) if count > 1 else torch.zeros(1)
+        steps = torch.linspace(first, last, count, dtype=torch.float64) if count > 1 else torch.zeros(1)
         axes.append(steps.to(low))
     return torch.cartesian_prod(*axes).reshape(-1, 2)
 
@@ -150,7 +153,8 @@ def distance_penalty(model: nn.Module, beyond: float = 0.0) -> Tensor:
 
     Returns:
         The sum over layers, tied ones once, of the mean over their taps of ``max(0, distance - beyond) ** 2``; of free
-        taps the distance is that from the center. Differentiable, also where a tap has not moved.
+        taps the distance is that from the center, and along the axis that is learned where only one is.
+        Differentiable, also where a tap has not moved.
 
     Raises:
         ValueError: ``model`` has no irregular layer, or ``beyond`` is negative.
@@ -163,12 +167,12 @@ def distance_penalty(model: nn.Module, beyond: float = 0.0) -> Tensor:
     """
     if not beyond >= 0:
         raise ValueError(f"`beyond` must not be negative; got {beyond}.")
-    displacements = {id(layer.displacement): layer.displacement for layer in irregular_layers(model).values()}
-    if not displacements:
+    layers = {id(layer.displacement): layer for layer in irregular_layers(model).values()}
+    if not layers:
         raise ValueError(f"`model` must have irregular layers; {type(model).__name__} has none.")
     terms = []
-    for displacement in displacements.values():
-        squares = displacement.square().sum(-1)
+    for layer in layers.values():
+        squares = layer.displacement[..., LEARNED[layer.axes]].square().sum(-1)
         if beyond > 0:
             over = squares > beyond**2
             # The root has no derivative at 0, where nothing is over.

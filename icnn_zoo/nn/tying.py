@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from icnn_zoo.nn.irregular_conv import IrregularConv2d, irregular_layers
 from icnn_zoo.nn.modules import find_name
+from icnn_zoo.nn.tap_restriction import pixel_limits
 
 
 def tie_shapes(layers: Iterable[IrregularConv2d]) -> nn.Parameter:
@@ -26,7 +28,8 @@ def tie_shapes(layers: Iterable[IrregularConv2d]) -> nn.Parameter:
 
     Raises:
         TypeError: One of them is not an irregular layer, or its displacement is parametrized.
-        ValueError: There are fewer than two, or their displacements differ in shape, dtype or device.
+        ValueError: There are fewer than two, or their displacements differ in shape, dtype or device, or the layers in
+            interpolation or in where their taps may go (``limit_taps``).
 
     Example:
         >>> import torch, icnn_zoo
@@ -52,6 +55,16 @@ def tie_shapes(layers: Iterable[IrregularConv2d]) -> nn.Parameter:
                 f"({first.dtype}, {first.device}) and {list(own.shape)} ({own.dtype}, {own.device}). Layers of "
                 'different channels can share with shapes="layer".'
             )
+    for layer in layers[1:]:
+        for name in ("interpolation", "has_free_taps", "axes", "limit"):
+            if getattr(layer, name) != getattr(layers[0], name):
+                raise ValueError(
+                    f"`layers` must have one {name} to share steps; got {getattr(layers[0], name)!r} and "
+                    f"{getattr(layer, name)!r}."
+                )
+        reach = [limits - each.regular_grid for each in (layers[0], layer) for limits in pixel_limits(each, each.limit)]
+        if not (torch.equal(reach[0], reach[2]) and torch.equal(reach[1], reach[3])):
+            raise ValueError('`layers` with limit="extent" must have one kernel size and dilation to share a shape.')
     for layer in layers[1:]:
         layer.displacement = first
     return first  # type: ignore[return-value]  # checked above

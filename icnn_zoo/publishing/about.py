@@ -11,6 +11,8 @@ from pydantic import Field, ValidationError
 
 from icnn_zoo.zoo.cards import Color, Dataset, Provenance, Record, Text, complaints
 
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".svg")
+
 
 class MetricToBe(Record):
     """A metric of a card; where ``value`` is missing, it is measured."""
@@ -66,8 +68,14 @@ def read_about(about: str | Path | Mapping[str, Any]) -> tuple[About, dict[str, 
         wanted = About.model_validate(values, strict=False)
     except ValidationError as error:
         raise ValueError(f"`about`: {complaints(error)}") from error
-    pictures = {Path(name).name: base / name for name in wanted.pictures}
-    for file in pictures.values():
+    pictures: dict[str, Path] = {}
+    for name in wanted.pictures:
+        file = base / name
+        if file.suffix.lower() not in _PICTURES:
+            raise ValueError(f"`about`: a picture must be one of {', '.join(_PICTURES)}; got {name!r}.")
         if not file.is_file():
             raise FileNotFoundError(f"`about`: there is no picture {str(file)!r}.")
+        if file.name in pictures:
+            raise ValueError(f"`about`: two pictures are named {file.name!r}, and one folder will hold both.")
+        pictures[file.name] = file
     return wanted, pictures

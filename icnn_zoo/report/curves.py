@@ -73,7 +73,7 @@ def _figure(title: str, unit: str, lines: Mapping[str, Series]) -> dict[str, Any
 
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers from ``low`` to ``high``."""
-    if high <= low:
+    if high - low < 1e-30:
         return [low]
     step = 10.0 ** math.floor(math.log10((high - low) / 2))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 5)

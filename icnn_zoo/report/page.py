@@ -41,6 +41,7 @@ def write_page(
     *,
     source: Source,
     repeats: Sequence[SegmentationTask] = (),
+    start: SegmentationTask | None = None,
 ) -> None:
     """Writes a page with all there is to see of a checkpoint.
 
@@ -54,6 +55,7 @@ def write_page(
         samples: Images to show it with, of at most 513 px on the longer side; larger ones are shrunk.
         source: What the first network was loaded from: its run or card is where scores and curves come from.
         repeats: Other trainings of it from the same weights, to tell signal from chance in its shapes.
+        start: What they began with, where displacements were not ``epsilon`` everywhere.
 
     Raises:
         ValueError: No sample, another suffix, or a position that is not a finite number.
@@ -65,7 +67,9 @@ def write_page(
     samples = [_shrunk(sample) for sample in samples]
     task = next(iter(tasks.values()))
     layers = layer_shapes(task.model) if irregular_layers(task.model) else []
-    statistics = shape_statistics(task.model, repeats=[other.model for other in repeats]) if layers else []
+    began = None if start is None else start.model
+    others = [other.model for other in repeats]
+    statistics = shape_statistics(task.model, repeats=others, start=began) if layers else []
     payload = {
         "layers": [shapes_payload(shapes) for shapes in layers],
         "heatmaps": [heatmaps_payload(tasks, sample.image) for sample in samples],

@@ -59,7 +59,7 @@ def heatmaps_payload(tasks: Mapping[str, SegmentationTask], image: np.ndarray) -
 
     Args:
         tasks: Networks by title.
-        image: RGB uint8 [H, W, 3].
+        image: [H, W, C], as the networks take it.
 
     Returns:
         Plain data for the page's script.

@@ -11,8 +11,8 @@ import numpy as np
 
 import icnn_zoo.data
 from icnn_zoo.data import SegmentationDataModule, ShapesDataModule
-from icnn_zoo.io.images import read_image
 from icnn_zoo.io.label_pictures import color_map
+from icnn_zoo.io.rasters import read_pixels
 from icnn_zoo.training.network_sources import Source
 from icnn_zoo.training.task import SegmentationTask
 from icnn_zoo.zoo.card_config import DATA_MODULES
@@ -24,7 +24,7 @@ class Sample:
 
     Attributes:
         name: What to call it.
-        image: RGB uint8 [H, W, 3].
+        image: [H, W, C] as the network takes it: RGB uint8, or float32 of other channels, in 0 to 255.
         mask: True labels [H, W], None where they are not known.
     """
 
@@ -58,7 +58,8 @@ def find_samples(
         ValueError: A file is not an image, or there is neither an image nor data to take one from.
     """
     if images:
-        return [Sample(Path(path).name, read_image(path, white_level=white_level)) for path in images]
+        channels = task.model.in_channels
+        return [Sample(Path(path).name, read_pixels(path, channels, white_level)) for path in images]
     data = find_data(source) or _procedural(task)
     if data is None:
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from icnn_zoo.analysis.heatmaps import image_scores
 from icnn_zoo.analysis.statistics import ShapeStatistics, cells, known_columns
 from icnn_zoo.io.label_pictures import colored
+from icnn_zoo.io.rasters import visible
 from icnn_zoo.nn.irregular_conv import irregular_layers
 from icnn_zoo.report.payload import data_uri
 from icnn_zoo.report.samples import Sample
@@ -62,7 +63,7 @@ def predictions_section(task: SegmentationTask, samples: Sequence[Sample], palet
         image = torch.from_numpy(sample.image.copy()).permute(2, 0, 1)[None]
         with torch.no_grad():
             labels = image_scores(task, image).argmax(dim=1)[0].cpu().numpy()
-        pictures = [{"what": "image", "uri": data_uri(sample.image, quality=85)}]
+        pictures = [{"what": "image", "uri": data_uri(visible(sample.image), quality=85)}]
         for what, values in (("truth", sample.mask), ("prediction", labels)):
             if values is not None:
                 seen |= set(np.unique(values).tolist())

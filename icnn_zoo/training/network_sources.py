@@ -146,6 +146,25 @@ def load_task(source: str | Path | Source, *, allow: Sequence[str] | None = None
     return _from_checkpoint(found.file, found.allow)
 
 
+def load_start_of(source: Source) -> SegmentationTask | None:
+    """The task as its training began, where that was from weights; None where every displacement was ``epsilon``.
+
+    Raises:
+        FileNotFoundError: The weights that it began with are no longer there.
+        ValueError: A published network was trained on from one with shapes of its own, which its card does not hold.
+    """
+    model = (source.config() or {}).get("model")
+    pretrained = model.get("pretrained") if isinstance(model, dict) else None
+    if not isinstance(pretrained, str):
+        return None
+    if source.file is None:
+        if pretrained.startswith("zoo:") or pretrained.endswith(".ckpt"):
+            raise ValueError(f"{source.title} began with {pretrained}: name the run, whose displacements began there.")
+        return None
+    config = source.file if source.file.suffix in _CONFIGS else RunFolder.around(source.file).config
+    return _from_config(config)
+
+
 def _from_folder(folder: Path, cache: str | Path | None, allow: Sequence[str] | None) -> Source:
     for name, what in ((CARD, "card"), (WEIGHTS, "weights")):
         if not (folder / name).is_file():

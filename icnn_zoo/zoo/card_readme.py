@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ lightning test -c config.yaml
 ```
 
 {% for file, what in pictures.items() -%}
-![{{ what|escaped }}]({{ file }})
+![{{ what|escaped }}]({{ file|quoted }})
 
 {% endfor -%}
 Everything else is in [card.json](card.json).
@@ -119,6 +120,7 @@ def readme(card: Card, pictures: Mapping[str, str]) -> str:
 def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     environment.filters["escaped"] = _escape
+    environment.filters["quoted"] = urllib.parse.quote
     return environment.from_string(template).render(values)
 
 
@@ -141,5 +143,7 @@ def training_config(card: Card, pin: str, allow: Sequence[str] | None = None) ->
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown shows as it is: no links, pictures, tags or further cells of a table."""
-    return re.sub(r"([\\`*<>\[\]|])", r"\\\1", text)
+    """Text that Markdown shows as it is, as one paragraph: no links, pictures, tags, headings or cells of a table."""
+    text = re.sub(r"([\\`*<>\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+    text = re.sub(r"(?i)\b(https?|www)(?=[:.])", r"\1\\", text)  # else a link by itself
+    return re.sub(r"^([#+=~-])", r"\\\1", re.sub(r"^(\d+)([.)])", r"\1\\\2", text))  # a heading, list or rule

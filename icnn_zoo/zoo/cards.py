@@ -81,13 +81,16 @@ class Provenance(Record):
     commit: Line | None
 
 
+Drawn = Annotated[float, Field(ge=-1e30, le=1e30)]  # what a curve can show
+
+
 class Training(Provenance):
     """The run: its whole configuration (config.yaml), what else decided its result, and curves as (step, value)."""
 
     config: Annotated[dict[str, Any], Field(min_length=1)]
     seed: int
     steps: Annotated[int, Field(ge=0)]
-    curves: dict[str, tuple[tuple[int, float], ...]] = Field(default_factory=dict)
+    curves: dict[str, Annotated[tuple[tuple[int, Drawn], ...], Field(min_length=1)]] = Field(default_factory=dict)
 
 
 class Weights(Record):
@@ -296,7 +299,9 @@ def check_name(name: str) -> None:
     """Checks that a name is of the form ``arch.tag``, which is also what keeps it from leaving its folder.
 
     Raises:
-        ValueError: It is not.
+        ValueError: It is not, or the tag is a file's ending, by which commands would take it for a file.
     """
+    if name.endswith((".ckpt", ".yaml", ".yml", ".safetensors")):
+        raise ValueError(f"a checkpoint's tag must not be the ending of a file; got {name!r}.")
     if not re.fullmatch(NAME, name) or len(name) > 100:
         raise ValueError(f"a checkpoint's name must be arch.tag, of a-z, 0-9, _ and - in the tag; got {name!r}.")

@@ -66,9 +66,9 @@ def load_pretrained(
 ) -> Loaded:
     """Loads starting weights into a network, before or after converting it.
 
-    The head is loaded where the classes are the same, and else stays as it is. Displacements are loaded for the layers
-    that have them on both sides: layers that are irregular only in ``model`` keep theirs, layers that are irregular
-    only in the source become regular.
+    The head is loaded where it and the classes are the same, and else stays as it is. Displacements are loaded for the
+    layers that have them on both sides: layers that are irregular only in ``model`` keep theirs, layers that are
+    irregular only in the source become regular.
 
     Args:
         model: The network.
@@ -99,7 +99,7 @@ def load_pretrained(
             return _load(model, model.own_weights(), f"{model.backbone_name}'s own", fresh=(), partial=partial)
         return _load(model, model.own_weights(), f"timm's {model.backbone_name}", fresh=head, partial=partial)
     if isinstance(source, str) and (source.startswith(ZOO) or is_address(source)):
-        return load_start(model, source, classes, registry=registry, cache=cache)
+        return load_start(model, source, classes, partial=partial, registry=registry, cache=cache)
     source = _checkpoint_in(Path(source))
     if not Path(source).is_file():
         hint = " Make it with: icnn-zoo prepare efficientnet-lite0 --root data" if "lite0" in str(source) else ""
@@ -110,9 +110,7 @@ def load_pretrained(
     theirs = made if isinstance(made, dict) else {}
     _check_origin(model, where, _architecture(theirs), theirs.get("mean"), theirs.get("std"))
     tensors = _own_names(model, state_of(content, where))
-    own = model.state_dict()
-    fits = [name in tensors and tensors[name].shape == own[name].shape for name in head if _counts(name)]
-    same = all(fits) and _same_classes(model, classes, theirs.get("class_names"), model.num_classes)
+    same = _has_head(model, tensors) and _same_classes(model, classes, theirs.get("class_names"), model.num_classes)
     return _load(model, tensors, where, fresh=() if same else head, partial=partial)
 
 
@@ -121,6 +119,7 @@ def load_start(
     name: str,
     classes: Sequence[str] | None = None,
     *,
+    partial: bool = False,
     registry: Registries = None,
     cache: str | Path | None = None,
 ) -> Loaded:
@@ -132,6 +131,7 @@ def load_start(
         model: The network.
         name: ``arch.tag``, with or without ``zoo:`` in front and ``@sha256:...`` behind.
         classes: The network's class names; None compares only their number.
+        partial: As in :func:`load_pretrained`.
         registry: As in :func:`icnn_zoo.load_checkpoint`.
         cache: As in :func:`icnn_zoo.load_checkpoint`.
 
@@ -150,8 +150,8 @@ def load_start(
     card = checkpoint.card
     where = f"`pretrained`={name if is_address(name) else ZOO + name}"
     _check_origin(model, where, card.architecture, card.mean, card.std)
-    same = _same_classes(model, classes, card.classes, len(card.classes))
-    return _load(model, checkpoint.tensors, where, fresh=() if same else model.head_names(), partial=False)
+    same = _has_head(model, checkpoint.tensors) and _same_classes(model, classes, card.classes, len(card.classes))
+    return _load(model, checkpoint.tensors, where, fresh=() if same else model.head_names(), partial=partial)
 
 
 def _checkpoint_in(source: Path) -> Path:
@@ -183,6 +183,13 @@ def _check_origin(model: SegmentationModel, where: str, backbone: Any, mean: Any
 def _architecture(options: Mapping[str, Any]) -> Any:
     spec = options.get("network")
     return options.get("backbone") if spec is None else read_spec("network", spec)[0]
+
+
+def _has_head(model: SegmentationModel, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a source has the network's head, by names and shapes."""
+    own = model.state_dict()
+    names = [name for name in model.head_names() if _counts(name)]
+    return all(name in tensors and tensors[name].shape == own[name].shape for name in names)
 
 
 def _same_classes(model: SegmentationModel, own: Sequence[str] | None, theirs: Any, number: int) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from icnn_zoo.io.images import ImageLike, read_image
 from icnn_zoo.io.label_pictures import check_classes, color_map
-from icnn_zoo.io.rasters import read_measured
+from icnn_zoo.io.rasters import read_pixels
 from icnn_zoo.models.evaluation import Evaluation
 from icnn_zoo.models.segmentation import SegmentationModel
 from icnn_zoo.zoo.cards import Card
@@ -89,7 +89,7 @@ class Segmenter(SegmentationModel):
         elif isinstance(image, np.ndarray):
             pixels = image if image.ndim == 3 else image[..., None]
         elif isinstance(image, (str, Path)):
-            pixels = read_measured(image, self.in_channels, white_level)
+            pixels = read_pixels(image, self.in_channels, white_level)
         else:
             raise TypeError(f"`image` must be a path or an array for {self.in_channels} channels; got {type(image)}.")
         if pixels.shape[2] != self.in_channels:

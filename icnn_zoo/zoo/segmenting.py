@@ -49,11 +49,13 @@ def segment_images(
         The results, in the images' order.
 
     Raises:
-        ValueError: ``batch`` or ``longest_side`` is below 1.
+        ValueError: ``batch`` or ``longest_side`` is below 1, or the network has more than 256 classes.
     """
     for name, value in (("batch", batch), ("longest_side", longest_side)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1; got {value}.")
+    if model.num_classes > 256:
+        raise ValueError(f"label maps hold up to 256 classes; the network has {model.num_classes}.")
     way = evaluation or Evaluation()
     with evaluating(model):
         for group in _groups(images, batch):

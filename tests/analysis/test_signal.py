@@ -1,11 +1,13 @@
 """How much of the displacement several trainings share."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from icnn_zoo import convert, irregular_layers
+from icnn_zoo import IrregularConv2d, convert, irregular_layers
 from icnn_zoo.analysis import signal_share, signal_shares
 
 
@@ -88,3 +90,34 @@ def test_networks_with_other_layers_are_refused():
         signal_shares([first, second])
     with pytest.raises(ValueError, match="one network"):
         signal_shares([])
+
+
+def walked(network, seed: int, axes: slice = slice(0, 2)):
+    """A copy whose taps walked at random along what is learned."""
+    copied = copy.deepcopy(network)
+    for layer in irregular_layers(copied).values():
+        walk = torch.from_numpy(np.random.default_rng(seed).standard_normal(layer.displacement.shape) * 0.05)
+        layer.displacement.data[..., axes] += walk.float()[..., axes]
+    return copied
+
+
+def test_a_common_start_is_no_signal():
+    start = convert(nn.Sequential(nn.Conv2d(40, 4, 3)), "0")
+    start[0].displacement.data.normal_(generator=torch.Generator().manual_seed(3))
+    networks = [walked(start, seed) for seed in (0, 1)]
+    assert signal_shares(networks)["0"].share > 0.9  # of the start
+    assert abs(signal_shares(networks, start=start)["0"].share) < 0.2
+    with pytest.raises(ValueError, match="`start` must be a network with the irregular layers"):
+        signal_shares(networks, start=nn.Sequential(nn.Conv2d(40, 4, 3)))
+
+
+def test_frozen_coordinates_are_no_signal():
+    start = convert(nn.Sequential(nn.Conv2d(40, 4, 3)), "0", epsilon=0.2, axes="columns")
+    networks = [walked(start, seed, slice(1, 2)) for seed in (0, 1)]
+    assert abs(signal_shares(networks)["0"].share) < 0.2
+
+
+def test_free_taps_need_a_start():
+    networks = [nn.Sequential(IrregularConv2d(3, 3, 9, taps=5)) for _ in range(2)]
+    with pytest.raises(ValueError, match="`start` is needed: the taps of '0' are free"):
+        signal_shares(networks)

@@ -11,7 +11,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from icnn_zoo import bound_positions, check_gradients, convert, irregular_layers, move_positions, parameter_groups
+from icnn_zoo import (
+    IrregularConv2d,
+    bound_positions,
+    check_gradients,
+    convert,
+    irregular_layers,
+    move_positions,
+    parameter_groups,
+)
 
 ONE_CELL = 1 + 1e-3 + 1e-5
 
@@ -282,3 +290,29 @@ def test_a_bounded_step_takes_no_more_operators_for_more_layers():
 @pytest.mark.parametrize("rule", [bound_positions, move_positions])
 def test_a_step_reads_no_number_that_a_gpu_would_be_waited_for(rule):
     assert "_local_scalar_dense" not in operators_of_a_step(rule, 2)
+
+
+def test_an_error_in_a_step_does_not_switch_the_bound_of_others_off() -> None:
+    model = nn.Sequential(*(IrregularConv2d(3, 3, 3, padding=1, epsilon=0.3) for _ in range(2)))
+    first, second = (torch.optim.SGD([layer.displacement], lr=1e6) for layer in model)
+    bound_positions([first, second], model)
+
+    def fails() -> float:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        first.step(fails)
+    before = model[1].positions.detach().clone()
+    model(torch.randn(2, 3, 9, 9)).square().mean().backward()
+    second.step()
+    assert (model[1].positions - before).abs().max() < 1.01
+
+
+def test_a_copy_may_have_other_positions_without_a_warning(recwarn) -> None:
+    model = nn.Sequential(IrregularConv2d(3, 3, 3, padding=1, epsilon=0.3))
+    bound_positions(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    copied = copy.deepcopy(model).train()
+    with torch.no_grad():
+        copied[0].displacement.add_(5)
+    copied(torch.randn(1, 3, 9, 9))
+    assert not [warning for warning in recwarn if "left their cells" in str(warning.message)]

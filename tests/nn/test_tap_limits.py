@@ -124,3 +124,58 @@ def test_taps_that_read_nothing_are_warned_of() -> None:
         model[0].displacement[1, 4] = 20.0
     with pytest.warns(UserWarning, match="1 of 27 taps of '0' read nothing but zeros of its 9 x 11 input"):
         warn_of_dead_taps(model, {"0": (9, 11)})
+
+
+@pytest.mark.parametrize("hook", [icnn_zoo.bound_positions, icnn_zoo.move_positions])
+def test_a_frozen_axis_stays_whatever_the_loss_and_the_optimizer_do(hook: Any) -> None:
+    model = nn.Sequential(*(IrregularConv2d(3, 3, 3, padding=1, epsilon=0.3) for _ in range(2)))
+    limit_taps(model[0], axes="columns")
+    groups = icnn_zoo.parameter_groups(model, lr=0.0, position_lr=0.1, head=None)
+    for group in groups:
+        group["weight_decay"] = 0.5
+    optimizer = torch.optim.AdamW(groups)
+    hook(optimizer, model)
+    before = model[0].displacement.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(torch.randn(2, 3, 9, 9)).square().mean() + 10 * distance_penalty(model)).backward()
+        optimizer.step()
+    assert torch.equal(model[0].displacement[..., 0], before[..., 0])
+    assert (model[0].displacement[..., 1] != before[..., 1]).all()
+    assert (model[1].displacement[..., 0] != 0.3).all()
+
+
+class Doubled(nn.Module):
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return 2 * values
+
+    def right_inverse(self, values: torch.Tensor) -> torch.Tensor:
+        return values / 2
+
+
+def test_parametrized_taps_and_spreads_are_placed_limited_and_narrowed_too() -> None:
+    layer = IrregularConv2d(4, 4, 9, padding="same", taps=9, interpolation="gaussian", spread=1.2)
+    for name in ("displacement", "widening"):
+        nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+    place_taps(layer, "grid")
+    assert layer.positions[0].tolist() == [[float(row), float(col)] for row in (-4, 0, 4) for col in (-4, 0, 4)]
+    limit_taps(layer, limit=3.0)
+    assert layer.displacement.abs().max() == 3
+    icnn_zoo.narrow_spreads(layer, 0.5)
+    torch.testing.assert_close(layer.spread, torch.full_like(layer.spread, 0.7))
+
+
+def test_a_grid_of_float64_is_as_fine_as_that() -> None:
+    layer = IrregularConv2d(2, 2, 13, padding="same", taps=6, dtype=torch.float64)
+    place_taps(layer, torch.full((6, 2), 0.1, dtype=torch.float64))
+    place_taps(layer, "grid")
+    assert {round(value, 12) for value in layer.positions.flatten().tolist()} >= {-6.0, 0.0, 6.0}
+    layer = IrregularConv2d(2, 2, (1, 7), padding="same", taps=6, dtype=torch.float64)
+    place_taps(layer, "grid")
+    even = torch.arange(-3, 3.1, 1.2, dtype=torch.float64)
+    torch.testing.assert_close(layer.positions[0, :, 1], even, rtol=0, atol=1e-15)
+
+
+def test_free_taps_that_read_wide_have_no_dilation() -> None:
+    with pytest.raises(ValueError, match=r"`dilation` must be 1 for free taps .* Take kernel_size=\(13, 7\)"):
+        IrregularConv2d(3, 3, (7, 4), dilation=2, taps=5, interpolation="triangle")

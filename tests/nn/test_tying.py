@@ -91,3 +91,38 @@ def test_layers_are_tied_by_name_and_unknown_names_refused() -> None:
     assert tied_names(model) == [["0", "2"]]
     with pytest.raises(ValueError, match="`tied`='5' names no irregular layer"):
         tie_by_name(model, [["0", "5"]])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "limits", "message"),
+    [
+        ({}, {"interpolation": "gaussian"}, ({}, {}), "one interpolation"),
+        ({}, {}, ({}, {"axes": "rows"}), "one axes"),
+        ({}, {}, ({}, {"limit": 0.5}), "one limit"),
+        ({}, {"dilation": 2}, ({"limit": "extent"}, {"limit": "extent"}), "one kernel size and dilation"),
+        ({}, {"taps": 9}, ({}, {}), "one has_free_taps"),
+    ],
+)
+def test_layers_that_bound_their_taps_otherwise_are_not_tied(first, second, limits, message) -> None:
+    layers = [IrregularConv2d(3, 3, 3, **options) for options in (first, second)]
+    for layer, limit in zip(layers, limits, strict=True):
+        icnn_zoo.limit_taps(layer, **limit)
+    with pytest.raises(ValueError, match=message):
+        icnn_zoo.tie_shapes(layers)
+    assert layers[0].displacement is not layers[1].displacement
+
+
+@pytest.mark.parametrize("wide", [0, 1])
+def test_gaussians_that_share_a_shape_move_as_far_as_the_narrowest_reads(wide) -> None:
+    layers = [
+        IrregularConv2d(3, 3, 3, padding=1, interpolation="gaussian", spread=(3.0 if i == wide else 0.4))
+        for i in (0, 1)
+    ]
+    model = nn.Sequential(*layers)
+    icnn_zoo.tie_shapes(model)
+    optimizer = torch.optim.SGD([model[0].displacement], lr=1e9)
+    icnn_zoo.bound_positions(optimizer, model)
+    before = model[0].displacement.detach().clone()
+    run(model).square().sum().backward()
+    optimizer.step()
+    assert (model[0].displacement - before).abs().max() <= 0.4 + 2e-3

@@ -273,3 +273,27 @@ def test_a_first_run_says_what_it_does_and_nothing_else(capfd):
     out = out.partition("Run folder: ")[0]  # whose path may hold any number
     for word in ("litlogger", "deprecated", "FLOPs", "weights_only", "TPU", "-2", "log_every_n_steps"):
         assert word not in out + error
+
+
+def test_pictures_are_of_the_network_that_was_validated_an_average_too(monkeypatch):
+    seen = {}
+    for name in ("validation_step", "predict_step"):
+        step = getattr(SegmentationTask, name)
+
+        def watched(self, batch, batch_idx, name=name, step=step):
+            seen[name] = {key: tensor.clone() for key, tensor in self.model.state_dict().items()}
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(SegmentationTask, name, watched)
+    fit(
+        *("--trainer.callbacks+", "icnn_zoo.training.callbacks.NetworkAverage", "--trainer.callbacks.decay", 0.9),
+        steps=3,
+        every=3,
+    )
+    validated, drawn = seen["validation_step"], seen["predict_step"]
+    assert all(torch.equal(drawn[key], tensor) for key, tensor in validated.items())
+
+
+def test_a_run_is_not_resumed_from_a_word(trained):
+    with pytest.raises(ValueError, match="`ckpt_path`='last' names no run"):
+        fit("--ckpt_path", "last")
