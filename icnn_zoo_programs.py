@@ -13,17 +13,17 @@ import os
 def zoo() -> None:
     """The program ``icnn-zoo``."""
     _wait_briefly()
-    from icnn_zoo.cli.programs import zoo_main
+    from icnn_zoo.cli.programs import in_a_line, zoo_main
 
-    zoo_main()
+    in_a_line(zoo_main, "icnn-zoo")
 
 
 def lightning() -> None:
     """The program ``lightning``."""
     _wait_briefly()
-    from icnn_zoo.cli.programs import lightning_main
+    from icnn_zoo.cli.programs import in_a_line, lightning_main
 
-    lightning_main()
+    in_a_line(lightning_main, "lightning")
 
 
 def _wait_briefly() -> None:

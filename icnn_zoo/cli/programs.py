@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from icnn_zoo.cli import doctor, export, pictures, plan, prepare, reproduce, segment, zoo
@@ -47,6 +49,27 @@ def zoo_main(args: ArgsType = None) -> None:
             print(f"  {name:<10} {_summary(command)}")
         print()
     _run_lightning(args)
+
+
+def in_a_line(program: Callable[[], None], name: str) -> None:
+    """Runs a program for a person: what is wrong with the input is a line, without the way to where it was noticed.
+
+    Other errors, which nobody foresaw, keep it; so do all with ``ICNN_ZOO_TRACEBACK=1``.
+    """
+    try:
+        program()
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("ICNN_ZOO_TRACEBACK") == "1" or not _is_ours(error):
+            raise
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        print(f"{name} {command}: {error}\n(ICNN_ZOO_TRACEBACK=1 shows where this was raised)", file=sys.stderr)
+        sys.exit(1)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised by a line of this package, whose messages say what to do."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith("icnn_zoo")
 
 
 def _run_command(arguments: list[str]) -> None:

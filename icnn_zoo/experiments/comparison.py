@@ -71,7 +71,7 @@ class Comparison(Callback):
 
     def _compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         key = f"val/{EXPERIMENTS[self.experiment].metric}"
-        if not trainer.is_global_zero or key not in trainer.callback_metrics:
+        if not trainer.is_global_zero or key not in trainer.callback_metrics or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self._differences:
             print(f"Not compared with stored results, as this run differs in {', '.join(self._differences)}.")

@@ -276,7 +276,7 @@ class SegmentationTask(pl.LightningModule):
         if "auto" in (self.hparams["mean"], self.hparams["std"]):
             self._set_statistics(saved.get("mean"), saved.get("std"))
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            check_agreement(("optimizer", "freeze_norm"), self.hparams, saved)
+            check_agreement(("optimizer", "position_rule", "freeze_norm"), self.hparams, saved)
             if "position_rule" not in saved:  # a run from before there was one goes on as it began
                 self.position_rule = "optimizer"
 

@@ -97,7 +97,7 @@ def load_pretrained(
             raise ValueError("`pretrained` must name weights, or be True for timm's; got False.")
         if model.spec is not None:
             return _load(model, model.own_weights(), f"{model.backbone_name}'s own", fresh=(), partial=partial)
-        return _load(model, model.own_weights(), f"timm's {model.backbone_name}", fresh=head, partial=partial)
+        return _load(model, _fetched(model), f"timm's {model.backbone_name}", fresh=head, partial=partial)
     if isinstance(source, str) and (source.startswith(ZOO) or is_address(source)):
         return load_start(model, source, classes, partial=partial, registry=registry, cache=cache)
     source = _checkpoint_in(Path(source))
@@ -183,6 +183,17 @@ def _check_origin(model: SegmentationModel, where: str, backbone: Any, mean: Any
 def _architecture(options: Mapping[str, Any]) -> Any:
     spec = options.get("network")
     return options.get("backbone") if spec is None else read_spec("network", spec)[0]
+
+
+def _fetched(model: SegmentationModel) -> Mapping[str, Tensor]:
+    try:
+        return model.own_weights()
+    except OSError as error:  # what the hub's client raises is of many kinds, all of them these
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(
+            f"`pretrained`: timm's weights of {model.backbone_name} cannot be fetched from its hub ({reason}). Give a "
+            "file (--model.pretrained FILE), or false to begin at random."
+        ) from error
 
 
 def _has_head(model: SegmentationModel, tensors: Mapping[str, Tensor]) -> bool:

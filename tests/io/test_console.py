@@ -71,3 +71,13 @@ def test_cells_are_not_markup(capsys):
     table.add_row(Text("[red]x"))
     print_table(table)
     assert "[red]x" in capsys.readouterr().out
+
+
+def test_what_is_wider_than_the_terminal_is_not_cut(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    table = Table("name", "signal")
+    table.add_row("a_layer_with_a_name_that_is_much_too_long", "73 %")
+    print_table(table)
+    out = capsys.readouterr().out
+    assert "a_layer_with_a_name_that_is_much_too_long" in out
+    assert "73" in out

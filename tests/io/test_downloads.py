@@ -1,10 +1,14 @@
 """Downloads survive what servers, networks, disks and kills do to them, or say what happened and leave nothing."""
 
 import errno
+import hashlib
+import http.server
+import itertools
 import json
 import os
 import resource
 import signal
+import threading
 import time
 
 import fsspec
@@ -12,8 +16,8 @@ import pytest
 from zoo_cases import content, fetch, files, fork, sha256
 
 from icnn_zoo.io import downloads
-from icnn_zoo.io.downloads import cache_folder, fetch_small
-from icnn_zoo.io.transports import DownloadError
+from icnn_zoo.io.downloads import Promise, cache_folder, fetch_small
+from icnn_zoo.io.transports import DownloadError, Patience
 
 # Python warns of forks beside threads; the children use none of the server's.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -215,3 +219,32 @@ def test_the_cache_is_the_argument_else_the_variable_else_the_platforms(tmp_path
     monkeypatch.setenv("ICNN_ZOO_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
     assert cache_folder(tmp_path) == tmp_path
+
+
+def test_a_server_that_begins_anew_and_cuts_off_elsewhere_each_time_is_given_up(tmp_path):
+    content, asked = bytes(100_000), []
+    lengths = itertools.cycle([70_000, 30_000, 50_000])
+
+    class Cut(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # the name that http.server calls
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: next(lengths)])
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Cut) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(DownloadError, match="Tried"):
+            downloads.fetch(
+                f"http://127.0.0.1:{server.server_port}/f",
+                Promise(hashlib.sha256(content).hexdigest(), len(content)),
+                tmp_path,
+                progress=False,
+                patience=Patience(first_wait=0.01, longest_wait=0.02),
+            )
+        server.shutdown()
+    assert len(asked) < 12

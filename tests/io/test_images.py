@@ -5,6 +5,7 @@ import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -85,7 +86,7 @@ def seen_in_prediction(path: Path, **kwargs) -> np.ndarray:
 
 
 def seen_by_heatmap_and_page(path: Path, **kwargs) -> np.ndarray:
-    samples: list[Sample] = find_samples(None, None, [path], **kwargs)
+    samples: list[Sample] = find_samples(None, SimpleNamespace(model=SimpleNamespace(in_channels=3)), [path], **kwargs)
     return samples[0].image
 
 

@@ -17,6 +17,7 @@ from icnn_zoo import irregular_layers
 from icnn_zoo.cli.programs import lightning_main, zoo_main
 from icnn_zoo.nn.tying import tie_by_name
 from icnn_zoo.publishing import publisher
+from icnn_zoo.publishing.about import read_about
 from icnn_zoo.publishing.publisher import _plain_tensors, publish
 from icnn_zoo.training.network_sources import load_task
 from icnn_zoo.zoo.cards import Card, parse
@@ -273,3 +274,20 @@ def test_spreads_and_limits_are_published_and_come_back(zoo_folder):
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert {(layer.axes, layer.limit) for layer in irregular_layers(loaded).values()} == {("rows", 1.5)}
     assert parameters > sum(it.numel() for it in regular.parameters())
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a/p.png", "b/p.png"], "two pictures are named 'p.png'"),
+        (["README.md"], "a picture must be one of .png"),
+        (["card.json"], "a picture must be one of .png"),
+    ],
+)
+def test_pictures_replace_nothing(names, message, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    (tmp_path / "about.yaml").write_text(yaml.safe_dump({**ABOUT, "pictures": dict.fromkeys(names, "what")}))
+    with pytest.raises(ValueError, match=message):
+        read_about(tmp_path / "about.yaml")

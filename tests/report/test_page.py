@@ -17,6 +17,7 @@ from scipy.ndimage import gaussian_filter
 from icnn_zoo import IrregularConv2d
 from icnn_zoo.analysis import heatmap, layer_shapes
 from icnn_zoo.cli.programs import zoo_main
+from icnn_zoo.report.curves import curve_pictures
 from icnn_zoo.report.page import write_page
 from icnn_zoo.report.payload import heatmaps_payload, shapes_payload
 from icnn_zoo.report.samples import Sample, find_samples
@@ -290,3 +291,9 @@ def test_curves_keep_first_and_last_and_no_later_step(tmp_path):
     assert read_metrics(file, 3)["loss"] == [(0, 3.0), (1, 2.0), (3, 1.0)]
     series = [(step, 0.0) for step in range(101)]
     assert [step for step, _ in thinned(series, 5)] == [0, 25, 50, 75, 100]
+
+
+@pytest.mark.parametrize("values", [(1e30, -1e30), (5e-324, 0.0), (0.5, 0.5)])
+def test_curves_of_any_size_are_drawn(values):
+    (figure,) = curve_pictures({"train/loss": list(enumerate(values))})
+    assert figure["ticks"]

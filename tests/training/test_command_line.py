@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 
-from icnn_zoo.cli.programs import lightning_main
+from icnn_zoo.cli.programs import in_a_line, lightning_main
 from icnn_zoo.training.loggers import NoLogs
 from icnn_zoo.training.run_folder import RunFolder
 from icnn_zoo.training.task import SegmentationTask
+from icnn_zoo_programs import lightning as lightning_program
 
 CONFIG = Path(__file__).parents[1] / "shapes.yaml"
 SMALL = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--pictures.num_samples", "1"]
@@ -297,3 +298,29 @@ def test_pictures_are_of_the_network_that_was_validated_an_average_too(monkeypat
 def test_a_run_is_not_resumed_from_a_word(trained):
     with pytest.raises(ValueError, match="`ckpt_path`='last' names no run"):
         fit("--ckpt_path", "last")
+
+
+def test_a_refused_run_is_a_line_and_leaves_no_folder(trained, monkeypatch, capsys):
+    command = ["lightning", "fit", "-c", str(CONFIG), *SMALL, "--trainer.max_steps", "8"]
+    command += [*RESUME, str(trained), "--data.init_args.batch_size", "4"]  # which its sampler refuses, late
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match="1"):
+        lightning_program()
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "lightning fit: " in said
+    assert "batch_size" in said
+    assert versions() == []
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch):
+    def fails():
+        raise ValueError("of another package")
+
+    with pytest.raises(ValueError, match="of another package"):
+        in_a_line(fails, "lightning")
+
+
+def test_another_rule_of_positions_than_the_checkpoints_is_refused(trained):
+    with pytest.raises(ValueError, match="`position_rule`: the checkpoint is of"):
+        fit(*RESUME, trained, "--model.position_rule", "optimizer", steps=8)

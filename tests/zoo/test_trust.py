@@ -257,7 +257,7 @@ def test_what_a_card_says_is_shown_without_markup_and_control_characters(own, ca
     rewrite_card(own, classes=["background", "[/red]x", "<script>", "a|b", "`c`", "![d](http://e)"])
     zoo_main(["show", NAME, "--registry", str(own)])
     text = capsys.readouterr().out
-    assert r"background, \[/red\]x, \<script\>, a\|b, \`c\`, !\[d\](http://e)" in text
+    assert r"background, \[/red\]x, \<script\>, a\|b, \`c\`, !\[d\](http\://e)" in text
     for classes in (["a\x1b[2J", *"bcdef"], ["a\nb", *"bcdef"], ["a\u202eb", *"bcdef"], ["\x9b1m", *"bcdef"]):
         rewrite_card(own, classes=classes)
         with pytest.raises(SystemExit) as caught:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from icnn_zoo.zoo.card_readme import readme, training_config
+from icnn_zoo.zoo.card_readme import _escape, readme, training_config
 from icnn_zoo.zoo.cards import Card, dump, parse
 from icnn_zoo.zoo.golden import check_golden, golden_image, golden_of
 from icnn_zoo.zoo.hub_card import front_matter
@@ -130,3 +130,15 @@ def test_golden_outputs_forgive_rounding_and_nothing_else():
         check_golden(model, golden)
     with pytest.raises(ValueError, match="infinities or NaN"):
         golden_of(model)
+
+
+def test_nothing_of_a_description_is_markup():
+    for text, shown in {
+        "# a heading": "\\# a heading",
+        "one\n\n# two": "one # two",
+        "1. a list": "1\\. a list",
+        "- another": "\\- another",
+        "_em_ and a_b": "\\_em\\_ and a_b",
+        "see https://a.b and www.c.d": "see https\\://a.b and www\\.c.d",
+    }.items():
+        assert _escape(text) == shown
