@@ -62,7 +62,6 @@ def fails(command: list[str]) -> str:
         (["load", NAME, "--registry", "http://127.0.0.1:9"], "cannot be read"),
         (["verify", "none.none"], "is not a checkpoint of"),
         (["verify", NAME, "--metrics", "--data-root", "image.png"], ""),
-        (["segment", NAME, "image.png", "--to", "folder.png", "--force"], "is a folder"),
         (["segment", NAME, "folder.png", "--to", "a.png"], "holds no image"),
         (["segment", NAME, "about.yaml", "--to", "a.png"], "about.yaml"),
         (["segment", NAME, "image.png", "--to", "a.png", "--device", "nonsense"], "nonsense"),
