@@ -60,6 +60,9 @@ class RunConfig(SaveConfigCallback):
         write_whole(RunFolder.of(trainer).config, note + text)
 
 
+_USAGE = "lightning {0} -c CONFIG [--SECTION.OPTION VALUE ...]     (lightning {0} --help lists them)"
+
+
 class ZooCLI(LightningCLI):
     """LightningCLI for :class:`icnn_zoo.training.task.SegmentationTask` and any of the package's data modules.
 
@@ -91,6 +94,8 @@ class ZooCLI(LightningCLI):
                 parser_kwargs={
                     "prog": "lightning",
                     "description": "Trains and evaluates networks with learnable shapes.",
+                    # Of hundreds of options argparse would print all before each error.
+                    **{name: {"usage": _USAGE.format(name)} for name in ("fit", "validate", "test", "predict")},
                 },
                 args=None if args is None else list(args),
             )

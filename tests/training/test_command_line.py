@@ -324,3 +324,12 @@ def test_what_nobody_foresaw_keeps_its_traceback(monkeypatch):
 def test_another_rule_of_positions_than_the_checkpoints_is_refused(trained):
     with pytest.raises(ValueError, match="`position_rule`: the checkpoint is of"):
         fit(*RESUME, trained, "--model.position_rule", "optimizer", steps=8)
+
+
+@pytest.mark.parametrize("options", [["--model.epsilonn", "0.1"], ["--model.shapes", "chanel"]])
+def test_a_misspelt_option_is_a_few_lines(options, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        fit(*options)
+    said = capsys.readouterr().err
+    assert options[0].lstrip("-") in said
+    assert len(said.splitlines()) < 12
