@@ -116,8 +116,8 @@ def plan(
 
     Raises:
         TypeError: ``start`` is not a string or ``filter`` not callable.
-        ValueError: ``start`` names no module, or several; ``shapes`` is unknown; ``order`` and ``example_input`` do not
-            fit.
+        ValueError: ``start`` names no module, or several; ``shapes``, ``interpolation`` or ``spread_per`` is unknown;
+            ``order`` and ``example_input`` do not fit.
 
     Example:
         >>> import timm, icnn_zoo
@@ -128,7 +128,8 @@ def plan(
     """
     if filter is not None and not callable(filter):
         raise TypeError(f"`filter` must be a function of (module, dotted name); got {filter!r}.")
-    initial_spread(interpolation, None)  # which checks it
+    initial_spread(interpolation, None)  # each checks its argument, also where no layer is found
+    spread_shape(spread_per, (1, 1, 2))
     if shapes not in SHAPES:
         raise ValueError(f"`shapes` must be one of {', '.join(SHAPES)}; got {shapes!r}.")
     first = resolve_start(model, start)

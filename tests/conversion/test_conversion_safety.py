@@ -128,6 +128,8 @@ def test_a_filter_or_start_of_another_type_is_refused():
         convert(net(), 0)
     with pytest.raises(ValueError, match="`shapes` must be one of layer, group, channel, kernel; got 'tap'"):
         convert(net(), "", shapes="tap")
+    with pytest.raises(ValueError, match="`spread_per` must be one of tap, channel, layer; got 'kernel'"):
+        plan(nn.Conv2d(3, 3, 3), "", spread_per="kernel")
 
 
 def test_an_optimizer_made_before_converting_is_detected():
