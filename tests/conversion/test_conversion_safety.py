@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrizations, prune
 
 import icnn_zoo
-from icnn_zoo import IrregularConv2d, convert, irregular_layers
+from icnn_zoo import IrregularConv2d, convert, irregular_layers, plan
 from icnn_zoo.conversion.rewrite_guards import PatchSizeGuard, RewriteGuard
 
 
