@@ -45,6 +45,7 @@ def trainer(tmp_path, config: dict, score: float = 0.987) -> SimpleNamespace:
     logger = SimpleNamespace(save_dir=str(tmp_path), name="run", version="version_0")
     (tmp_path / "run" / "version_0").mkdir(parents=True)
     return SimpleNamespace(
+        fast_dev_run=False,
         is_global_zero=True,
         callbacks=[saved],
         callback_metrics={"val/pixel_accuracy": torch.tensor(score)},
