@@ -168,7 +168,8 @@ def check(call: Call) -> str:
         else:
             assert not isinstance(found, Exception), (backend, found)
             compare(found, expected, call.leaves["input"].dtype)
-            if len(found) > 1 and backend != "auto":  # what is computed for some gradients may be missing where they are not asked for
+            # What is computed for some gradients may be missing where they are not asked for.
+            if len(found) > 1 and backend != "auto":
                 some = [name for name in call.leaves if name in call.wanted]
                 of_all = dict(zip(call.leaves, expected[1:], strict=True))
                 found = call.run(icnn_zoo.irregular_conv2d, some, backend=backend)
