@@ -92,8 +92,7 @@ class SegmentationTask(pl.LightningModule):
         class_weights: One number for each class, or "auto" for the median of their pixels over those of each.
         aux_weight: Weight of the loss of each further output of a ``network``, such as torchvision's "aux"; 0.4 as in
             PSPNet (torchvision's references have 0.5), 0 for none.
-        loss_resolution: "logits" shrinks labels to the logit grid (image sizes of output_stride * k + 1), "image"
-            upsamples logits.
+        loss_resolution: "logits" shrinks labels to the logit grid (sizes of output_stride * k + 1), "image" upsamples.
         evaluation: "whole" runs an image in one forward, "sliding" in overlapping windows.
         window: Side of the windows in pixels, output_stride * k + 1. They lie two thirds of it apart.
         window_batch: Windows that the network gets at once; more is faster where memory allows.
