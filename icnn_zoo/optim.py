@@ -1,4 +1,4 @@
-"""Training a network with irregular layers: parameter groups, the poly policy, the positions' rule, Eq. 7's bound.
+"""Training a network with irregular layers: parameter groups, the poly policy, the rule and the bound of positions.
 
 Everything here works in any training loop. An exponential or stochastic weight average of displacements needs no bound
 of its own: an average of positions lies between them. What Eq. 7 limits is one optimizer step, not the average.
