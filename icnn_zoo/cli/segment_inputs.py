@@ -70,8 +70,8 @@ def find_inputs(named: Sequence[str], to: Path) -> list[Input]:
         path = user_path(text)
         if path.is_dir():
             inside = sorted(each for each in path.rglob("*") if each.suffix.lower() in _ENDINGS and _shown(each, path))
-            if to.resolve() != path.resolve():
-                inside = [each for each in inside if to not in each.parents]
+            if path.resolve() in (results := to.resolve()).parents:
+                inside = [each for each in inside if results not in each.resolve().parents]
             if not inside:
                 raise FileNotFoundError(f"the folder {text!r} holds no image ({', '.join(_ENDINGS)}).")
             found += [Input(each, str(each.relative_to(path).with_suffix(""))) for each in inside]

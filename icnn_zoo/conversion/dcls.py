@@ -34,9 +34,9 @@ def from_dcls(module: nn.Module) -> nn.Module:
         The same network; where it is itself a ``Dcls2d``, the new layer.
 
     Raises:
-        ValueError: There is no ``Dcls2d``; one has forward hooks; one has a version other than v1, max and gauss; a
-            layer has one or three dimensions; taps are too far outside of the box (``clamp_parameters()`` was not
-            called), so that what DCLS makes of them is not interpolation.
+        ValueError: There is no ``Dcls2d``; one has forward hooks, or shares positions with one of another box; one has
+            a version other than v1, max and gauss; a layer has one or three dimensions; taps are too far outside of the
+            box (``clamp_parameters()`` was not called), so that what DCLS makes of them is not interpolation.
     """
     layers: dict[nn.Module, nn.Module] = {}
     shared: dict[Any, IrregularConv2d] = {}
@@ -49,13 +49,19 @@ def from_dcls(module: nn.Module) -> nn.Module:
         if hooks := attached_hooks(each):
             raise ValueError(f"`module`: {name!r} has {', '.join(hooks)}, which its new layer would lose; remove them.")
         layers[each] = layer = _convert(each, name)
-        # Positions and spreads that layers share stay shared.
-        layer.displacement = shared.setdefault(id(each.P), layer).displacement
-        if layer.widening is not None:
-            layer.widening = shared.setdefault(id(each.SIG), layer).widening
+        for theirs, ours in (("P", "displacement"), ("SIG", "widening")):
+            if getattr(layer, ours) is not None:
+                _share(layer, ours, shared.setdefault(id(getattr(each, theirs)), layer), name)
     if not layers:
         raise ValueError(f"`module` must have a Dcls2d of DCLS 0.1.1; {type(module).__name__} has none.")
     return replace_modules(module, layers)
+
+
+def _share(layer: IrregularConv2d, parameter: str, first: IrregularConv2d, name: str) -> None:
+    """Keeps positions or spreads shared that several layers of DCLS share."""
+    if not torch.equal(getattr(layer, parameter), getattr(first, parameter)):
+        raise ValueError(f"`module`: {name!r} shares positions or spreads with a layer that reads them otherwise.")
+    setattr(layer, parameter, getattr(first, parameter))
 
 
 @torch.no_grad()

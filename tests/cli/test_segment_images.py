@@ -68,7 +68,8 @@ def test_results_of_the_last_time_are_not_images_of_the_next(tmp_path):
     picture(tmp_path / "a.jpg")
     picture(tmp_path / "labels" / "a.png")
     assert [each.path.name for each in find_inputs([str(tmp_path)], tmp_path / "labels")] == ["a.jpg"]
-    assert len(find_inputs([str(tmp_path / "labels")], tmp_path / "labels")) == 1
+    for beside in ("labels", "."):  # where results go beside the images, or above them, all are taken
+        assert len(find_inputs([str(tmp_path / "labels")], tmp_path / beside)) == 1
 
 
 def tiffs(folder):

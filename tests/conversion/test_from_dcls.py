@@ -75,3 +75,26 @@ def test_what_is_not_known_is_refused_by_name():
         outside.P[0, 0, 0, 0] = 5.0
     with pytest.raises(ValueError, match="lie outside of DCLS's box of 7 x 7"):
         icnn_zoo.from_dcls(outside)
+
+
+def test_positions_and_spreads_that_layers_share_stay_shared():
+    network = nn.Sequential(*(make("gauss", **sizes_of("depthwise")) for _ in range(2)))
+    network[1].P, network[1].SIG = network[0].P, network[0].SIG
+    number = len(list(network.parameters()))
+    icnn_zoo.from_dcls(network)
+    assert network[0].displacement is network[1].displacement
+    assert network[0].widening is network[1].widening
+    assert len(list(network.parameters())) == number
+
+
+def test_layers_that_share_positions_in_other_boxes_and_hooks_are_refused():
+    network = nn.Sequential(
+        *(make("gauss", **{**sizes_of("depthwise"), "dilated_kernel_size": size}) for size in (7, 8))
+    )
+    network[1].P = network[0].P
+    with pytest.raises(ValueError, match="'1' shares positions or spreads with a layer that reads them otherwise"):
+        icnn_zoo.from_dcls(network)
+    hooked = make("gauss", **sizes_of("depthwise"))
+    hooked.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="has forward_hooks, which its new layer would lose"):
+        icnn_zoo.from_dcls(hooked)

@@ -9,42 +9,16 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image
+from task_cases import make_data, make_task, make_trainer
 
 from icnn_zoo import irregular_layers
-from icnn_zoo.data import ShapesDataModule
 from icnn_zoo.training.callbacks import LastCheckpoint, PredictionWriter, SamplePictures
 from icnn_zoo.training.run_folder import RunFolder
-from icnn_zoo.training.task import SegmentationTask
 
 # Lightning's own warnings on CPU runs, workers and short epochs say nothing about the package.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def make_task(**arguments) -> SegmentationTask:
-    torch.manual_seed(0)
-    defaults = {"backbone": "test_resnet", "num_classes": 4, "start": "layer3", "lr": 0.01, "position_lr": 20.0}
-    return SegmentationTask(**{**defaults, "position_rule": "optimizer", **arguments})
-
-
-def make_data(**arguments) -> ShapesDataModule:
-    defaults = {"image_size": 33, "num_classes": 4, "num_train": 16, "num_val": 5, "num_test": 3, "batch_size": 4}
-    return ShapesDataModule(**{**defaults, "num_workers": 0, **arguments})
-
-
-def make_trainer(folder: Path, *callbacks: Callback, **arguments) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        logger=CSVLogger(folder, name="run"),
-        callbacks=list(callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,
-        **{"max_steps": 6, "devices": 1, "num_sanity_val_steps": 0, **arguments},
-    )
 
 
 class Losses(Callback):
@@ -221,19 +195,6 @@ def test_fit_validate_test_and_predict_leave_tables_pictures_and_label_maps(tmp_
     assert np.asarray(picture).max() < 4
 
 
-def test_a_checkpoint_loads_without_the_pretrained_weights_it_began_with(tmp_path):
-    task = make_task()
-    trainer = make_trainer(tmp_path, max_steps=1)
-    trainer.fit(task, make_data())
-    task.hparams["pretrained"] = "gone.safetensors"
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
-    loaded = SegmentationTask.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
-    assert loaded.pretrained == "gone.safetensors"
-    image = torch.randint(0, 255, (1, 3, 33, 33), dtype=torch.uint8)
-    assert torch.equal(loaded.eval()(image), task.eval()(image))
-    assert list(irregular_layers(loaded)) == list(irregular_layers(task))
-
-
 def test_positions_never_leave_the_cell_of_a_step_in_training(tmp_path):
     class Watch(Callback):
         def on_train_batch_start(self, trainer, pl_module, *_):
@@ -297,18 +258,6 @@ def test_a_checkpoint_of_both_axes_does_not_go_on_with_one(tmp_path):
             make_trainer(tmp_path, max_steps=2).fit(make_task(**options), make_data(), ckpt_path=tmp_path / "old.ckpt")
 
 
-def test_pretrained_weights_are_needed_to_begin_training_and_only_then(tmp_path):
-    gone = str(tmp_path / "none.safetensors")
-    with pytest.raises(FileNotFoundError, match="pretrained"):
-        make_trainer(tmp_path).fit(make_task(pretrained=gone), make_data())
-    saving = ModelCheckpoint(tmp_path / "all", "{step}", save_top_k=-1, every_n_train_steps=1)
-    make_trainer(tmp_path, saving, max_steps=2).fit(make_task(), make_data())
-    make_trainer(tmp_path).validate(make_task(pretrained=gone), make_data())
-    trainer = make_trainer(tmp_path, max_steps=2)
-    trainer.fit(make_task(pretrained=gone), make_data(), ckpt_path=tmp_path / "all" / "step=1.ckpt")
-    assert trainer.global_step == 2
-
-
 def test_the_rates_of_a_run_follow_the_poly_policy_at_the_first_second_half_and_last_step(tmp_path):
     class Rates(Callback):
         def __init__(self):
@@ -339,36 +288,6 @@ def test_a_run_without_a_length_and_wrong_choices_are_refused(tmp_path):
         make_task(loss_resolution="full")
     with pytest.raises(ValueError, match="`class_names`"):
         make_task(class_names=["a"])
-
-
-def test_a_task_that_has_weights_keeps_them_when_it_is_trained(tmp_path):
-    torch.save(make_task(start=None).model.state_dict(), tmp_path / "start.pth")
-    options = {"pretrained": str(tmp_path / "start.pth"), "lr": 0.0, "position_lr": 0.0, "freeze_norm": True}
-    task = make_task(**options)
-    with torch.no_grad():
-        for parameter in task.parameters():
-            parameter.normal_(std=0.1)
-    task.load_state_dict(task.state_dict())
-    held = {name: tensor.clone() for name, tensor in task.model.named_parameters()}
-    make_trainer(tmp_path, max_steps=1).fit(task, make_data())
-    assert all(torch.equal(tensor, held[name]) for name, tensor in task.model.named_parameters())
-
-
-def test_callbacks_begin_with_the_weights_that_training_begins_with(tmp_path):
-    start = make_task()
-    with torch.no_grad():
-        for layer in irregular_layers(start).values():
-            layer.displacement.fill_(0.3)
-    torch.save(start.model.state_dict(), tmp_path / "start.pth")
-
-    class First(Callback):
-        def on_fit_start(self, trainer, pl_module):
-            self.found = [layer.displacement.detach().unique() for layer in irregular_layers(pl_module).values()]
-
-    first = First()
-    task = make_task(pretrained=str(tmp_path / "start.pth"))
-    make_trainer(tmp_path, first, max_steps=1).fit(task, make_data())
-    assert all(torch.equal(values, torch.tensor([0.3])) for values in first.found)
 
 
 @pytest.mark.parametrize("size", [97, 100, 103, 104])
