@@ -59,7 +59,7 @@ def tie_shapes(layers: Iterable[IrregularConv2d]) -> nn.Parameter:
         for name in ("interpolation", "has_free_taps", "axes", "limit"):
             if getattr(layer, name) != getattr(layers[0], name):
                 raise ValueError(
-                    f"`layers` must have one {name} to share steps; got {getattr(layers[0], name)!r} and "
+                    f"`layers` must agree in {name} to share a shape; got {getattr(layers[0], name)!r} and "
                     f"{getattr(layer, name)!r}."
                 )
         reach = [limits - each.regular_grid for each in (layers[0], layer) for limits in pixel_limits(each, each.limit)]

@@ -96,11 +96,11 @@ def test_layers_are_tied_by_name_and_unknown_names_refused() -> None:
 @pytest.mark.parametrize(
     ("first", "second", "limits", "message"),
     [
-        ({}, {"interpolation": "gaussian"}, ({}, {}), "one interpolation"),
-        ({}, {}, ({}, {"axes": "rows"}), "one axes"),
-        ({}, {}, ({}, {"limit": 0.5}), "one limit"),
+        ({}, {"interpolation": "gaussian"}, ({}, {}), "agree in interpolation"),
+        ({}, {}, ({}, {"axes": "rows"}), "agree in axes"),
+        ({}, {}, ({}, {"limit": 0.5}), "agree in limit"),
         ({}, {"dilation": 2}, ({"limit": "extent"}, {"limit": "extent"}), "one kernel size and dilation"),
-        ({}, {"taps": 9}, ({}, {}), "one has_free_taps"),
+        ({}, {"taps": 9}, ({}, {}), "agree in has_free_taps"),
     ],
 )
 def test_layers_that_bound_their_taps_otherwise_are_not_tied(first, second, limits, message) -> None:
