@@ -8,7 +8,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COME_WITH_OTHERS = {"jsonargparse", "triton"}  # with lightning's extra, and with torch where there is CUDA
+COME_WITH_OTHERS = {"jsonargparse", "cuda", "triton"}  # with lightning's extra, and with torch where there is CUDA
 
 
 def imported() -> set[str]:

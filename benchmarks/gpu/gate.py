@@ -175,13 +175,14 @@ def check(
     device, forms = ("cpu", REHEARSED_FORMS) if rehearsal else ("cuda", FORMS)
     dtypes = [torch.float32, torch.float16] if rehearsal else list(LIMITS)
     with rehearsing.backend(rehearsal) as backend, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        checks = Checks(backend, device, known, deadline)
         if form is not None:
             layer = forms[form]
+            checks = Checks("staged" if layer.staged else backend, device, known, deadline)
             for dtype, layout in itertools.product(dtypes, LAYOUTS[: 1 if rehearsal else 2]):
                 name = f"{form}, {str(dtype)[6:]}, {str(layout)[6:]}"
                 checks.attempt(name, lambda dtype=dtype, layout=layout: checks.equals_formula(layer, dtype, layout))
             return checks.results, checks.skipped
+        checks = Checks(backend, device, known, deadline)
         layer = next(iter(forms.values()))
         small = replace(layer, size=(13, 17))
         others = [

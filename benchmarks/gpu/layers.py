@@ -100,7 +100,8 @@ def irregular_calls(layer: Layer, tensors: list[Tensor], backend: str) -> tuple[
     """This package's forward and backward."""
     input, weight, positions, _, grad = tensors
     operators = torch.ops.icnn_zoo
-    how = (backend if layer.interpolation == "bilinear" else "auto", layer.interpolation)
+    name = "staged" if layer.staged else backend
+    how = (name if layer.interpolation == "bilinear" else "auto", layer.interpolation)
     return (
         lambda: operators.irregular_conv2d(input, weight, positions, None, *layer.sizes, *how),
         lambda: operators.irregular_conv2d_backward(
@@ -150,7 +151,7 @@ def time_layer(layer: Layer, device: str, backend: str) -> dict[str, Any]:
             if device == "cuda" and name == "icnn_zoo":
                 row[name]["kernels"] = [top_kernels(call) for call in calls]
     del tensors
-    if not layer.per_kernel and layer.interpolation == "bilinear":
+    if not layer.per_kernel and layer.interpolation == "bilinear" and not layer.staged:
         try:
             deformable = deformable_call(layer, device)
             row["deform_conv2d"] = {"peak_mib": clock.peak_mib(deformable), "eager_ms": clock.eager(deformable, 2)[0]}

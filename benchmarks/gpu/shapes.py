@@ -26,6 +26,8 @@ class Layer:
     per_kernel: bool = False
     interpolation: str = "bilinear"
     """What "bilinear" is not is computed by the torch backend, which reads the spreads: no CUDA graph holds that."""
+    staged: bool = False
+    """Whether it takes the kernels in CUDA C++."""
     target: float | None = None
     """What forward and backward should take at most, of cuDNN's time."""
 
@@ -79,6 +81,9 @@ FORMS = {
     "columns": Layer((64, 96), MAP, dilation=2),
     "columns, stride 2": Layer((64, 96), MAP, stride=2),
     "columns, spread by 8 px": Layer((64, 96), MAP, spread=8.0),
+    "staged": Layer((64, 96), MAP, dilation=2, staged=True),
+    "staged, whole blocks": Layer((256, 64), MAP, dilation=2, batch=9, staged=True),
+    "staged, groups and far taps": Layer((96, 96), (33, 20), groups=3, batch=3, spread=8.0, staged=True),
     "few outputs": Layer((256, 21), MAP, dilation=12),
     "2 outputs": Layer((64, 2), MAP),
     "groups of 8": Layer((128, 128), MAP, groups=16),
@@ -88,6 +93,7 @@ FORMS = {
 }
 REHEARSED_FORMS = {
     "columns": Layer((3, 40), (4, 5)),
+    "staged": Layer((2, 34), (3, 4), staged=True),
     "few outputs": Layer((4, 21), (4, 5)),
     "depthwise": Layer((3, 3), (4, 5), groups=3),
     "a shape per kernel": Layer((2, 2), (4, 5), per_kernel=True),
@@ -110,6 +116,10 @@ TIMED = {
     "64 channels, a shape per kernel": Layer((64, 64), (41, 41), batch=4, per_kernel=True),
     "layer3, triangle": Layer((256, 256), (41, 41), dilation=2, batch=16, interpolation="triangle"),
     "layer3, gaussian": Layer((256, 256), (41, 41), dilation=2, batch=16, interpolation="gaussian"),
+}
+TIMED |= {
+    f"{name}, staged": replace(TIMED[name], staged=True)
+    for name in ("layer3", "layer4", "layer3 at 65", "layer4 at 65", "layer3, batch 2", "32 groups")
 }
 REHEARSED_TIMED = {
     "layer3": replace(TIMED["layer3"], channels=(3, 40), size=(4, 5), dilation=1, batch=1),

@@ -8,11 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import training_step
+
+import icnn_zoo
+from benchmarks.gpu import rehearsing
 
 NETWORK = {
     "backbone": "resnet101",
@@ -52,9 +56,22 @@ def busy(step: training_step.Step) -> dict[str, Any]:
     }
 
 
-def graphed(options: argparse.Namespace, starts: dict[str, str | None]) -> dict[str, list[float]]:
+STAGED = ", staged"
+
+
+def make_step(options: argparse.Namespace, name: str) -> training_step.Step:
+    """The step of a network, by its name."""
+    start = None if name == "regular" else options.start[0]
+    step = training_step.Step(options, start, channels_last=True)
+    if name.endswith(STAGED):
+        for layer in icnn_zoo.irregular_layers(step.model).values():
+            layer.backend = "staged"
+    return step
+
+
+def graphed(options: argparse.Namespace, names: Sequence[str]) -> dict[str, list[float]]:
     """Seconds of steps whose forward and backward are CUDA graphs."""
-    steps = {name: training_step.Step(options, start, channels_last=True) for name, start in starts.items()}
+    steps = {name: make_step(options, name) for name in names}
     for step in steps.values():
         with torch.autocast("cuda", getattr(torch, options.dtype), cache_enabled=False):
             torch.cuda.make_graphed_callables(step.model, (step.images,))
@@ -77,18 +94,20 @@ def main(folder: Path, seconds: float, *, rehearsal: bool = False) -> None:
     print(*training_step.table(result), sep="\n", flush=True)
     (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
     if options.device == "cuda":
-        starts = {"regular": None, f"irregular from {options.start[0]}": options.start[0]}
+        irregular = f"irregular from {options.start[0]}"
+        names = ("regular", irregular, irregular + STAGED)
         result["busy"] = {}
-        for name, start in starts.items():
-            step = training_step.Step(options, start, channels_last=True)
-            step()
-            result["busy"][name] = busy(step)
-            del step
-        (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
-        try:
-            result["graphed_seconds_per_step"] = graphed(options, starts)
-        except RuntimeError as error:
-            result["graphed_reason"] = f"{type(error).__name__}: {error}"[:500]
+        with rehearsing.backend(rehearsal):
+            for name in names:
+                step = make_step(options, name)
+                step()
+                result["busy"][name] = busy(step)
+                del step
+            (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
+            try:
+                result["graphed_seconds_per_step"] = graphed(options, names)
+            except RuntimeError as error:
+                result["graphed_reason"] = f"{type(error).__name__}: {error}"[:500]
         (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
         print(json.dumps(result["busy"], indent=1))
 

@@ -104,6 +104,7 @@ def _automatic(device: object) -> str:
 
 
 def _kernel() -> str:
+    from icnn_zoo.ops import kernel_cache
     from icnn_zoo.ops.native_backend import build, wheel
 
     kind = wheel.find_kind()
@@ -112,7 +113,7 @@ def _kernel() -> str:
     if build.load()[1] is not None:
         return "none"
     try:
-        folder = build.private_folder()
+        folder = kernel_cache.private_folder("native")
     except OSError as error:
         return f"compiled for this process only: {error}"
     return f"compiled, kept in {folder} ({len(list(folder.glob('native-*.so')))} files)"

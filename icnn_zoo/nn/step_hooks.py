@@ -139,6 +139,8 @@ class StepHooks:
         self.rule = rule
         self.running: torch.optim.Optimizer | None = None
         self.last: list[_Group] = []
+        self._held: set[int] = set()
+        self._layers: list[IrregularConv2d] = []
 
     @torch.no_grad()
     def remember(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -148,15 +150,20 @@ class StepHooks:
         self.running = optimizer
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         tied: dict[tuple[int, ...], list[IrregularConv2d]] = {}  # layers that share one displacement are bounded once
-        for module in self.model.modules():
-            if isinstance(module, IrregularConv2d):
-                parameters = tuple(map(id, module.displacement_parameters()))
-                if not held.isdisjoint(parameters):
-                    tied.setdefault(parameters, []).append(module)
+        for layer in self._layers_of(held):
+            parameters = tuple(map(id, layer.displacement_parameters()))
+            if not held.isdisjoint(parameters):
+                tied.setdefault(parameters, []).append(layer)
         together: dict[Any, list[list[IrregularConv2d]]] = {}
         for layers in tied.values():
             together.setdefault(_bounded_with(layers[0]), []).append(layers)
         self.last = [_Group(layers) for layers in together.values()]
+
+    def _layers_of(self, held: set[int]) -> list[IrregularConv2d]:
+        """The network's layers. A walk through it takes a while: only where the optimizer holds others than before."""
+        if held != self._held:
+            self._held, self._layers = held, [it for it in self.model.modules() if isinstance(it, IrregularConv2d)]
+        return self._layers
 
     @torch.no_grad()
     def bound(self, optimizer: torch.optim.Optimizer, *_: object) -> None:

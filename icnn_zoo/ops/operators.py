@@ -216,17 +216,21 @@ def differentiable(
     if not torch.is_grad_enabled():  # what autograd adds takes longer than a small layer
         output: Tensor = torch.ops.icnn_zoo.irregular_conv2d(input, weight, positions, bias, *sizes, *how)
         return output
-    output = _apply(_Convolution, input, weight, positions, bias, sizes, how)
+    output = _function(_Convolution, _EagerConvolution)(input, weight, positions, bias, sizes, how)
     return output
 
 
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """``function.apply``, without what only transforms of ``torch.func`` need: it takes longer than a small layer."""
+def _function(transformable: type[torch.autograd.Function], eager: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """What to call of two functions that compute the same.
+
+    What only transforms of ``torch.func`` and compilers need takes longer than a small layer: ``Function.apply`` asks
+    for the signature of a forward that has a ``setup_context``.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*arguments)
+        return transformable.apply
     if not torch.is_grad_enabled():
-        return function.forward(*arguments)
-    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
+        return transformable.forward
+    return super(torch.autograd.Function, eager).apply  # type: ignore[misc]
 
 
 class _Convolution(torch.autograd.Function):
@@ -255,9 +259,22 @@ class _Convolution(torch.autograd.Function):
         elif _is_forward_mode():
             grads = _by_formula(grad_output, input, weight, positions, ctx.sizes, ctx.how)
         else:
-            grads = _apply(_Gradients, grad_output, input, weight, positions, ctx.sizes, needs, ctx.how)
+            function = _function(_Gradients, _EagerGradients)
+            grads = function(grad_output, input, weight, positions, ctx.sizes, needs, ctx.how)
         by_bias = grad_output.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), by_bias, None, None)
+
+
+class _EagerConvolution(torch.autograd.Function):
+    """The same, to be called outside of transforms."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _Convolution.forward(*inputs)
+        _Convolution.setup_context(ctx, inputs, output)
+        return output
+
+    backward = _Convolution.backward
 
 
 class _Gradients(torch.autograd.Function):
@@ -293,6 +310,18 @@ class _Gradients(torch.autograd.Function):
 
         pullback: Any = torch.func.vjp(gradients, *ctx.saved_tensors)[1]
         return (*pullback(tuple(c for c, need in zip(cotangents, ctx.needs, strict=True) if need)), None, None, None)
+
+
+class _EagerGradients(torch.autograd.Function):
+    """The same, to be called outside of transforms."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _Gradients.forward(*inputs)
+        _Gradients.setup_context(ctx, inputs, output)
+        return output
+
+    backward = _Gradients.backward
 
 
 def _by_formula(

@@ -1,8 +1,7 @@
 """The C kernel as a loaded library: the wheel's, else compiled on the first use and kept in the user's cache.
 
-What is loaded runs, so the folder and the file must belong to the user (or root) and be writable by nobody else, and a
-file ends with the SHA-256 of what precedes it: one that is damaged, truncated or not the user's is compiled anew. Where
-there is no such folder the library lives in a temporary one until it is loaded.
+Where there is no folder that is the user's own (:mod:`icnn_zoo.ops.kernel_cache`), the library lives in a temporary one
+until it is loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +23,7 @@ from pathlib import Path
 import torch
 
 from icnn_zoo.io.files import replacing
+from icnn_zoo.ops import kernel_cache
 from icnn_zoo.ops.native_backend import wheel
 
 # Nobody asks for floating-point exceptions, for whose sake compilers leave loops with conditions to scalar code.
@@ -34,8 +33,6 @@ _TUNED = ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("
 SYSTEMS = ("linux", "darwin")
 _FOLDER = Path(__file__).with_name("csrc")
 _HEADERS, SOURCES = (sorted(_FOLDER.glob(pattern)) for pattern in ("*.h", "*.c"))
-_DIGEST_LENGTH = 64
-_STALE_SECONDS = 3600
 
 
 @functools.cache
@@ -124,7 +121,7 @@ def _load_anywhere(compiler: list[str]) -> wheel.Libraries:
     parts = [*texts, *FLAGS, *_TUNED, *compiler, _run(compiler, "--version"), _processor()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     try:
-        return _load_from(private_folder(), key, compiler)
+        return _load_from(kernel_cache.private_folder("native"), key, compiler)
     except OSError as error:
         warnings.warn(
             f"`irregular_conv2d` compiles its C kernel in a temporary folder, for this process only: {error}. Set "
@@ -136,63 +133,26 @@ def _load_anywhere(compiler: list[str]) -> wheel.Libraries:
         return _load_from(Path(folder), key, compiler)
 
 
-def private_folder() -> Path:
-    """The folder of compiled kernels, which nobody else can write to.
-
-    Raises:
-        OSError: It cannot be made, or others own it or may write to it.
-    """
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "icnn_zoo" / "native"
-    except RuntimeError as error:
-        raise FileNotFoundError(str(error)) from None  # there is no home folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if not _is_private(folder.stat()):
-        raise PermissionError(f"{str(folder)!r} belongs to another user or others may write to it")
-    return folder
-
-
-def _is_private(status: os.stat_result) -> bool:
-    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
-
-
 def _load_from(folder: Path, key: str, compiler: list[str]) -> wheel.Libraries:
     libraries = {}
     for dtype, real in wheel.REALS.items():
         target = folder / f"native-{real}-{key}.so"
-        if not _is_intact(target):
+        if kernel_cache.read_intact(target) is None:
             _compile(compiler, real, target)
         libraries[dtype] = wheel.open_library(target)
     return libraries
 
 
-def _is_intact(path: Path) -> bool:
-    """Whether a library is there, the user's own, and whole."""
-    try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            private, content = _is_private(os.fstat(file.fileno())), file.read()
-    except OSError:
-        return False
-    library, digest = content[:-_DIGEST_LENGTH], content[-_DIGEST_LENGTH:]
-    return private and hashlib.sha256(library).hexdigest().encode() == digest
-
-
 def _compile(compiler: list[str], real: str, target: Path) -> None:
     """Compiles a library and appends its digest; leftovers of compilations that were killed go."""
-    for leftover in target.parent.glob(".native-*"):
-        if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-            leftover.unlink(missing_ok=True)
+    kernel_cache.remove_leftovers(target.parent, ".native-*")
     with replacing(target) as partial:
         task = (*FLAGS, f"-DREAL={real}", *map(str, SOURCES), "-o", str(partial))
         try:
             _run(compiler, *_TUNED, *task)
         except RuntimeError:
             _run(compiler, *task)
-        digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-        with partial.open("ab") as file:
-            file.write(digest.encode())
-        partial.chmod(0o700)
+        kernel_cache.seal(partial)
 
 
 def _processor() -> str:

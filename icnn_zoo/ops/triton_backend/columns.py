@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from icnn_zoo.ops.geometry import memory_format
-from icnn_zoo.ops.triton_backend import columns_kernels
+from icnn_zoo.ops.triton_backend import columns_kernels, staged
 from icnn_zoo.ops.triton_backend.call import Call, Gradients, copy_planes, empty_like, take
 from icnn_zoo.ops.triton_backend.launching import block_size, launch, num_blocks
 from icnn_zoo.ops.triton_backend.products import ALIGNMENT, multiply, multiply_float32, round_up
@@ -95,36 +96,39 @@ def _parts(groups: int, group_channels: int, channels: int) -> tuple[tuple[_Part
 
 def forward(call: Call, bias: Tensor | None, output: Tensor) -> None:
     """Fills the output [B, N, Ho, Wo] by a matrix product with stored columns."""
-    weight = call.weight.view(call.groups, *call.grouping)  # [G, N / G, C / G, T]
+    weight = _weight_of_groups(call)
     start = None if bias is None else bias.view(call.groups, -1, 1)
     # The rows of channels_last outputs are what the product writes, pixels at one stride, where that is aligned.
     in_place = memory_format(call.input) == torch.channels_last and call.num_outputs % ALIGNMENT == 0
     for images, parts in _column_chunks(call):
-        planes = call.planes(images)
         length = _aligned_length(call, images)
         outputs = take(output, images)
-        target = outputs.transpose(0, 1).unflatten(0, (call.groups, -1))  # [G, N / G, S, Ho, Wo]
         for summed in parts:
             groups = summed[0].groups
-            rows = take(target, groups)
+            size = (groups.stop - groups.start, call.group_outputs, length)
+            first = groups.start * call.group_outputs
             bias_rows = None if start is None else take(start, groups)
             if len(summed) == 1:
-                columns = _make_columns(call, planes, summed[0])
-                factors = take(weight, groups).flatten(2)
-                used = slice(0, length)
+                columns = _make_columns(call, images, summed[0])
+                factors, used = take(weight, groups), slice(0, length)
                 if in_place:
-                    strides = (call.group_outputs * outputs.stride(1), outputs.stride(1), outputs.stride(3))
-                    out = rows.as_strided((*factors.shape[:2], length), strides)
-                else:
-                    out = take(columns.new_empty(*factors.shape[:2], columns.shape[2]), used, 2)
-                product = multiply(factors, take(columns, used, 2), out, bias_rows)
-                if in_place:
+                    offset = outputs.storage_offset() + first  # channels lie side by side
+                    out = outputs.as_strided(size, (call.group_outputs, 1, outputs.stride(3)), offset)
+                    multiply(factors, take(columns, used, 2), out, bias_rows)
                     continue
-                product = take(product, slice(0, planes.shape[0] * call.out_pixels), 2)
+                out = take(columns.new_empty(*size[:2], columns.shape[2]), used, 2)
+                product = multiply(factors, take(columns, used, 2), out, bias_rows)
+                product = take(product, slice(0, (images.stop - images.start) * call.out_pixels), 2)
             else:
-                product = _sum_parts(call, planes, summed, weight)
+                product = _sum_parts(call, images, summed, weight)
                 product = product if bias_rows is None else product + bias_rows
-            rows.copy_(product.unflatten(2, rows.shape[2:]))
+            rows = take(outputs, slice(first, first + size[0] * size[1]), 1).transpose(0, 1)
+            rows.copy_(product.reshape(rows.shape))
+
+
+def _weight_of_groups(call: Call) -> Tensor:
+    """The weights [G, N / G, C / G * T]."""
+    return call.weight.view(call.groups, call.group_outputs, -1)
 
 
 def _aligned_length(call: Call, images: slice) -> int:
@@ -137,15 +141,20 @@ def _aligned_length(call: Call, images: slice) -> int:
     return round_up(length) if images.stop == len(call.input) and round_up(length) <= room else length
 
 
-def _sum_parts(call: Call, planes: Tensor, parts: Sequence[_Part], weight: Tensor) -> Tensor:
+def _sum_parts(call: Call, images: slice, parts: Sequence[_Part], weight: Tensor) -> Tensor:
     """Sums the products of the channels of one group in float32 [1, N / G, L]."""
     total = None
     for part in parts:
-        columns = _make_columns(call, planes, part)[:, :, : planes.shape[0] * call.out_pixels]
-        product = multiply_float32(weight[part.groups, :, part.channels].flatten(2), columns)
+        columns = _make_columns(call, images, part)[:, :, : (images.stop - images.start) * call.out_pixels]
+        product = multiply_float32(take(take(weight, part.groups), _entries(call, part), 2), columns)
         total = product if total is None else total.add_(product)
     assert total is not None
     return total
+
+
+def _entries(call: Call, part: _Part) -> slice:
+    """The channels and taps of a part within its groups' weights [.., C / G * T]."""
+    return slice(part.channels.start * call.taps, part.channels.stop * call.taps)
 
 
 def _empty_columns(call: Call, num_images: int, part: _Part) -> Tensor:
@@ -155,17 +164,39 @@ def _empty_columns(call: Call, num_images: int, part: _Part) -> Tensor:
     return call.input.new_empty(part.groups.stop - part.groups.start, entries, length)
 
 
-def _make_columns(call: Call, planes: Tensor, part: _Part) -> Tensor:
-    columns = _empty_columns(call, planes.shape[0], part)
-    _launch_columns(call, planes, part, columns, gradient=False, store=True)
+def _make_columns(call: Call, images: slice, part: _Part) -> Tensor:
+    columns = _empty_columns(call, images.stop - images.start, part)
+    _fill_columns(call, images, part, columns)
     return columns
 
 
+def _fill_columns(call: Call, images: slice, part: _Part, columns: Tensor) -> None:
+    launch = _staged(staged.columns_launch, call, images, part)
+    if launch is None:
+        _launch_columns(call, images, part, columns, gradient=False, store=True)
+    else:
+        staged.make_columns(launch, *_inputs(call, images, part), columns)
+
+
+def _staged(find: Callable[[staged.Sizes], staged.Launch | None], call: Call, images: slice, part: _Part) -> Any:
+    """A launch of a kernel that holds planes in shared memory, or None."""
+    if not call.limits.staged or call.geometry.stride != (1, 1):
+        return None
+    num_images, channels = images.stop - images.start, part.planes.stop - part.planes.start
+    dtypes = (call.input.dtype, call.positions.dtype)
+    return find(staged.Sizes(call.geometry, num_images, channels, call.taps, *dtypes, call.input.get_device()))
+
+
+def _inputs(call: Call, images: slice, part: _Part) -> tuple[Tensor, Tensor]:
+    """Images and positions of a part."""
+    return take(take(call.input, images), part.planes, 1), take(call.positions, part.planes)
+
+
 def _launch_columns(
-    call: Call, planes: Tensor, part: _Part, columns: Tensor, *, gradient: bool, store: bool
+    call: Call, images: slice, part: _Part, columns: Tensor, *, gradient: bool, store: bool
 ) -> Tensor | None:
     """Runs ``columns_kernel``; returns the positions' gradient [c, T, 2] of a part with ``gradient``."""
-    planes = take(planes, part.planes, 1)
+    planes = take(call.planes(images), part.planes, 1)
     channels, lanes = planes.shape[1], planes.shape[0] * call.geometry.output_size[1]
     bands = _Bands.of(lanes, call.geometry.output_size[0], _LANES_BACKWARD if gradient else _LANES)
     partials = planes.new_empty((bands.programs, channels, call.taps, 2), dtype=torch.float32) if gradient else None
@@ -194,8 +225,10 @@ def _launch_columns(
 
 def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
     """Fills the gradients that are asked for."""
-    weight = call.weight.view(call.groups, *call.grouping)  # [G, N / G, C / G, T]
-    grad_rows = _pixels_as_rows(grad_output).t().unflatten(0, (call.groups, -1))  # [G, N / G, L]
+    weight = _weight_of_groups(call)
+    rows = _pixels_as_rows(grad_output)
+    strides = (call.group_outputs * rows.stride(1), rows.stride(1), rows.stride(0))
+    grad_rows = rows.as_strided((call.groups, call.group_outputs, rows.shape[0]), strides)
     for images, groups_parts in _column_chunks(call):
         first, length = images.start * call.out_pixels, _aligned_length(call, images)
         span, pixels = slice(first, first + length), (images.stop - images.start) * call.out_pixels
@@ -204,42 +237,56 @@ def backward(call: Call, grad_output: Tensor, grads: Gradients) -> None:
             columns = _empty_columns(call, images.stop - images.start, part)
             used = take(columns, slice(0, grad_part.shape[2]), 2)
             if grads.input is not None or grads.positions is not None:
-                factors = take(take(weight, part.groups), part.channels, 2).flatten(2)
+                factors = take(take(weight, part.groups), _entries(call, part), 2)
                 multiply(factors.transpose(1, 2), grad_part, used)
-            if grads.input is not None:
-                _input_gradient(call, images, part, columns, grads.input)
-            if grads.positions is None and grads.weight is None:
-                continue
-            by_position = _launch_columns(
-                call,
-                call.planes(images),
-                part,
-                columns,
-                gradient=grads.positions is not None,
-                store=grads.weight is not None,
-            )
+            by_position = _gather_gradient(call, images, part, columns, grads)
             if grads.positions is not None and by_position is not None:
-                grads.positions = _add(grads.positions, by_position, images, part)
+                grads.positions = _add(grads.positions, by_position, images, part.planes)
             if grads.weight is not None:
                 if length > pixels:  # what lies past the last pixel is summed as well: zeros, whatever the weights are
                     used[:, :, pixels:].zero_()
-                product = multiply_float32(grad_part, used.transpose(1, 2)).unflatten(2, (-1, call.taps))
-                by_weight = _add(grads.weight.view_as(weight), product, images, part)
+                product = multiply_float32(grad_part, used.transpose(1, 2))
+                by_weight = _add(grads.weight.view_as(weight), product, images, part.groups, _entries(call, part))
                 grads.weight = by_weight.view_as(call.weight)
 
 
-def _add(total: Tensor, value: Tensor, images: slice, part: _Part) -> Tensor:
+def _gather_gradient(call: Call, images: slice, part: _Part, columns: Tensor, grads: Gradients) -> Tensor | None:
+    """Fills the input's gradient and returns the positions', where asked for, from the columns', which columns replace.
+
+    Columns are made where weights need them.
+    """
+    launch = None
+    if grads.input is not None or grads.positions is not None:
+        launch = _staged(staged.gradient_launch, call, images, part)
+    if launch is not None:
+        target = None if grads.input is None else take(take(grads.input, images), part.planes, 1)
+        inputs = _inputs(call, images, part)
+        by_position = staged.gather_gradient(launch, columns, *inputs, target, grads.positions is not None)
+        if grads.weight is not None:
+            _fill_columns(call, images, part, columns)
+        return by_position
+    if grads.input is not None:
+        _input_gradient(call, images, part, columns, grads.input)
+    if grads.positions is None:
+        if grads.weight is not None:
+            _fill_columns(call, images, part, columns)
+        return None
+    return _launch_columns(call, images, part, columns, gradient=True, store=grads.weight is not None)
+
+
+def _add(total: Tensor, value: Tensor, images: slice, first: slice, last: slice | None = None) -> Tensor:
     """The total after adding what a part of a chunk of images gives; at first its memory is not initialized.
 
     Args:
-        total: By channel [C, ...], or by group, output and channel [G, N / G, C / G, ...].
+        total: By channel [C, T, 2], or by group, output and entry [G, N / G, C / G * T].
         value: Those of the part.
         images: The images.
-        part: The part.
+        first: Where the part is along the first axis.
+        last: Where it is along the last one; None for all.
     """
     if images.start == 0 and value.shape == total.shape:
         return value
-    place = total[part.planes] if total.dim() == 3 else total[part.groups, :, part.channels]
+    place = total[first] if last is None else total[first, ..., last]
     if images.start == 0:
         place.copy_(value)
     else:
@@ -254,10 +301,8 @@ def _pixels_as_rows(grad_output: Tensor) -> Tensor:
     """
     batch, outputs, height, width = grad_output.shape
     length = batch * height * width
-    if outputs % ALIGNMENT == 0 and length % ALIGNMENT == 0:
-        pixels = grad_output.permute(0, 2, 3, 1)
-        if pixels.is_contiguous():
-            return pixels.view(length, outputs)
+    if outputs % ALIGNMENT == 0 and length % ALIGNMENT == 0 and _is_channels_last(grad_output):
+        return grad_output.as_strided((length, outputs), (outputs, 1))
     rows = grad_output.new_empty(round_up(length), round_up(outputs))[:, :outputs]
     rows[length:] = 0
     target = rows[:length].unflatten(0, (batch, height, width)).permute(0, 3, 1, 2)
@@ -266,6 +311,10 @@ def _pixels_as_rows(grad_output: Tensor) -> Tensor:
     else:
         target.copy_(grad_output)
     return rows
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _input_gradient(call: Call, images: slice, part: _Part, grad_columns: Tensor, grad_input: Tensor) -> None:

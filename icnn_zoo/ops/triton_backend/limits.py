@@ -27,5 +27,7 @@ class Limits:
     traffic, but each costs the CPU more time to launch than that takes."""
     image_bytes: int = 512 * 2**20
     """Columns of a single image above which its channels are taken in parts."""
+    staged: bool = False
+    """Whether dense layers take the kernels in CUDA C++ (``staged.cu``). Off, as they ran on a GPU in trials only."""
     programs: int = 512
     """The programs that a launch should have at least, where a sum can be split to get there."""
