@@ -253,22 +253,24 @@ class ZooCLI(LightningCLI):
             print(f"Network: {model.describe()}")
             weights = name_weights(model.pretrained, kwargs.get("ckpt_path"), self._step)
             print(f"Weights: {weights}", flush=True)
+        claimed = RunFolder.claim(self.trainer) if self.trainer.is_global_zero else None
         try:
             call(model, **{**kwargs, "weights_only": True})  # code of a checkpoint never runs, wherever it lies
         except BaseException as error:
-            self._leave_nothing()
+            self._leave_nothing(claimed)
             if self.trainer.received_sigterm:
                 raise SystemExit(128 + signal.SIGTERM) from error
             raise
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             print(f"Run folder: {RunFolder.of(self.trainer).path.resolve()}")
 
-    def _leave_nothing(self) -> None:
-        """Removes the folder of a run that was refused before its first step, which holds its configuration alone."""
+    def _leave_nothing(self, claimed: RunFolder | None) -> None:
+        """Removes the folder of a run that was refused before its first step, if it holds its configuration alone."""
         wrote = any(isinstance(it, RunConfig) and it.already_saved for it in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if not wrote or not self.trainer.is_global_zero or self.trainer.global_step > (self._step or 0):
+        made = self.trainer.is_global_zero and (wrote or claimed is not None)
+        if not made or self.trainer.global_step > (self._step or 0):
             return
-        folder = RunFolder.of(self.trainer).path
+        folder = (claimed or RunFolder.of(self.trainer)).path
         if {path.name for path in folder.iterdir()} <= {"config.yaml", "hparams.yaml"}:
             shutil.rmtree(folder)
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger
+
+from icnn_zoo.training.loggers import NoLogs
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,26 @@ class RunFolder:
             return cls(Path(trainer.default_root_dir))
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         return cls(Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version)
+
+    @classmethod
+    def claim(cls, trainer: pl.Trainer) -> RunFolder | None:
+        """Makes the folder whose number the logger has chosen, or the next one where another run was quicker.
+
+        Returns:
+            The folder; None where a person has chosen it, or the logger makes it itself.
+        """
+        logger = trainer.logger
+        if not isinstance(logger, NoLogs) and not (isinstance(logger, CSVLogger) and logger._version is None):
+            return None
+        numbered: Any = logger
+        while True:
+            folder = cls.of(trainer)
+            try:
+                folder.path.mkdir(parents=True)
+            except FileExistsError:
+                numbered._version += 1
+            else:
+                return folder
 
     @classmethod
     def around(cls, checkpoint: str | Path) -> RunFolder:
