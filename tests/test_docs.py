@@ -231,10 +231,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
             assert f'id="icnn_zoo.{name}"' in api, name
 
 
-def test_speeds_stand_in_the_committed_results():
+@pytest.mark.parametrize("file", ["cpu_2cores.json", "cpu_2cores_avx2.json"])
+def test_speeds_stand_in_the_committed_results(file):
     """Every ratio of this package's column, and that of the whole training steps."""
     text = TEXT["README"] + TEXT["speed"] + TEXT["reproduce"]
-    results = json.loads((RESULTS / "cpu_2cores.json").read_text())
+    results = json.loads((RESULTS / file).read_text())
     assert len(results["shapes"]) == 14
     for shape in results["shapes"]:
         ratios = [statistics.median(record["ratios"]) for record in shape["records"] if record["peer"] == "icnn_zoo"]
