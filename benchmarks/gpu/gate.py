@@ -27,6 +27,7 @@ import icnn_zoo
 from benchmarks.gpu import rehearsing
 from benchmarks.gpu.shapes import FORMS, REHEARSED_FORMS, Layer
 from icnn_zoo.ops import formula
+from icnn_zoo.ops.geometry import Geometry
 
 LIMITS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # error / norm of the true result
 NAMES = ("output", "input gradient", "weight gradient", "position gradient", "bias gradient")
@@ -51,6 +52,15 @@ def errors(results: list[Tensor], expected: list[Tensor]) -> list[float]:
     """Norms of the errors relative to those of the expected results."""
     pairs = zip(results, expected, strict=True)
     return [((result.double() - true).norm() / true.norm().clamp_min(1e-12)).item() for result, true in pairs]
+
+
+def staged_kernels(layer: Layer, dtype: torch.dtype) -> int:
+    """How many of a form's two kernels in CUDA C++ can be used; a card may have too little memory for a block."""
+    from icnn_zoo.ops.triton_backend import staged
+
+    geometry = Geometry.of(layer.size, (layer.kernel, layer.kernel), *layer.sizes).canonical()
+    sizes = staged.Sizes(geometry, layer.batch, layer.channels[0], layer.kernel**2, dtype, torch.float32, 0)
+    return sum(find(sizes) is not None for find in (staged.columns_launch, staged.gradient_launch))
 
 
 class Checks:
@@ -91,6 +101,8 @@ class Checks:
         *tensors, grad = layer.tensors(self.device, dtype, layout)
         found = errors(run(layer, tensors, grad, self.backend), truth(layer, tensors, grad))
         text = ", ".join(f"{name} {error:.1e}" for name, error in zip(NAMES, found, strict=True))
+        if layer.staged and self.device == "cuda":
+            text += f"; {staged_kernels(layer, dtype)} of 2 kernels in CUDA C++"
         assert all(error <= LIMITS[dtype] for error in found), f"{text}; limit {LIMITS[dtype]:g}"
         return text
 
@@ -172,6 +184,7 @@ def check(
 ) -> tuple[list[dict[str, object]], list[str]]:
     """Runs the checks of a form, or with None those of all else; returns results, and the names of those left out."""
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", message=".*without its kernels in CUDA")  # then Triton's would be checked
     device, forms = ("cpu", REHEARSED_FORMS) if rehearsal else ("cuda", FORMS)
     dtypes = [torch.float32, torch.float16] if rehearsal else list(LIMITS)
     with rehearsing.backend(rehearsal) as backend, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -182,25 +195,36 @@ def check(
                 name = f"{form}, {str(dtype)[6:]}, {str(layout)[6:]}"
                 checks.attempt(name, lambda dtype=dtype, layout=layout: checks.equals_formula(layer, dtype, layout))
             return checks.results, checks.skipped
-        checks = Checks(backend, device, known, deadline)
         layer = next(iter(forms.values()))
         small = replace(layer, size=(13, 17))
-        others = [
-            (checks.positions_that_are_no_numbers, layer),
-            (checks.strided_input, layer),
-            (checks.deterministic_mode, layer),
-            (checks.autocast, layer),
+        results: list[dict[str, object]] = []
+        skipped: list[str] = []
+        for name in (backend,) if rehearsal else (backend, "staged"):
+            checks = Checks(name, device, known, deadline)
+            _check_others(checks, layer, small, rehearsal)
+            results += checks.results
+            skipped += checks.skipped
+        return results, skipped
+
+
+def _check_others(checks: Checks, layer: Layer, small: Layer, rehearsal: bool) -> None:
+    """Runs what is checked of one form alone."""
+    others = [
+        (checks.positions_that_are_no_numbers, layer),
+        (checks.strided_input, layer),
+        (checks.deterministic_mode, layer),
+        (checks.autocast, layer),
+    ]
+    if not rehearsal:
+        others += [
+            (checks.exported, small),
+            (checks.second_derivatives, small),
+            (checks.other_stream, small),
+            (checks.compiled_with_graphs, small),
         ]
-        if not rehearsal:
-            others += [
-                (checks.exported, small),
-                (checks.second_derivatives, small),
-                (checks.other_stream, small),
-                (checks.compiled_with_graphs, small),
-            ]
-        for one, of in others:
-            checks.attempt(one.__name__, lambda one=one, of=of: one(of))
-        return checks.results, checks.skipped
+    suffix = ", staged" if checks.backend == "staged" else ""
+    for one, of in others:
+        checks.attempt(one.__name__ + suffix, lambda one=one, of=of: one(of))
 
 
 def main(folder: Path, seconds: float, *, rehearsal: bool = False) -> int:

@@ -79,13 +79,14 @@ def _step(result: dict[str, Any]) -> list[str]:
         ratio = statistics.median(mine / base for mine, base in zip(seconds, regular, strict=True))
         peak, base = result["memory_mib"][name], result["memory_mib"]["regular"]
         memory = f", {peak:.0f} MiB ({peak / base:.2f})" if peak and base else ""
-        kernels = result.get("busy", {}).get(name)
-        running = f", kernels run {kernels['kernels_ms']:.1f} ms in {kernels['kernels']} launches" if kernels else ""
-        lines.append(f"- {name}: {statistics.median(seconds) * 1e3:.1f} ms ({ratio:.2f}){memory}{running}")
-    times = result.get("graphed_seconds_per_step", {})
-    for name, seconds in times.items():
+        lines.append(f"- {name}: {statistics.median(seconds) * 1e3:.1f} ms ({ratio:.2f}){memory}")
+    for name, kernels in result.get("busy", {}).items():
+        lines.append(f"- {name}: kernels run {kernels['kernels_ms']:.1f} ms in {kernels['kernels']} launches")
+    for name, times in result.get("graphed_seconds_per_step", {}).items():
+        seconds = times[name]
         ratio = statistics.median(mine / base for mine, base in zip(seconds, times["regular"], strict=True))
         lines.append(
             f"- {name}, forward and backward as CUDA graphs: {statistics.median(seconds) * 1e3:.1f} ms ({ratio:.2f})"
         )
+    lines += [f"- {what}: {reason}" for what, reason in result.get("reasons", {}).items()]
     return lines

@@ -6,9 +6,10 @@ Then the same with forward and backward as CUDA graphs (``torch.cuda.make_graphe
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +96,30 @@ def main(folder: Path, seconds: float, *, rehearsal: bool = False) -> None:
     (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
     if options.device == "cuda":
         irregular = f"irregular from {options.start[0]}"
-        names = ("regular", irregular, irregular + STAGED)
-        result["busy"] = {}
-        with rehearsing.backend(rehearsal):
-            for name in names:
-                step = make_step(options, name)
-                step()
-                result["busy"][name] = busy(step)
-                del step
-            (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
+        result |= {"busy": {}, "graphed_seconds_per_step": {}, "reasons": {}}
+
+        def attempt(what: str, measure: Callable[[], None]) -> None:
+            """One failure ends nothing."""
             try:
-                result["graphed_seconds_per_step"] = graphed(options, names)
+                measure()
             except RuntimeError as error:
-                result["graphed_reason"] = f"{type(error).__name__}: {error}"[:500]
-        (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
+                result["reasons"][what] = f"{type(error).__name__}: {error}"[:500]
+            (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n")
+
+        def find_busy(name: str) -> None:
+            step = make_step(options, name)
+            step()
+            result["busy"][name] = busy(step)
+
+        def find_graphed(name: str) -> None:
+            result["graphed_seconds_per_step"][name] = graphed(options, ("regular", name))
+
+        with rehearsing.backend(rehearsal):
+            for name in ("regular", irregular):
+                attempt(f"busy, {name}", functools.partial(find_busy, name))
+            attempt("graphs", functools.partial(find_graphed, irregular))
+            attempt(f"busy{STAGED}", functools.partial(find_busy, irregular + STAGED))
+            attempt(f"graphs{STAGED}", functools.partial(find_graphed, irregular + STAGED))
         print(json.dumps(result["busy"], indent=1))
 
 

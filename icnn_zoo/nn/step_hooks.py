@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -139,8 +140,9 @@ class StepHooks:
         self.rule = rule
         self.running: torch.optim.Optimizer | None = None
         self.last: list[_Group] = []
-        self._held: set[int] = set()
-        self._layers: list[IrregularConv2d] = []
+        self._known: WeakKeyDictionary[torch.optim.Optimizer, tuple[set[int], list[IrregularConv2d]]] = (
+            WeakKeyDictionary()
+        )
 
     @torch.no_grad()
     def remember(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -150,7 +152,7 @@ class StepHooks:
         self.running = optimizer
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         tied: dict[tuple[int, ...], list[IrregularConv2d]] = {}  # layers that share one displacement are bounded once
-        for layer in self._layers_of(held):
+        for layer in self._layers_for(optimizer, held):
             parameters = tuple(map(id, layer.displacement_parameters()))
             if not held.isdisjoint(parameters):
                 tied.setdefault(parameters, []).append(layer)
@@ -159,11 +161,16 @@ class StepHooks:
             together.setdefault(_bounded_with(layers[0]), []).append(layers)
         self.last = [_Group(layers) for layers in together.values()]
 
-    def _layers_of(self, held: set[int]) -> list[IrregularConv2d]:
-        """The network's layers. A walk through it takes a while: only where the optimizer holds others than before."""
-        if held != self._held:
-            self._held, self._layers = held, [it for it in self.model.modules() if isinstance(it, IrregularConv2d)]
-        return self._layers
+    def _layers_for(self, optimizer: torch.optim.Optimizer, held: set[int]) -> list[IrregularConv2d]:
+        """The network's layers, as they were when the optimizer was given what it holds.
+
+        A walk through the network in every step takes as long as the rest of this. A layer that takes the place of
+        another one and has its displacement is bounded by the other one's limits.
+        """
+        if optimizer not in self._known or self._known[optimizer][0] != held:
+            layers = [module for module in self.model.modules() if isinstance(module, IrregularConv2d)]
+            self._known[optimizer] = held, layers
+        return self._known[optimizer][1]
 
     @torch.no_grad()
     def bound(self, optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -44,8 +44,9 @@ class RunFolder:
         numbered: Any = logger
         while True:
             folder = cls.of(trainer)
+            folder.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                folder.path.mkdir(parents=True)
+                folder.path.mkdir()
             except FileExistsError:
                 numbered._version += 1
             else:

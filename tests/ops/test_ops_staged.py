@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="needs the package triton (pip install trit
 import triton
 from triton_cases import Case, assert_close
 
+from icnn_zoo.ops import kernel_cache
 from icnn_zoo.ops.geometry import Geometry
 from icnn_zoo.ops.triton_backend import TritonBackend, columns, nvrtc, staged
 from icnn_zoo.ops.triton_backend.call import Call
@@ -214,6 +215,15 @@ class TestSizes:
         assert staged.columns_launch(sizes(5, 5, device=-1)) is None
         assert staged.gradient_launch(sizes(5, 5, device=-1)) is None
 
+    def test_none_without_the_drivers_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(device: int) -> int:
+            raise ModuleNotFoundError("No module named 'cuda'")
+
+        monkeypatch.setattr(nvrtc, "shared_memory", fail)
+        monkeypatch.setattr(staged, "_failed", set())
+        with pytest.warns(RuntimeWarning, match="slower: No module named 'cuda'"):
+            assert staged.columns_launch.__wrapped__(sizes(5, 5)) is None
+
     def test_what_cannot_be_compiled_is_said_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*_: object, **__: object) -> None:
             raise RuntimeError("kernel.cu(3): error: no")
@@ -268,6 +278,19 @@ class TestCompiled:
         kept.write_bytes(kept.read_bytes()[:-70])
         with pytest.raises(pytest.fail.Exception):
             nvrtc._machine_code(source, "sm_90", ("-DFACTOR=2",))
+
+    def test_code_that_cannot_be_kept_is_used_all_the_same(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(path: Path) -> None:
+            raise OSError("No space left on device")
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(kernel_cache, "seal", fail)
+        source = tmp_path / "nothing.cu"
+        source.write_text('extern "C" __global__ void nothing() {}\n')
+        assert nvrtc._machine_code(source, "sm_90", ())
+        assert list((tmp_path / "icnn_zoo" / "cuda").iterdir()) == []
 
     def test_an_error_is_the_compilers(self) -> None:
         with pytest.raises(RuntimeError, match=r'kernel.cu\(1\): error: identifier "nothing" is undefined'):

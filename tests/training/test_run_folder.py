@@ -27,3 +27,9 @@ def test_a_folder_that_a_person_has_chosen_is_theirs(tmp_path):
     RunFolder.of(trainer).path.mkdir(parents=True)
     assert RunFolder.claim(trainer) is None
     assert RunFolder.of(trainer).path == tmp_path / "shapes" / "version_3"
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileExistsError):
+        RunFolder.claim(make_trainer(CSVLogger(tmp_path / "runs", "shapes")))

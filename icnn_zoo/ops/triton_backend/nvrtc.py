@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -38,6 +39,7 @@ class Kernel:
         Raises:
             RuntimeError: The driver refuses.
         """
+        _enter_context(self._device)
         parameters = ctypes.c_void_p(ctypes.addressof(task))
         stream = torch._C._cuda_getCurrentRawStream(self._device)
         sizes = (blocks, 1, 1, self._threads, 1, 1, self._memory)
@@ -61,15 +63,30 @@ def load(source: Path, name: str, device: int, threads: int, memory: int, **cons
         RuntimeError: It cannot be compiled or loaded.
         ImportError: There is no ``cuda.bindings``.
     """
+    options = (*OPTIONS, *(f"-D{key}={value}" for key, value in sorted(constants.items())))
+    return Kernel(_function(source, name, device, options), device, threads, memory)
+
+
+@functools.cache
+def _function(source: Path, name: str, device: int, options: tuple[str, ...]) -> Any:
+    """The driver's handle of a kernel, which may have all the shared memory there is."""
     from cuda.bindings import driver
 
-    options = (*OPTIONS, *(f"-D{key}={value}" for key, value in sorted(constants.items())))
-    code = _machine_code(source, _architecture(device), options)
-    module = _checked(driver.cuModuleLoadData(code))
+    _enter_context(device)
+    module = _checked(driver.cuModuleLoadData(_machine_code(source, _architecture(device), options)))
     function = _checked(driver.cuModuleGetFunction(module, name.encode()))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuFuncSetAttribute(function, attribute, memory))
-    return Kernel(function, device, threads, memory)
+    _checked(driver.cuFuncSetAttribute(function, attribute, shared_memory(device)))
+    return function
+
+
+def _enter_context(device: int) -> None:
+    """Gives a thread that is new to the GPU the context that PyTorch uses."""
+    from cuda.bindings import driver
+
+    if not int(_checked(driver.cuCtxGetCurrent())):
+        context = driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device)))
+        _checked(driver.cuCtxSetCurrent(_checked(context)))
 
 
 def _architecture(device: int) -> str:
@@ -85,15 +102,18 @@ def _machine_code(source: Path, architecture: str, options: tuple[str, ...]) -> 
     version = ".".join(map(str, nvrtc.nvrtcVersion()[1:]))
     key = hashlib.sha256("\0".join((text, architecture, version, *options)).encode()).hexdigest()[:16]
     try:
-        target = kernel_cache.private_folder("cuda") / f"{source.stem}-{architecture}-{key}.cubin"
+        folder = kernel_cache.private_folder("cuda")
     except OSError:  # it takes half a second to compile
         return compile_for(text, architecture, options)
+    target = folder / f"{source.stem}-{architecture}-{key}.cubin"
     code = kernel_cache.read_intact(target)
     if code is None:
         code = compile_for(text, architecture, options)
-        with replacing(target) as partial:
-            partial.write_bytes(code)
-            kernel_cache.seal(partial)
+        with contextlib.suppress(OSError):  # a full disk: it is compiled again next time
+            kernel_cache.remove_leftovers(folder, f".{source.stem}-*")
+            with replacing(target) as partial:
+                partial.write_bytes(code)
+                kernel_cache.seal(partial)
     return code
 
 

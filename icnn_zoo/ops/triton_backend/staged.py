@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,6 +130,16 @@ class Launch:
 @functools.lru_cache(1024)
 def columns_launch(sizes: Sizes) -> Launch | None:
     """The kernel that makes columns, or None where it cannot be used."""
+    return _try(_find_columns, sizes)
+
+
+@functools.lru_cache(1024)
+def gradient_launch(sizes: Sizes) -> Launch | None:
+    """The kernel that gathers gradients, or None where it cannot be used."""
+    return _try(_find_gradient, sizes)
+
+
+def _find_columns(sizes: Sizes) -> Launch | None:
     (height, width), (out_height, out_width) = sizes.geometry.input_size, sizes.geometry.output_size
     channels, vector = sizes.channels_of_block(_COLUMNS_CHANNELS), 16 // sizes.dtype.itemsize
     bands = num_blocks(out_height, _MOST_ROWS)
@@ -138,15 +149,13 @@ def columns_launch(sizes: Sizes) -> Launch | None:
         gathered = round_up(vector + num_blocks(out_height, rows) * rows * out_width, vector)
         memory = (planes + _COLUMNS_THREADS // 32 * gathered) * sizes.dtype.itemsize
         if _fits(memory, sizes.device):
-            return _load(sizes, "make_columns", channels, rows, _COLUMNS_THREADS, memory)
+            return Launch.of(sizes, "make_columns", channels, rows, _COLUMNS_THREADS, memory)
         if channels == 1:
             return None
         channels //= 2
 
 
-@functools.lru_cache(1024)
-def gradient_launch(sizes: Sizes) -> Launch | None:
-    """The kernel that gathers gradients, or None where it cannot be used."""
+def _find_gradient(sizes: Sizes) -> Launch | None:
     (height, width), (out_height, out_width) = sizes.geometry.input_size, sizes.geometry.output_size
     channels, vector = sizes.channels_of_block(_GRADIENT_CHANNELS), 16 // sizes.dtype.itemsize
     channels = min(channels, vector)  # of a pixel, read at once
@@ -159,7 +168,7 @@ def gradient_launch(sizes: Sizes) -> Launch | None:
         memory = (planes + columns) * sizes.dtype.itemsize + (16 + threads // 32 * 8) * channels * sizes.taps
         if _fits(memory, sizes.device):
             constants = {"GRADIENT": 1, "WIDTH": width, "OUT_WIDTH": out_width, "OUT_PIXELS": pixels}
-            return _load(sizes, "gather_gradient", channels, rows, threads, memory, **constants)
+            return Launch.of(sizes, "gather_gradient", channels, rows, threads, memory, **constants)
         if channels == 1:
             return None
         channels //= 2
@@ -167,15 +176,16 @@ def gradient_launch(sizes: Sizes) -> Launch | None:
 
 
 def _fits(memory: int, device: int) -> bool:
-    """Whether two blocks find room: one alone would wait for memory."""
-    return 2 * memory <= nvrtc.shared_memory(device)
+    """Whether two blocks find room, with what each reserves: one alone would wait for memory."""
+    return 2 * memory + 1024 <= nvrtc.shared_memory(device)
 
 
-def _load(sizes: Sizes, name: str, *how: int, **more: int) -> Launch | None:
+def _try(find: Callable[[Sizes], Launch | None], sizes: Sizes) -> Launch | None:
+    """What is found; None, and a warning the first time, where a device cannot have such kernels."""
     if sizes.device in _failed:
         return None
     try:
-        return Launch.of(sizes, name, *how, **more)
+        return find(sizes)
     except (ImportError, RuntimeError) as error:
         _failed.add(sizes.device)
         warnings.warn(
