@@ -86,7 +86,8 @@ def _step(result: dict[str, Any]) -> list[str]:
         seconds = times[name]
         ratio = statistics.median(mine / base for mine, base in zip(seconds, times["regular"], strict=True))
         lines.append(
-            f"- {name}, forward and backward as CUDA graphs: {statistics.median(seconds) * 1e3:.1f} ms ({ratio:.2f})"
+            f"- {name}, forward and backward as CUDA graphs: {statistics.median(seconds) * 1e3:.1f} ms ({ratio:.2f}; "
+            f"regular {statistics.median(times['regular']) * 1e3:.1f} ms)"
         )
     lines += [f"- {what}: {reason}" for what, reason in result.get("reasons", {}).items()]
     return lines
