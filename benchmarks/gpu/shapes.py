@@ -94,7 +94,7 @@ FORMS = {
 REHEARSED_FORMS = {
     "columns": Layer((3, 40), (4, 5)),
     "staged": Layer((2, 34), (3, 4), staged=True),
-    "few outputs": Layer((4, 21), (4, 5)),
+    "few outputs": Layer((4, 5), (3, 3), batch=1),
     "depthwise": Layer((3, 3), (4, 5), groups=3),
     "a shape per kernel": Layer((2, 2), (4, 5), per_kernel=True),
 }
