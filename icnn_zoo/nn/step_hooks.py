@@ -140,9 +140,8 @@ class StepHooks:
         self.rule = rule
         self.running: torch.optim.Optimizer | None = None
         self.last: list[_Group] = []
-        self._known: WeakKeyDictionary[torch.optim.Optimizer, tuple[set[int], list[IrregularConv2d]]] = (
-            WeakKeyDictionary()
-        )
+        self._known: WeakKeyDictionary[torch.optim.Optimizer, tuple[set[int], dict[str, IrregularConv2d]]]
+        self._known = WeakKeyDictionary()
 
     @torch.no_grad()
     def remember(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -162,15 +161,15 @@ class StepHooks:
         self.last = [_Group(layers) for layers in together.values()]
 
     def _layers_for(self, optimizer: torch.optim.Optimizer, held: set[int]) -> list[IrregularConv2d]:
-        """The network's layers, as they were when the optimizer was given what it holds.
+        """The network's layers: those of the last step where the optimizer holds the same and they are in their places.
 
-        A walk through the network in every step takes as long as the rest of this. A layer that takes the place of
-        another one and has its displacement is bounded by the other one's limits.
+        A walk through the network in every step takes as long as the rest of this.
         """
-        if optimizer not in self._known or self._known[optimizer][0] != held:
-            layers = [module for module in self.model.modules() if isinstance(module, IrregularConv2d)]
+        before, layers = self._known.get(optimizer, (set(), {}))
+        if before != held or not all(_is_at(self.model, name, layer) for name, layer in layers.items()):
+            layers = irregular_layers(self.model)
             self._known[optimizer] = held, layers
-        return self._known[optimizer][1]
+        return list(layers.values())
 
     @torch.no_grad()
     def bound(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -179,6 +178,14 @@ class StepHooks:
         for group in self.last:
             group.bound(self.bound_epsilon, self.rule, optimizer)
         self.running, self.last = None, []
+
+
+def _is_at(model: nn.Module, name: str, layer: IrregularConv2d) -> bool:
+    """Whether a network has this very layer under this name."""
+    try:
+        return model.get_submodule(name) is layer
+    except AttributeError:
+        return False
 
 
 def _bounded_with(layer: IrregularConv2d) -> Any:

@@ -316,3 +316,32 @@ def test_a_copy_may_have_other_positions_without_a_warning(recwarn) -> None:
         copied[0].displacement.add_(5)
     copied(torch.randn(1, 3, 9, 9))
     assert not [warning for warning in recwarn if "left their cells" in str(warning.message)]
+
+
+def test_a_step_walks_through_the_network_only_after_a_change(monkeypatch) -> None:
+    """With one optimizer for positions and one for the rest; a layer that takes another's place is one."""
+    model = network()
+    moved = [layer.displacement for layer in irregular_layers(model).values()]
+    rest = [each for each in model.parameters() if all(each is not it for it in moved)]
+    optimizers = [torch.optim.SGD(rest, lr=0.1), torch.optim.SGD(moved, lr=0.1)]
+    bound_positions(optimizers, model)
+    walks = []
+    named_modules = nn.Module.named_modules
+    monkeypatch.setattr(nn.Module, "named_modules", lambda self, *how: walks.append(self) or named_modules(self, *how))
+
+    def steps() -> int:
+        walks.clear()
+        for _ in range(3):
+            for optimizer in optimizers:
+                optimizer.step()
+        return sum(walked is model for walked in walks)
+
+    backward(model)
+    assert steps() == len(optimizers)
+    assert steps() == 0
+    other = IrregularConv2d(4, 4, 3)
+    other.limit = 0.25
+    other.displacement = model[1].displacement
+    model[1] = other
+    assert steps() == len(optimizers)
+    assert other.displacement.detach().abs().max() <= 0.25 + 1e-6  # by the new layer's limit

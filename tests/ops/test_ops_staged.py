@@ -186,7 +186,10 @@ class TestSizes:
         [
             ((41, 41), 227, True, True),
             ((65, 65), 227, True, True),
-            ((400, 400), 227, False, False),
+            ((76, 76), 227, True, True),
+            ((77, 77), 227, False, True),
+            ((100, 100), 227, False, True),
+            ((101, 101), 227, False, False),
             ((41, 41), 99, True, True),
             ((65, 65), 99, False, True),
         ],
