@@ -103,7 +103,7 @@ def _machine_code(source: Path, architecture: str, options: tuple[str, ...]) -> 
     key = hashlib.sha256("\0".join((text, architecture, version, *options)).encode()).hexdigest()[:16]
     try:
         folder = kernel_cache.private_folder("cuda")
-    except OSError:  # it takes half a second to compile
+    except OSError:  # there is none: each process compiles
         return compile_for(text, architecture, options)
     target = folder / f"{source.stem}-{architecture}-{key}.cubin"
     code = kernel_cache.read_intact(target)
